@@ -1,0 +1,43 @@
+"""The one batch every model of this library reads.
+
+Axis letters: B rows, M image slots of a row, F frames of a slot, H x W pixels, T tokens of a row.
+
+A row is *packed*: it holds several independent sequences ("segments") one after the other. Tokens attend only within
+their segment; an image slot may be seen by several segments, so that ten questions about one picture share its encoding.
+
+Image slots are counted from 1 within the row, 0 means "none", so that zero padding needs no special case::
+
+    slot                   <image>  a   cat  <image>  a   dog     what  ?    (padding)
+    segments                  1     1    1      1     1    1        2   2        0
+    positions                 0     1    2      3     4    5        0   1        0
+    media_last                1     1    1      2     2    2        0   0        0
+    media_first               1     1    1      1     1    1        0   0        0
+
+With Flamingo's "only the last image" a token sees slot `media_last`; with "all previous" the slots
+`media_first..media_last`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch. Every field is an array (NumPy on the host, `jax.Array` sharded over the rows on the devices)."""
+
+    images: Array  # [B, M, F, H, W, 3] uint8 RGB; absent frames are zero
+    frames: Array  # [B, M] int32, how many frames of the slot are there; 0: the slot is empty
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32, counted from 0 within a segment
+    segments: Array  # [B, T] int32, counted from 1 within the row; 0 is padding
+    media_last: Array  # [B, T] int32, the last image slot the token may see
+    media_first: Array  # [B, T] int32, the first slot of its segment's images
+    targets: Array  # [B, T] int32, the token to predict at this place
+    weights: Array  # [B, T] float32, the weight of that prediction in the loss
