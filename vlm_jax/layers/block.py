@@ -1,0 +1,164 @@
+"""The transformer block: attention, feed-forward, and the two put together.
+
+Axis letters: B batch, T queries, S keys, N query heads, K key/value heads, H head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import Activation, BlockConfig, NormConfig
+from vlm_jax.layers.linear import Linear, Norm
+from vlm_jax.ops.activations import ACTIVATIONS
+from vlm_jax.ops.attention import attend, attention_weights
+from vlm_jax.sharding import constrain
+
+Array = jax.Array
+Dtype = Any
+KeyValue = tuple[Array, Array]  # keys and values, each [B, S, K, H]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `width` over keys and values from `kv_width`.
+
+    The projections are methods of their own, so that keys and values can be cached, rotated, or made once from an image.
+    """
+
+    width: int
+    kv_width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    dtype: Dtype
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: NormConfig | None = None  # over the head width
+
+    def setup(self) -> None:
+        head = {"head": self.head_width}
+        make = lambda inputs, outputs, bias: Linear(inputs, outputs, bias, self.dtype)
+        self.query = make({"embed": self.width}, {"heads": self.heads} | head, self.qkv_bias)
+        self.key = make({"embed": self.kv_width}, {"kv_heads": self.kv_heads} | head, self.qkv_bias)
+        self.value = make({"embed": self.kv_width}, {"kv_heads": self.kv_heads} | head, self.qkv_bias)
+        self.out = make({"heads": self.heads} | head, {"embed": self.width}, self.out_bias)
+        if self.qk_norm:
+            self.query_norm = Norm(self.qk_norm, self.head_width, self.dtype)
+            self.key_norm = Norm(self.qk_norm, self.head_width, self.dtype)
+
+    def queries(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, N, H]."""
+        q = self.query(x)
+        q = self.query_norm(q) if self.qk_norm else q
+        return constrain(q, "batch", "length", "heads", "head")
+
+    def keys_values(self, x: Array) -> KeyValue:
+        """[B, S, D'] -> two of [B, S, K, H]."""
+        k = self.key(x)
+        k = self.key_norm(k) if self.qk_norm else k
+        return tuple(constrain(y, "batch", "length", "kv_heads", "head") for y in (k, self.value(x)))
+
+    def output(self, y: Array) -> Array:
+        """[B, T, N, H] -> [B, T, D]."""
+        return constrain(self.out(y), "batch", "length", None)
+
+    def weights(self, x: Array, kv: KeyValue, mask: Array | None = None) -> Array:
+        """Where `x` looks: [B, T, S] float32, the mean over the heads."""
+        return jnp.mean(attention_weights(self.queries(x), kv[0], mask), axis=(1, 2))
+
+    def __call__(self, x: Array, kv: KeyValue, mask: Array | None = None) -> Array:
+        """Cross-attention of `x` [B, T, D] over `kv`."""
+        return self.output(attend(self.queries(x), *kv, mask))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an activation between; gated: down(act(gate x) * up x) (Shazeer 2020)."""
+
+    width: int
+    hidden: int
+    activation: Activation
+    gated: bool
+    bias: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        wide = lambda name: Linear({"embed": self.width}, {"mlp": self.hidden}, self.bias, self.dtype, name=name)
+        activation = ACTIVATIONS[self.activation]
+        hidden = activation(wide("gate")(x)) * wide("up")(x) if self.gated else activation(wide("up")(x))
+        y = Linear({"mlp": self.hidden}, {"embed": self.width}, self.bias, self.dtype, name="down")(hidden)
+        return constrain(y, "batch", "length", None)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x).
+
+    What the attention does with its queries, keys and values (rotary, mask, cache) is the caller's: `attention_of` takes
+    (q [B, T, N, H], k, v [B, T, K, H]) to (y [B, T, N, H], anything), and the anything is returned beside the output.
+    """
+
+    config: BlockConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, attention_of: Callable[[Array, Array, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+        config = self.config
+        attention = Attention(
+            config.width,
+            config.width,
+            config.heads,
+            config.kv_heads,
+            config.head_width,
+            self.dtype,
+            config.qkv_bias,
+            config.out_bias,
+            name="attention",
+        )
+        mlp = Mlp(
+            config.width,
+            config.mlp_width,
+            config.activation,
+            config.gated_mlp,
+            config.mlp_bias,
+            self.dtype,
+            name="mlp",
+        )
+        y = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
+        y, extra = attention_of(attention.queries(y), *attention.keys_values(y))
+        x = x + attention.output(y)
+        return x + mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)), extra
+
+
+def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Mapping[str, Any]:
+    """The parameters of `length` copies of `layer`, each with a leading `layers` axis, as one parameter of `parent`.
+
+    The tree does not depend on how the layers are run: scanned, grouped between other layers, or one by one.
+
+    Args:
+      example: arguments of `layer.__call__`, of the right widths.
+    """
+
+    def init(key: Array) -> Any:
+        params = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
+        return nn.meta.add_axis(params, 0, {nn.meta.PARTITION_NAME: "layers"})
+
+    return parent.param(name, init)
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(fn: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """`fn` under `jax.checkpoint` with the policy of `RunConfig.remat`."""
+    if remat == "none":
+        return fn
+    # Inside a scan common-subexpression elimination cannot undo the recomputation.
+    return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=False)

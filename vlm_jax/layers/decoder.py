@@ -1,0 +1,183 @@
+"""The decoder-only language model, and the place between its layers where a fusion may stand.
+
+Axis letters: B rows, T tokens, S cache slots, N query heads, K key/value heads, H head width, D width, L layers, G layers in
+between, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import AlibiConfig, DecoderConfig, LearnedPositionsConfig, RopeConfig
+from vlm_jax.layers.block import Block, rematerialised, stacked
+from vlm_jax.layers.linear import Linear, Norm
+from vlm_jax.ops.attention import attend
+from vlm_jax.ops.masks import alibi_bias, causal_mask
+from vlm_jax.ops.rotary import rotary_angles, rotate
+from vlm_jax.sharding import constrain, named
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far. A slot with segment 0 is empty or padding, and nothing sees it."""
+
+    keys: Array  # [L, B, S, K, H]
+    values: Array  # [L, B, S, K, H]
+    positions: Array  # [B, S] int32
+    segments: Array  # [B, S] int32
+    used: Array  # [] int32, slots filled so far, the same for all rows
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
+    """A cache for `slots` tokens of each of `rows` rows."""
+    block = config.block
+    shape = (config.layers, rows, slots, block.kv_heads, block.head_width)
+    blank = jnp.zeros((rows, slots), jnp.int32)
+    empty = constrain(jnp.zeros(shape, dtype), "layers", "batch", "length", "kv_heads", "head")
+    return Cache(empty, empty, blank, blank, jnp.zeros((), jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Layers that run before language layers `i` with `i % every == offset`."""
+
+    every: int
+    offset: int
+    layers: Any  # a pytree with a leading axis G
+    apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
+
+
+class Decoder(nn.Module):
+    """Tokens -> `embed` -> hidden states -> `head` -> logits."""
+
+    config: DecoderConfig
+    dtype: Any
+    remat: str = "none"
+
+    def setup(self) -> None:
+        config, block = self.config, self.config.block
+        small = nn.initializers.normal(block.width**-0.5)
+        shape = (config.vocab_size, block.width)
+        self.embedding = self.param("embedding", named(small, "vocab", "embed"), shape)
+        if isinstance(config.positions, LearnedPositionsConfig):
+            shape = (config.max_positions + config.positions.offset, block.width)
+            self.position_embedding = self.param("position_embedding", named(small, "positions", "embed"), shape)
+        self.block = Block(block, self.dtype, parent=None)
+        example = (jnp.zeros((1, 1, block.width)), lambda q, k, v: (q, None))
+        self.layers = stacked(self, "layers", self.block, config.layers, *example)
+        self.final_norm = Norm(block.norm, block.width, self.dtype)
+        if not config.tied_head:
+            self.lm_head = Linear({"embed": block.width}, {"vocab": config.vocab_size}, False, self.dtype)
+
+    def embed(self, tokens: Array, positions: Array) -> Array:
+        """[B, T] -> [B, T, D]."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.block.width**0.5, self.dtype)
+        if isinstance(self.config.positions, LearnedPositionsConfig):
+            places = positions + self.config.positions.offset
+            x = x + jnp.take(self.position_embedding, places, axis=0).astype(self.dtype)
+        return constrain(x, "batch", "length", None)
+
+    def head(self, hidden: Array) -> Array:
+        """[B, T, D] -> logits [B, T, V] float32."""
+        if self.config.tied_head:
+            logits = jnp.einsum("BTD,VD->BTV", hidden, self.embedding.astype(self.dtype))
+        else:
+            logits = self.lm_head(hidden)
+        return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array,
+        cache: Cache | None = None,
+        between: Between | None = None,
+    ) -> tuple[Array, Cache | None, Any]:
+        """Embeddings [B, T, D] -> hidden states [B, T, D], the cache with these tokens in it, and what `between` collected.
+
+        Args:
+          positions, segments: [B, T] int32.
+          cache: of the tokens before, or None: the row is whole.
+        """
+        config = self.config
+        if cache is None:
+            k_positions, k_segments, kv = positions, segments, None
+        else:
+            put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.used))
+            k_positions, k_segments = put(cache.positions, positions), put(cache.segments, segments)
+            kv = (cache.keys, cache.values)
+        mask = causal_mask(positions, k_positions, segments, k_segments, config.window)
+        angles = bias = None
+        if isinstance(config.positions, RopeConfig):
+            angles = rotary_angles(config.positions, config.block.head_width, positions)
+        elif isinstance(config.positions, AlibiConfig):
+            bias = alibi_bias(positions, k_positions, config.block.heads, config.positions.max_bias)
+
+        def layer(carry: tuple[Array, Any], indexed: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
+            (x, kv), (index, params) = carry, indexed
+
+            def attention_of(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                if angles is not None:
+                    q, k = rotate(q, *angles), rotate(k, *angles)
+                if kv is None:
+                    return attend(q, k, v, mask, bias), None
+                # The whole cache is carried and one place of it written, so that XLA updates it in place.
+                write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (index, 0, cache.used, 0, 0))
+                new = tuple(write(old, part.astype(old.dtype)) for old, part in zip(kv, (k, v), strict=True))
+                return attend(q, *(part[index].astype(q.dtype) for part in new), mask, bias), new
+
+            x, kv = self.block.apply({"params": params}, x, attention_of)
+            return (constrain(x, "batch", "length", None), kv), None
+
+        (x, kv), collected = _run((x, kv), self.layers, layer, between, self.remat)
+        if cache is not None:
+            cache = Cache(*kv, k_positions, k_segments, cache.used + positions.shape[1])
+        return self.final_norm(x), cache, collected
+
+
+def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, remat: str) -> tuple[Any, Any]:
+    """Scans `layer` over `layers`, and `between` in its places.
+
+    The layers fall into groups of `between.every`; whole groups are scanned, so that compile time does not grow with depth,
+    and the rest, fewer than a group, follows.
+    """
+    length = jax.tree.leaves(layers)[0].shape[0]
+    indexed = (jnp.arange(length), layers)
+    part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
+    scan = lambda carry, xs: jax.lax.scan(rematerialised(layer, remat), carry, xs)[0]
+    if between is None:
+        return scan(carry, indexed), None
+    every, offset = between.every, between.offset
+    cross = rematerialised(between.apply, remat)
+
+    def group(carry: Any, xs: Any) -> tuple[Any, Any]:
+        layers, one = xs
+        carry = scan(carry, part(layers, 0, offset)) if offset else carry
+        x, collected = cross(carry[0], one)
+        return scan((x, carry[1]), part(layers, offset, None)), collected
+
+    groups, rest = divmod(length, every)
+    collected = []
+    if groups:
+        grouped = jax.tree.map(lambda p: p.reshape(groups, every, *p.shape[1:]), part(indexed, 0, groups * every))
+        carry, seen = jax.lax.scan(group, carry, (grouped, part(between.layers, 0, groups)))
+        collected.append(seen)
+    if rest:
+        last = part(indexed, groups * every, None)
+        if offset < rest:
+            carry, seen = group(carry, (last, jax.tree.map(lambda p: p[groups], between.layers)))
+            collected.append(jax.tree.map(lambda s: s[None], seen))
+        else:
+            carry = scan(carry, last)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else None

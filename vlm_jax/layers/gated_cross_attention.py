@@ -1,0 +1,126 @@
+"""Flamingo's gated cross-attention dense layers (Alayrac et al. 2022, section 3.2 and figure 4).
+
+Axis letters: B rows, T tokens, M image slots, R visual tokens of a slot, S = M * R, D width, G gated layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import DecoderConfig, GatedCrossAttentionConfig
+from vlm_jax.layers.block import Attention, KeyValue, Mlp, stacked
+from vlm_jax.layers.decoder import Between
+from vlm_jax.layers.linear import Norm
+from vlm_jax.ops.masks import media_mask
+from vlm_jax.sharding import named
+
+Array = jax.Array
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """x + tanh(gate) attention(x over the images), then x + tanh(gate) mlp(x).
+
+    Both gates start at 0, so that the frozen language model is untouched at first. A token that sees no image gets
+    nothing from the attention; the feed-forward applies to every token.
+    """
+
+    config: GatedCrossAttentionConfig
+    width: int
+    visual_width: int
+    dtype: Any
+
+    def setup(self) -> None:
+        config = self.config
+        self.attention_norm = Norm(config.norm, self.width, self.dtype)
+        self.attention = Attention(
+            self.width,
+            self.visual_width,
+            config.heads,
+            config.heads,
+            config.head_width,
+            self.dtype,
+            qk_norm=config.norm if config.qk_norm else None,
+        )
+        self.mlp_norm = Norm(config.norm, self.width, self.dtype)
+        self.mlp = Mlp(self.width, config.mlp_width, config.activation, config.gated_mlp, False, self.dtype)
+        closed = named(nn.initializers.zeros)
+        self.attention_gate = self.param("attention_gate", closed, ())
+        self.mlp_gate = self.param("mlp_gate", closed, ())
+
+    def keys_values(self, visual: Array) -> KeyValue:
+        """Visual tokens [B, S, D'] -> keys and values, each [B, S, N, H]."""
+        return self.attention.keys_values(visual)
+
+    def weights(self, x: Array, mask: Array, visual: Array | None, kv: KeyValue | None = None) -> Array:
+        """Where each token looks: [B, T, S]."""
+        return self.attention.weights(self.attention_norm(x), kv or self.keys_values(visual), mask)
+
+    def __call__(self, x: Array, mask: Array, visual: Array | None, kv: KeyValue | None = None) -> Array:
+        """x [B, T, D], mask [B, T, S], and visual tokens [B, S, D'] or the keys and values made of them."""
+        kv = kv or self.keys_values(visual)
+        gates = [jnp.tanh(gate).astype(self.dtype) for gate in (self.attention_gate, self.mlp_gate)]
+        x = x + gates[0] * self.attention(self.attention_norm(x), kv, mask)
+        return x + gates[1] * self.mlp(self.mlp_norm(x))
+
+
+class GatedCrossAttention(nn.Module):
+    """All gated layers of a model, standing before language layers `i` with `i % every == offset`."""
+
+    config: GatedCrossAttentionConfig
+    language: DecoderConfig
+    visual_width: int
+    dtype: Any
+
+    def setup(self) -> None:
+        config, width = self.config, self.language.block.width
+        count = len(range(config.offset, self.language.layers, config.every))
+        if not 0 <= config.offset < config.every or not count:
+            raise ValueError(
+                f"gated layers before every {config.every}th layer from {config.offset}: the offset must be below "
+                f"`every`, and at least one of the {self.language.layers} layers must match"
+            )
+        self.block = GatedCrossAttentionBlock(config, width, self.visual_width, self.dtype, parent=None)
+        example = (jnp.zeros((1, 1, width)), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, self.visual_width)))
+        self.layers = stacked(self, "layers", self.block, count, *example)
+
+    def keys_values(self, visual: Array) -> KeyValue:
+        """The keys and values of every gated layer: [B, M, R, D'] -> two of [G, B, M * R, N, H]."""
+        visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
+        return jax.vmap(lambda p: self.block.apply({"params": p}, visual, method="keys_values"))(self.layers)
+
+    def __call__(
+        self,
+        media_first: Array,
+        media_last: Array,
+        slots: int,
+        *,
+        visual: Array | None = None,
+        keys_values: KeyValue | None = None,
+        want_weights: bool = False,
+    ) -> Between:
+        """What stands between the language layers.
+
+        Args:
+          media_first, media_last: [B, T] int32, the image slots each token may see.
+          slots: M.
+          visual: [B, M, R, D'], in training: each layer makes its keys and values when it runs; or
+          keys_values: made once by `keys_values`, in generation.
+          want_weights: let each layer also return where every token looks, [B, T, M * R].
+        """
+        seen = media_mask(media_first, media_last, slots, self.config.media)
+        if visual is not None:
+            visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
+        tokens = visual.shape[1] if visual is not None else keys_values[0].shape[2]
+        mask = jnp.repeat(seen, tokens // slots, axis=-1)
+
+        def apply(x: Array, layer: tuple[Any, KeyValue | None]) -> tuple[Array, Array | None]:
+            params, kv = layer
+            inputs = ({"params": params}, x, mask, visual, kv)
+            looks = self.block.apply(*inputs, method="weights") if want_weights else None
+            return self.block.apply(*inputs), looks
+
+        return Between(self.config.every, self.config.offset, (self.layers, keys_values), apply)

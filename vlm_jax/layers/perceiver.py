@@ -1,0 +1,118 @@
+"""Flamingo's Perceiver resampler (Alayrac et al. 2022, section 3.1 and appendix A.1.1).
+
+Axis letters: B rows, M image slots, F frames, P features of a frame, R latents, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import NormConfig, PerceiverConfig
+from vlm_jax.layers.block import Attention, Mlp, stacked
+from vlm_jax.layers.linear import Norm
+from vlm_jax.sharding import named
+
+Array = jax.Array
+
+
+class PerceiverLayer(nn.Module):
+    """latents + attention(latents over features and latents), then + feed-forward."""
+
+    config: PerceiverConfig
+    width: int
+    dtype: Any
+
+    def setup(self) -> None:
+        config, norm = self.config, NormConfig(kind="layer", eps=self.config.norm_eps)
+        self.feature_norm = Norm(norm, self.width, self.dtype)
+        self.latent_norm = Norm(norm, self.width, self.dtype)
+        self.attention = Attention(
+            self.width,
+            self.width,
+            config.heads,
+            config.heads,
+            config.head_width,
+            self.dtype,
+            qk_norm=norm if config.qk_norm else None,
+        )
+        self.mlp_norm = Norm(norm, self.width, self.dtype)
+        self.mlp = Mlp(self.width, config.mlp_ratio * self.width, config.activation, False, False, self.dtype)
+
+    def _inputs(self, latents: Array, features: Array) -> tuple[Array, Any]:
+        queries = self.latent_norm(latents)
+        keys = jnp.concatenate([self.feature_norm(features), queries], axis=1)
+        return queries, self.attention.keys_values(keys)
+
+    def weights(self, latents: Array, features: Array, mask: Array) -> Array:
+        """Where each latent looks: [B, R, F * P + R]."""
+        return self.attention.weights(*self._inputs(latents, features), mask)
+
+    def __call__(self, latents: Array, features: Array, mask: Array) -> Array:
+        latents = latents + self.attention(*self._inputs(latents, features), mask)
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+class PerceiverResampler(nn.Module):
+    """Features [B, M, F, P, D] of any number of frames -> visual tokens [B, M, R, D].
+
+    Frame `f` of a slot with `n` frames gets time embedding `f`; when `n` is more than were learned, the embeddings are
+    interpolated linearly over them, as Flamingo does to go from 8 frames in training to 30.
+    """
+
+    config: PerceiverConfig
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, features: Array, frames: Array, want_weights: bool = False) -> tuple[Array, Array | None]:
+        """
+        Args:
+          features: [B, M, F, P, D].
+          frames: [B, M] int32, how many frames of the slot are there.
+          want_weights: also return where every latent of every layer looks.
+
+        Returns:
+          visual tokens [B, M, R, D], and None or the weights [layers, B, M, R, F * P + R] (the last R keys are the latents).
+        """
+        config = self.config
+        rows, slots, most, patches, width = features.shape
+        if config.time_embeddings:
+            init = named(nn.initializers.normal(0.02), "positions", "embed")
+            table = self.param("time_embeddings", init, (config.time_embeddings, width))
+            features = features + _time(table, frames, most)[:, :, :, None].astype(features.dtype)
+        init = named(nn.initializers.normal(1.0), "latents", "embed")
+        latents = self.param("latents", init, (config.latents, width)).astype(self.dtype)
+        latents = jnp.broadcast_to(latents, (rows * slots, *latents.shape))
+        features = features.reshape(rows * slots, most * patches, width)
+        there = jnp.arange(most) < frames.reshape(-1, 1)
+        mask = jnp.repeat(there, patches, axis=1)
+        mask = jnp.pad(mask, ((0, 0), (0, config.latents)), constant_values=True)[:, None]
+
+        layer = PerceiverLayer(config, width, self.dtype, parent=None)
+        example = jnp.zeros((1, 1, width))
+        params = stacked(self, "layers", layer, config.layers, example, example, jnp.ones((1, 1, 2), bool))
+
+        def step(latents: Array, params: Any) -> tuple[Array, Array | None]:
+            variables = {"params": params}
+            seen = layer.apply(variables, latents, features, mask, method="weights") if want_weights else None
+            return layer.apply(variables, latents, features, mask), seen
+
+        latents, weights = jax.lax.scan(step, latents, params)
+        latents = Norm(NormConfig(kind="layer", eps=config.norm_eps), width, self.dtype, name="norm")(latents)
+        weights = weights.reshape(-1, rows, slots, *weights.shape[2:]) if want_weights else None
+        return latents.reshape(rows, slots, config.latents, width), weights
+
+
+def _time(table: Array, frames: Array, most: int) -> Array:
+    """The time embedding of each frame: table [N, D], frames [B, M] -> [B, M, most, D]."""
+    learned = table.shape[0]
+    stretch = jnp.where(frames > learned, (learned - 1) / jnp.maximum(frames - 1, 1), 1.0)
+    place = jnp.clip(jnp.arange(most) * stretch[..., None], 0, learned - 1)
+    low = jnp.floor(place).astype(jnp.int32)
+    high = jnp.minimum(low + 1, learned - 1)
+    share = (place - low)[..., None]
+    return table[low] * (1 - share) + table[high] * share

@@ -1,0 +1,81 @@
+"""Which query may see which key, from the positions and segments of the two.
+
+Axis letters: B batch, T queries, S keys, M image slots of a row, N heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def causal_mask(
+    q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array, window: int | None = None
+) -> Array:
+    """A token sees its own segment up to itself, and with a window at most `window` positions, itself included.
+
+    Positions, not places in the row, are compared, so one rule serves packed rows, left padding and the KV cache::
+
+        segments 1 1 2 2 0        0 | 1 0 0 0 0
+        positions 0 1 0 1 0       1 | 1 1 0 0 0
+                                  0 | 0 0 1 0 0
+                                  1 | 0 0 1 1 0
+                                  - | 0 0 0 0 0   (segment 0 is padding: it sees nothing and nothing sees it)
+
+    Args:
+      q_positions, q_segments: [B, T] int32.
+      k_positions, k_segments: [B, S] int32.
+
+    Returns:
+      [B, T, S] bool.
+    """
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0)
+    seen = same & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def media_mask(media_first: Array, media_last: Array, slots: int, mode: str) -> Array:
+    """Which image slots a token sees (Flamingo, section 3.1.3; the table of slots is in `data/batch.py`).
+
+    With images at places 2 and 5 of 8 tokens::
+
+        last          00 00 10 10 10 01 01 01
+        all_previous  00 00 10 10 10 11 11 11
+
+    Args:
+      media_first, media_last: [B, T] int32, slots counted from 1, 0 for none.
+      slots: M.
+      mode: "last" or "all_previous".
+
+    Returns:
+      [B, T, M] bool.
+    """
+    slot = jnp.arange(1, slots + 1)
+    if mode == "last":
+        return slot == media_last[..., None]
+    if mode == "all_previous":
+        return (media_first[..., None] <= slot) & (slot <= media_last[..., None])
+    raise ValueError(f"media mode {mode!r}: expected 'last' or 'all_previous'")
+
+
+def alibi_slopes(heads: int, max_bias: float) -> list[float]:
+    """The slopes of ALiBi (Press et al. 2022) for any number of heads, in MPT's order.
+
+    For a power of two they are 2^(-max_bias i / heads), i = 1..heads; otherwise those of the next power of two, the odd
+    places first.
+    """
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = [2 ** (-max_bias * i / power) for i in range(1, power + 1)]
+    return slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads]
+
+
+def alibi_bias(q_positions: Array, k_positions: Array, heads: int, max_bias: float) -> Array:
+    """-slope * distance: [B, N, T, S] float32."""
+    distance = (q_positions[:, :, None] - k_positions[:, None, :]).astype(jnp.float32)
+    slopes = jnp.asarray(alibi_slopes(heads, max_bias), jnp.float32)
+    return -slopes[None, :, None, None] * distance[:, None]

@@ -1,0 +1,52 @@
+"""Images as patches, and position embeddings for other resolutions.
+
+Axis letters: B images, H x W pixels, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def patchify(images: Array, patch: int) -> Array:
+    """[B, H, W, 3] -> [B, P, patch * patch * 3], row-major; pixels of a patch in the order (row, column, channel).
+
+    Raises:
+      ValueError: a side is not a multiple of `patch`.
+    """
+    batch, height, width, channels = images.shape
+    if height % patch or width % patch:
+        raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {patch}")
+    rows, columns = height // patch, width // patch
+    x = images.reshape(batch, rows, patch, columns, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch * patch * channels)
+
+
+def resize_positions(table: Array, grid: tuple[int, int]) -> Array:
+    """A square table of patch positions [P, D], resized to `grid` (rows, columns): [rows * columns, D].
+
+    Bicubic with a = -0.75, half-pixel centres, no antialiasing: `torch.nn.functional.interpolate`, as transformers' CLIP
+    and DINOv2 do it.
+    """
+    side = int(table.shape[0] ** 0.5)
+    if grid == (side, side):
+        return table
+    square = table.reshape(side, side, -1)
+    rows, columns = (_cubic_matrix(side, size) for size in grid)
+    return jnp.einsum("rh,cw,hwd->rcd", rows, columns, square).reshape(grid[0] * grid[1], -1)
+
+
+def _cubic_matrix(source: int, target: int, a: float = -0.75) -> Array:
+    """[target, source] interpolation weights; jax.image.resize offers a = -0.5 alone."""
+    centre = (jnp.arange(target) + 0.5) * (source / target) - 0.5
+    base = jnp.floor(centre).astype(jnp.int32)
+    taps = base[:, None] + jnp.arange(-1, 3)
+    distance = jnp.abs(centre[:, None] - taps)
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+    weights = jnp.where(distance <= 1, near, far)
+    one_hot = jax.nn.one_hot(jnp.clip(taps, 0, source - 1), source)
+    return jnp.einsum("tk,tks->ts", weights, one_hot)

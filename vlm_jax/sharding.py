@@ -1,0 +1,157 @@
+"""The mesh, and the one table that says how parameters and activations lie on it.
+
+A parameter names its logical axes where it is made; `RULES` maps each to mesh axes. A dimension that its mesh axes do not
+divide is replicated, and the start-up table says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes, tried together
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    "pixels": (),
+    "positions": (),
+    "latents": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+}
+
+
+@flax.struct.dataclass
+class Named(nn.meta.AxisMetadata):
+    """A parameter boxed with the logical names of its axes.
+
+    Flax's own boxes look their names up in a rule context and constrain by themselves; this one only carries the names.
+    """
+
+    value: Any
+    names: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Named:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Named:
+        names = list(self.names)
+        names.insert(index, params[nn.meta.PARTITION_NAME])
+        return self.replace(names=tuple(names))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Named:
+        names = list(self.names)
+        del names[index]
+        return self.replace(names=tuple(names))
+
+
+def named(init: Callable[..., jax.Array], *names: str | None) -> Callable[..., Named]:
+    """An initialiser whose result carries the logical `names` of its axes."""
+    return lambda *args, **kwargs: Named(init(*args, **kwargs), names)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over all devices (of all processes).
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {known} devices or a divisor of them, "
+            f"but there are {len(devices)}: change --config.mesh.data, .fsdp or .tensor"
+        )
+    # pjit's way: XLA propagates the shardings, `constrain` guides it.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one array lies, and what could not be sharded."""
+
+    spec: PartitionSpec
+    replicated: tuple[str, ...]  # a reason for each dimension that did not divide
+
+
+def place(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Placement:
+    """The mesh axes of an array whose dimensions carry the logical `names`.
+
+    Raises:
+      ValueError: a name that `RULES` does not know, or a number of names that is not that of the dimensions.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"logical axes {names} do not fit shape {shape}")
+    axes: list[Any] = []
+    reasons = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; sharding.RULES knows {sorted(RULES)}")
+        wanted = tuple(axis for axis in (RULES[name] if name else ()) if mesh.shape[axis] > 1)
+        ways = math.prod(mesh.shape[axis] for axis in wanted)
+        if size % ways:
+            reasons.append(f"{name}={size} is not divisible by {'*'.join(wanted)}={ways}")
+            wanted = ()
+        axes.append(wanted[0] if len(wanted) == 1 else (wanted or None))
+    return Placement(PartitionSpec(*axes), tuple(reasons))
+
+
+def place_tree(boxed: Any, mesh: Mesh) -> Any:
+    """A `Placement` for each leaf of a (possibly abstract) tree whose parameters are boxed with their logical names."""
+
+    def leaf(box: Any) -> Placement:
+        if isinstance(box, Named):
+            return place(box.names, box.value.shape, mesh)
+        return place((None,) * box.ndim, box.shape, mesh)
+
+    return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, Named))
+
+
+def shardings_of(placements: Any, mesh: Mesh) -> Any:
+    """Placements -> `NamedSharding`s."""
+    return jax.tree.map(
+        lambda placement: NamedSharding(mesh, placement.spec),
+        placements,
+        is_leaf=lambda x: isinstance(x, Placement),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; any number of further axes."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tells XLA how an activation lies on the mesh of the context (`jax.set_mesh`); nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, place(names, x.shape, mesh).spec)
