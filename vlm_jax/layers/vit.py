@@ -48,9 +48,7 @@ class ClipVit(nn.Module):
         layers, index = self.config.layers, self.config.feature_layer
         used = layers + 1 + index if index < 0 else index
         if not 0 <= used <= layers:
-            raise ValueError(
-                f"feature_layer {index}: a ViT of {layers} layers has hidden states {-layers - 1}..{layers}"
-            )
+            raise ValueError(f"feature_layer {index}: a ViT of {layers} layers has hidden states {-layers - 1}..{layers}")
         return used
 
     @nn.nowrap
