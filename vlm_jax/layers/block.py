@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def weights(self, x: Array, kv: KeyValue, mask: Array | None = None) -> Array:
         """Where `x` looks: [B, T, S] float32, the mean over the heads."""
-        return jnp.mean(attention_weights(self.queries(x), kv[0], mask), axis=(1, 2))
+        return jnp.mean(attention_weights(self.queries(x), kv[0], mask), axis=1)
 
     def __call__(self, x: Array, kv: KeyValue, mask: Array | None = None) -> Array:
         """Cross-attention of `x` [B, T, D] over `kv`."""

@@ -11,43 +11,47 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def attention_weights(
-    q: Array, k: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None
-) -> Array:
-    """Softmax of q k^T, in float32.
+def _exponentials(q: Array, k: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
+    """Unnormalised softmax of q k^T and its sums, float32: [B, K, G, T, S] and [B, K, G, T, 1]."""
+    batch, queries, heads, width = q.shape
+    groups = heads // k.shape[2]
+    # Heads in front and the queries of a group folded together: one plain batched matrix product on every backend.
+    q = q.reshape(batch, queries, k.shape[2], groups, width).transpose(0, 2, 3, 1, 4)
+    q = (q * width**-0.5).reshape(batch, k.shape[2], groups * queries, width)
+    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, k.shape[2], groups, queries, -1)
+    if bias is not None:
+        logits = logits + bias.reshape(bias.shape[0], k.shape[2], groups, *bias.shape[2:])
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # A query that sees no key has only -inf: without the bound, exp(-inf + inf) is NaN.
+    weights = jnp.exp(logits - jnp.maximum(top, jnp.finfo(jnp.float32).min))
+    return weights, jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def attention_weights(q: Array, k: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
+    """Softmax of q k^T / sqrt(H): [B, N, T, S] float32. Arguments as in `attend`."""
+    weights, sums = _exponentials(q, k, mask, bias)
+    return (weights / jnp.maximum(sums, jnp.finfo(jnp.float32).tiny)).reshape(q.shape[0], q.shape[2], q.shape[1], -1)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
+    """Attention of `q` over `k`, `v`.
 
     Args:
       q: [B, T, N, H].
-      k: [B, S, K, H] with N a multiple of K (grouped-query attention, Ainslie et al. 2023).
-      mask: [B or 1, T, S] bool, True where the query may see the key. A query that sees no key has all weights exactly 0.
-      bias: [N, 1 or T, S] or [B, N, T, S], added to the logits (ALiBi).
-      scale: of the logits; None: 1 / sqrt(H).
-
-    Returns:
-      [B, K, G, T, S] float32.
-    """
-    groups = q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = (q * scale).reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    if bias is not None:
-        bias = bias[None] if bias.ndim == 3 else bias
-        logits = logits + bias.reshape(bias.shape[0], k.shape[2], groups, *bias.shape[2:])
-    if mask is None:
-        return jax.nn.softmax(logits, axis=-1)
-    mask = mask[:, None, None]
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    # Without the second `where` a row that sees nothing would attend uniformly to everything.
-    return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
-
-
-def attend(
-    q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None
-) -> Array:
-    """Attention of `q` over `k`, `v`; arguments as in `attention_weights`.
+      k, v: [B, S, K, H] with N a multiple of K (grouped-query attention, Ainslie et al. 2023).
+      mask: [B or 1, T, S] bool, True where the query may see the key.
+      bias: [B or 1, N, T or 1, S] float32, added to the logits (ALiBi).
 
     Returns:
       [B, T, N, H] in the type of `v`. A query that sees no key gets exactly 0.
     """
-    weights = attention_weights(q, k, mask, bias, scale).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(*q.shape[:3], v.shape[-1])
+    weights, sums = _exponentials(q, k, mask, bias)
+    batch, kv_heads, groups, queries, _ = weights.shape
+    weights = weights.astype(v.dtype).reshape(batch, kv_heads, groups * queries, -1)
+    y = jnp.matmul(weights, v.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
+    # The sums divide the result and not the weights: H numbers a query instead of S.
+    y = y.reshape(batch, kv_heads, groups, queries, -1) / jnp.maximum(sums, jnp.finfo(jnp.float32).tiny)
+    return y.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1, v.shape[-1])

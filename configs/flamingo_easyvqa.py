@@ -1,0 +1,97 @@
+"""A Flamingo from scratch on easy-VQA, on two CPU cores in ten minutes.
+
+    python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/flamingo
+    python infer.py --checkpoint=runs/flamingo --image=picture.png --prompt="what color is the shape?"
+
+The control experiment, which sees grey instead of every picture:
+
+    python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/blank --config.data.blank_images=True
+"""
+
+import ml_collections
+
+from vlm_jax.config import (
+    AugmentConfig,
+    BlockConfig,
+    ClipVitConfig,
+    DataConfig,
+    DecoderConfig,
+    EasyVqaConfig,
+    GatedCrossAttentionConfig,
+    ModelConfig,
+    NormConfig,
+    OptimizerConfig,
+    ParamRule,
+    PerceiverConfig,
+    RopeConfig,
+    RunConfig,
+    to_config_dict,
+)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    vision = BlockConfig(
+        width=128,
+        heads=4,
+        kv_heads=4,
+        head_width=32,
+        mlp_width=384,
+        activation="quick_gelu",
+        gated_mlp=False,
+        norm=NormConfig(kind="layer", eps=1e-5),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+    language = BlockConfig(
+        width=128,
+        heads=4,
+        kv_heads=2,
+        head_width=32,
+        mlp_width=256,
+        activation="silu",
+        gated_mlp=True,
+        norm=NormConfig(kind="rms", eps=1e-5),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+    )
+    model = ModelConfig(
+        vision=ClipVitConfig(image_size=64, patch_size=8, layers=4, block=vision),
+        connector=PerceiverConfig(latents=8, layers=1, heads=4, head_width=32, mlp_ratio=2),
+        fusion=GatedCrossAttentionConfig(every=1, offset=0, heads=4, head_width=32, mlp_width=256),
+        language=DecoderConfig(
+            vocab_size=512,
+            layers=2,
+            block=language,
+            positions=RopeConfig(base=10_000.0, scaling=None),
+            max_positions=256,
+            window=None,
+            tied_head=True,
+        ),
+    )
+    data = DataConfig(
+        source=EasyVqaConfig(),
+        tokenizer="train",
+        vocab_size=512,
+        prompt="{question}",
+        answer=" {answer}",
+        image_size=64,
+        sequences_per_image=4,
+        rows=16,
+        tokens=128,
+        images=4,
+        augment=AugmentConfig(flip=True, shift=6),
+    )
+    optimizer = OptimizerConfig(
+        lr=1.5e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        weight_decay=0.05,
+        rules=(
+            ParamRule(pattern="connector", decay=0.0),
+            ParamRule(pattern="(scale|bias|gate|embedding)$", decay=0.0),
+        ),
+    )
+    run = RunConfig(model=model, data=data, optimizer=optimizer, steps=2500, eval_every=500, save_every=500, eval_rows=64)
+    return to_config_dict(run)

@@ -1,0 +1,207 @@
+"""A run from its first step, or from its newest checkpoint, to its last."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax.config import RunConfig
+from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
+from vlm_jax.sharding import make_mesh
+from vlm_jax.training.checkpoint import CheckpointError, Checkpoints, claim, load_run
+from vlm_jax.training.flops import count_flops, peak_flops
+from vlm_jax.training.interrupt import Interrupt
+from vlm_jax.training.losses import means
+from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
+from vlm_jax.training.step import Trainer, TrainState, zeros_batch
+from vlm_jax.training.table import print_table
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many updates in a row were skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    metrics: dict[str, float]  # of the last whole evaluation; empty if it was interrupted before one
+    signal: int | None  # the signal that ended it early
+
+
+def train(config: RunConfig, workdir: str | Path) -> Result:
+    """Trains until `config.steps`, resuming from the newest checkpoint in `workdir`.
+
+    Raises:
+      CheckpointError: `workdir` belongs to another configuration, or all its checkpoints are damaged.
+      NonFiniteLoss: more than `config.optimizer.max_bad_steps` updates in a row were not finite.
+    """
+    folder = Path(workdir).expanduser()
+    claim(folder, config)
+    source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
+    tokenizer = build_tokenizer(config.data, source, folder / "tokenizer")
+    known = config.model.language.vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {tokenizer.vocab_size}")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Interrupt() as interrupt:
+        trainer = Trainer(config, mesh)
+        if jax.process_index() == 0:
+            print_table(trainer)
+        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best)
+        state, start = _first_state(trainer, checkpoints, mesh)
+        reporter = Reporter(folder, start)
+        run = _Run(config, trainer, checkpoints, reporter, interrupt, tokenizer, source, held_out)
+        try:
+            return run.go(state, start)
+        finally:
+            reporter.close()
+            checkpoints.close()
+
+
+def _first_state(trainer: Trainer, checkpoints: Checkpoints, mesh: Any) -> tuple[TrainState, int]:
+    restored = checkpoints.restore(trainer)
+    if restored is not None:
+        return restored
+    if trainer.config.init_from:
+        params = load_run(trainer.config.init_from, mesh).params
+        expected = jax.tree.map(lambda leaf: leaf.shape, trainer.abstract_state.params)
+        found = jax.tree.map(lambda leaf: leaf.shape, params)
+        if expected != found:
+            raise CheckpointError(f"config.init_from={trainer.config.init_from}: its model has other parts or sizes")
+        return trainer.state_of(params), 0
+    return trainer.init(), 0
+
+
+@dataclasses.dataclass
+class _Run:
+    config: RunConfig
+    trainer: Trainer
+    checkpoints: Checkpoints
+    reporter: Reporter
+    interrupt: Interrupt
+    tokenizer: Any
+    source: Any
+    held_out: Any
+    pending: list[Any] = dataclasses.field(default_factory=list)  # metrics still on the device, a step each
+    lap: list[dict[str, float]] = dataclasses.field(default_factory=list)  # those since the last progress line
+
+    def go(self, state: TrainState, start: int) -> Result:
+        config = self.config
+        flops, update = self._compile(state)
+        done = f"resuming at step {start}" if start else "starting"
+        self.reporter.say(f"{done}, {config.steps - start} steps to go; Ctrl-C saves and leaves, the same command goes on")
+        data = TrainBatches(config, self.tokenizer, self.source, start, jax.process_index(), jax.process_count())
+        laps, metrics, step, saved = Laps(), {}, start, start
+        try:
+            for batch in data:
+                state, stepped = update(state, self.trainer.put(batch))
+                step += 1
+                self.pending.append(stepped)
+                last, logs = step == config.steps, step % config.log_every == 0
+                if last or logs:
+                    self._flush(step)
+                    self._log(step, laps.lap(), flops)
+                with laps.pause():
+                    metrics = {}
+                    if last or step % config.eval_every == 0:
+                        metrics = self.evaluate(state, step, whole=last)
+                    if last or step % config.save_every == 0:
+                        self._save(state, step, metrics)
+                        saved = step
+                    if not last and self.interrupt.wanted(agree=logs):
+                        break
+        finally:
+            data.close()
+        if step < config.steps and saved != step:
+            self._save(state, step, {})
+        self.checkpoints.wait()
+        if step < config.steps:
+            name = signal.Signals(self.interrupt.signal).name
+            self.reporter.say(f"{name}: saved step {step} of {config.steps}; the same command goes on from there")
+        return Result(step, metrics, self.interrupt.signal if step < config.steps else None)
+
+    def _compile(self, state: TrainState) -> tuple[int, Any]:
+        """Model FLOPs of an update, and the update compiled, so that the first progress line already tells the pace."""
+        began = time.perf_counter()
+        config, trainer = self.config, self.trainer
+        batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
+        # The mathematics alone is counted: rematerialisation is work, but not the model's.
+        plain = Trainer(dataclasses.replace(config, remat="none"), trainer.mesh)
+        flops = count_flops(plain.gradients, state.trained, state.frozen, batch)
+        update = trainer.train_step.lower(state, batch).compile()
+        self.reporter.say(f"{human_rate(flops, 'FLOP')} a step; compiled in {human_time(time.perf_counter() - began)}")
+        return flops, update
+
+    def _save(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
+        # The lines of what a checkpoint holds must be on disk before it: a resumed run writes only those after it.
+        self._flush(step)
+        self.checkpoints.save(state, step, metrics or None)
+
+    def evaluate(self, state: TrainState, step: int, whole: bool) -> dict[str, float]:
+        """Means over the held-out split, or over its first `eval_rows` rows."""
+        began = time.perf_counter()
+        rows = 0 if whole else self.config.eval_rows
+        totals: dict[str, float] = {}
+        for sums in self._eval_sums(state, rows):
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        metrics = {name: float(value) for name, value in means({k: np.float64(v) for k, v in totals.items()}).items()}
+        self.reporter.record(step, metrics, "eval_")
+        self.reporter.plot(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.reporter.flush()
+        blank = " (every picture blanked)" if self.config.data.blank_images else ""
+        self.reporter.say(
+            f"step {step}: accuracy {metrics['accuracy']:.2%} on {metrics['sequences']:,.0f} held-out answers{blank}, "
+            f"loss {metrics['loss']:.4f}, in {human_time(time.perf_counter() - began)}"
+        )
+        return metrics
+
+    def _eval_sums(self, state: TrainState, rows: int) -> Iterator[dict[str, Any]]:
+        batches = eval_batches(self.config.data, self.tokenizer, self.held_out, jax.process_index(), jax.process_count(), rows)
+        for batch in batches:
+            yield jax.device_get(self.trainer.eval_step(state, self.trainer.put(batch)))
+
+    def _flush(self, step: int) -> None:
+        """Waits for the device, and writes a line for each step since the last time.
+
+        Raises:
+          NonFiniteLoss: too many updates in a row were skipped.
+        """
+        values = [{name: float(value) for name, value in one.items()} for one in jax.device_get(self.pending)]
+        self.pending = []
+        self.lap += values
+        for number, value in enumerate(values, step - len(values) + 1):
+            self.reporter.record(number, value)
+            if value["skipped_in_a_row"] > self.config.optimizer.max_bad_steps:
+                self.reporter.flush()
+                raise NonFiniteLoss(
+                    f"step {number}: loss or gradient not finite for {value['skipped_in_a_row']:.0f} steps in a row; the last "
+                    "checkpoint is from before. Lower --config.optimizer.lr, lengthen the warm-up, or look at the data"
+                )
+        self.reporter.flush()
+
+    def _log(self, step: int, seconds: float, flops: int) -> None:
+        """The progress line of the steps since the last one."""
+        mesh, config, last, steps = self.trainer.mesh, self.config, self.lap[-1], len(self.lap)
+        mean = {name: sum(value[name] for value in self.lap) / steps for name in ("loss", "accuracy", "sequences")}
+        self.lap = []
+        examples, rate = mean["sequences"] * steps / seconds, flops * steps / seconds
+        peak = peak_flops(mesh.devices.flat[0])
+        share = f" ({rate / (peak * mesh.size):.1%} of peak)" if peak else ""
+        skipped = f"  skipped {last['skipped']:.0f}" if last["skipped"] else ""
+        self.reporter.say(
+            f"step {step:>{len(str(config.steps))}}/{config.steps}  loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}  "
+            f"{human_rate(examples, ' examples/s')}  {human_rate(rate, 'FLOP/s')}{share}{skipped}  "
+            f"left {human_time((config.steps - step) * seconds / steps)}"
+        )
+        self.reporter.plot(step, {f"train/{name}": value for name, value in (last | mean).items()})
+        self.reporter.plot(step, {"speed/examples": examples, "speed/flops": rate, "speed/step": seconds / steps})

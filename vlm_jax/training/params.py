@@ -1,0 +1,75 @@
+"""Parameters by path: which are trained, which are frozen, and at what rate.
+
+A path is the names of the nested dicts joined by "/": `language/layers/attention/query/kernel`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vlm_jax.config import ParamRule
+
+Params = Any
+DEFAULT = ParamRule(pattern="")
+
+
+def by_path(params: Params) -> dict[str, Any]:
+    """Nested dicts -> {path: leaf}."""
+    return flatten_dict(params, sep="/")
+
+
+def nested(flat: dict[str, Any]) -> Params:
+    """{path: leaf} -> nested dicts."""
+    return unflatten_dict(flat, sep="/")
+
+
+def resolve(paths: list[str], rules: tuple[ParamRule, ...]) -> dict[str, ParamRule]:
+    """The rule of each path: the first whose pattern is found in it, or the default (trained, full rate, full decay).
+
+    Raises:
+      ValueError: a pattern that matches no path, which is most often a misspelling.
+    """
+    idle = [rule.pattern for rule in rules if not any(re.search(rule.pattern, path) for path in paths)]
+    if idle:
+        raise ValueError(
+            f"config.optimizer.rules: no parameter path matches {idle}; the paths begin with "
+            f"{sorted({'/'.join(path.split('/')[:2]) for path in paths})}"
+        )
+    return {path: next((rule for rule in rules if re.search(rule.pattern, path)), DEFAULT) for path in paths}
+
+
+def split(params: Params, rules: dict[str, ParamRule]) -> tuple[Params, Params]:
+    """(trained, frozen), each a nested dict without the other's leaves."""
+    flat = by_path(params)
+    trained = {path: leaf for path, leaf in flat.items() if not rules[path].frozen}
+    frozen = {path: leaf for path, leaf in flat.items() if rules[path].frozen}
+    return nested(trained), nested(frozen)
+
+
+def merge(trained: Params, frozen: Params) -> Params:
+    """The inverse of `split`."""
+    return nested(by_path(trained) | by_path(frozen))
+
+
+def held(path: str, leaf: Any, rules: dict[str, ParamRule]) -> Any:
+    """A parameter in the type it is held in: float32, or a frozen one's `frozen_dtype`."""
+    rule = rules[path]
+    return leaf.astype(jnp.dtype(rule.frozen_dtype) if rule.frozen else jnp.float32)
+
+
+def trained_rows(params: Params, rules: dict[str, ParamRule]) -> Params:
+    """Zeroes what `rows_from` leaves out: the rows before it of a gradient or an update."""
+
+    def cut(path: str, leaf: jax.Array) -> jax.Array:
+        start = rules[path].rows_from
+        if not start:
+            return leaf
+        keep = jnp.arange(leaf.shape[0]) >= start
+        return jnp.where(keep.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
+
+    return nested({path: cut(path, leaf) for path, leaf in by_path(params).items()})

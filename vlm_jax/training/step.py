@@ -1,0 +1,184 @@
+"""The state of a run, how it is made on the mesh, and one update of it.
+
+Axis letters: B rows, A micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.config import ParamRule, RunConfig
+from vlm_jax.data.batch import Batch
+from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import Named, Placement, batch_sharding, place_tree, shardings_of
+from vlm_jax.training.losses import means, next_token_sums
+from vlm_jax.training.optimizer import make_optimizer, schedule
+from vlm_jax.training.params import Params, by_path, held, merge, nested, resolve, split, trained_rows
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a checkpoint keeps, but for the place in the data, which is `step`."""
+
+    step: Array  # [] int32, updates done or skipped
+    trained: Params
+    frozen: Params
+    opt_state: Any
+    skipped: Array  # [] int32, updates left out because the loss or a gradient was not finite
+    skipped_in_a_row: Array  # [] int32
+
+    @property
+    def params(self) -> Params:
+        return merge(self.trained, self.frozen)
+
+
+def compute_dtype(name: str) -> Any:
+    """`RunConfig.dtype` -> a dtype: bfloat16 by itself on GPU and TPU; on CPU it is emulated and slow."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def zeros_batch(config: RunConfig, rows: int) -> Batch:
+    """A batch of the run's shapes with nothing in it."""
+    data = config.data
+    size = data.image_size
+    row = lambda dtype: jnp.zeros((rows, data.tokens), dtype)
+    images = jnp.zeros((rows, data.images, data.frames, size, size, 3), jnp.uint8)
+    frames = jnp.zeros((rows, data.images), jnp.int32)
+    return Batch(images, frames, *(row(jnp.int32) for _ in range(6)), row(jnp.float32))
+
+
+class Trainer:
+    """A run's model, optimizer and mesh, and the two compiled functions `train_step` and `eval_step`.
+
+    Every method must be called within `jax.set_mesh(trainer.mesh)`.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        accumulate = config.optimizer.accumulate
+        if config.data.rows % (ways * accumulate):
+            raise ValueError(
+                f"config.data.rows={config.data.rows} does not divide into data*fsdp={ways} shares of "
+                f"accumulate={accumulate} micro-batches"
+            )
+        self.config, self.mesh = config, mesh
+        self.model = VisionLanguageModel(config.model, compute_dtype(config.dtype), config.remat)
+        self.boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
+        self.placements: dict[str, Placement] = by_path(place_tree(self.boxed, mesh))
+        self.rules: dict[str, ParamRule] = resolve(list(self.placements), config.optimizer.rules)
+        self.optimizer = make_optimizer(config.optimizer, self.rules, config.steps)
+        self.schedule = schedule(config.optimizer, config.steps)
+        self.abstract_state = jax.eval_shape(self._init, jax.random.key(0))
+        self.shardings = self._shardings()
+        self.batch_sharding = batch_sharding(mesh)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self.train_step = jax.jit(
+            self._train_step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, replicated),
+        )
+        self.eval_step = jax.jit(self._eval_step, in_shardings=(self.shardings, self.batch_sharding), out_shardings=replicated)
+
+    def init(self) -> TrainState:
+        """A fresh state, every array made in its shards."""
+        return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+    def state_of(self, params: Params) -> TrainState:
+        """A fresh state around given parameters (of another run, or converted)."""
+        return jax.jit(self._state_of, out_shardings=self.shardings)(params)
+
+    def put(self, batch: Batch) -> Batch:
+        """This process's rows -> its shards of the global batch."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
+
+    def loss_sums(self, params: Params, batch: Batch) -> dict[str, Array]:
+        return next_token_sums(self.model.apply({"params": params}, batch), batch)
+
+    def _init_boxed(self, key: Array) -> Any:
+        return self.model.init(key, zeros_batch(self.config, 1))["params"]
+
+    def _init(self, key: Array) -> TrainState:
+        unbox = lambda tree: jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))
+        return self._state_of(unbox(self._init_boxed(key)))
+
+    def _state_of(self, params: Params) -> TrainState:
+        params = nested({path: held(path, leaf, self.rules) for path, leaf in by_path(params).items()})
+        trained, frozen = split(params, self.rules)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero)
+
+    def _shardings(self) -> TrainState:
+        of_params = shardings_of(self.placements, self.mesh)
+        trained, frozen = split(nested(of_params), self.rules)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        opt_state = optax.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            self.abstract_state.opt_state,
+            trained,
+            transform_non_params=lambda _: replicated,
+        )
+        return TrainState(replicated, trained, frozen, opt_state, replicated, replicated)
+
+    def gradients(self, trained: Params, frozen: Params, batch: Batch) -> tuple[dict[str, Array], Params]:
+        """Sums over the batch, and the gradient of the summed loss, in `accumulate` micro-batches."""
+
+        def loss(trained: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
+            sums = self.loss_sums(merge(trained, frozen), part)
+            return sums["loss"], sums
+
+        grad = jax.grad(loss, has_aux=True)
+        micro = self.config.optimizer.accumulate
+        if micro == 1:
+            gradients, sums = grad(trained, batch)
+            return sums, gradients
+
+        # Every device keeps its own rows: micro-batch `a` takes rows a, a + A, a + 2A, ...
+        parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad(trained, part)), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, batch))
+        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
+        return sums, gradients
+
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        sums, gradients = self.gradients(state.trained, state.frozen, batch)
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), gradients)
+        norm = optax.global_norm(trained_rows(gradients, self.rules))
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        bad = (~finite).astype(jnp.int32)
+        new = TrainState(
+            step=state.step + 1,
+            trained=choose(optax.apply_updates(state.trained, updates), state.trained),
+            frozen=state.frozen,
+            opt_state=choose(opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        updates_done = state.step - state.skipped
+        metrics = means(sums) | {
+            "gradient_norm": norm,
+            "lr": self.schedule(updates_done),
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+        }
+        return new, metrics
+
+    def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
+        return self.loss_sums(state.params, batch)
