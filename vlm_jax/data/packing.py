@@ -1,0 +1,182 @@
+"""Which sequences stand in which row: a plan of an epoch, made before any picture is opened.
+
+A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
+whole. Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of
+every example is in exactly one row of an epoch.
+
+The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
+without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
+
+The shuffle is by sorting hashes (splitmix64), not by NumPy's generators, whose streams may change between releases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+
+OPEN_ROWS = 32  # rows that first fit looks at; more fill slightly better and plan slower
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """What packing needs to know of a data set: N sequences, in the order of their examples, of E examples."""
+
+    tokens: np.ndarray  # [N] int32, of a sequence
+    example: np.ndarray  # [N] int32, the example it belongs to, ascending
+    images: np.ndarray  # [E] int32, pictures of an example
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An epoch: R rows of units of sequences, as flat arrays."""
+
+    rows: np.ndarray  # [R + 1] row r holds units rows[r]:rows[r + 1]
+    units: np.ndarray  # [U + 1] unit u holds sequences[units[u]:units[u + 1]]
+    sequences: np.ndarray  # [N] indices into `Lengths`
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def __getitem__(self, row: int) -> list[np.ndarray]:
+        """The row's units, each the indices of its sequences, which are of one example."""
+        return [self.sequences[self.units[unit] : self.units[unit + 1]] for unit in range(self.rows[row], self.rows[row + 1])]
+
+
+def mix(*values: int | np.ndarray) -> np.ndarray:
+    """A well-mixed uint64 of integers (broadcast against each other): splitmix64 (Steele et al. 2014), chained."""
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for value in values:
+            state = np.asarray(value).astype(np.uint64) + (state ^ np.uint64(0x9E3779B97F4A7C15)) * np.uint64(
+                0xD1342543DE82EF95
+            )
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def plan_epoch(
+    lengths: Lengths, tokens: int, images: int, per_image: int = 0, seed: int = 0, epoch: int = 0, shuffle: bool = True
+) -> Plan:
+    """Plans one epoch.
+
+    Args:
+      tokens: T of a row. images: M of a row.
+      per_image: at most so many sequences of a unit; 0: as many as the row takes.
+      shuffle: False keeps the order of the data set (an evaluation).
+
+    Raises:
+      ValueError: a sequence or an example that no row can take (`check_fits` says so in the user's words).
+    """
+    count = len(lengths.tokens)
+    if count and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
+        raise ValueError("a sequence longer than a row, or an example of more images than a row has")
+    index = np.arange(count)
+    if shuffle:
+        # Within an example by hash; the examples themselves stay together.
+        index = np.lexsort((mix(seed, epoch, 1, index), lengths.example))
+    starts = _cut(lengths.tokens[index], lengths.example[index], tokens, per_image)
+    bounds = np.append(starts, count)
+    order = np.argsort(mix(seed, epoch, 2, np.arange(len(starts))), kind="stable") if shuffle else np.arange(len(starts))
+    weights = np.add.reduceat(lengths.tokens[index], starts, dtype=np.int64) if count else np.zeros(0, np.int64)
+    pictures = lengths.images[lengths.example[index[starts]]] if count else np.zeros(0, np.int64)
+    rows = _first_fit(weights[order].tolist(), pictures[order].tolist(), tokens, images)
+    placed = order[np.fromiter((unit for row in rows for unit in row), np.int64, len(starts))]
+    sizes = np.diff(bounds)[placed]
+    ends = np.cumsum(sizes)
+    sequences = index[np.repeat(bounds[placed] - (ends - sizes), sizes) + np.arange(count)]
+    row_bounds = np.cumsum([0, *map(len, rows)])
+    return Plan(row_bounds, np.concatenate([[0], ends]).astype(np.int64), sequences.astype(np.int32))
+
+
+def _cut(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
+    """Where units begin: at a new example, after `per_image` sequences, and where the next would not fit in a row."""
+    count = len(tokens)
+    if not count:
+        return np.zeros(0, np.int64)
+    new = np.append(True, example[1:] != example[:-1])
+    if per_image:
+        first = np.flatnonzero(new)
+        rank = np.arange(count) - np.repeat(first, np.diff(np.append(first, count)))
+        new |= rank % per_image == 0
+    starts = np.flatnonzero(new)
+    totals = np.add.reduceat(tokens, starts, dtype=np.int64)
+    more = []
+    for unit in np.flatnonzero(totals > capacity):  # few, as a rule
+        end = starts[unit + 1] if unit + 1 < len(starts) else count
+        filled = 0
+        for place in range(starts[unit], end):
+            if filled + tokens[place] > capacity:
+                more.append(place)
+                filled = 0
+            filled += int(tokens[place])
+    return np.sort(np.concatenate([starts, np.asarray(more, np.int64)]))
+
+
+def _first_fit(tokens: list[int], images: list[int], most_tokens: int, most_images: int) -> list[list[int]]:
+    """First fit among the last few open rows; a row leaves when it is full or the oldest of too many."""
+    done: list[list[int]] = []
+    open_rows: list[list] = []  # [free tokens, free images, units], oldest first
+    least = min(tokens, default=0)
+    for unit, (length, pictures) in enumerate(zip(tokens, images, strict=True)):
+        row = next((row for row in open_rows if row[0] >= length and row[1] >= pictures), None)
+        if row is None:
+            if len(open_rows) == OPEN_ROWS:
+                done.append(open_rows.pop(0)[2])
+            row = [most_tokens, most_images, []]
+            open_rows.append(row)
+        row[0] -= length
+        row[1] -= pictures
+        row[2].append(unit)
+        if row[0] < least:
+            open_rows = [other for other in open_rows if other is not row]
+            done.append(row[2])
+    return done + [row[2] for row in open_rows]
+
+
+class PackedRows:
+    """All rows of all epochs, one after the other, each reached by one integer."""
+
+    def __init__(self, lengths: Lengths, tokens: int, images: int, per_image: int, seed: int):
+        """Args as in `plan_epoch`."""
+        self.lengths, self._args = lengths, (tokens, images, per_image, seed)
+        self._init()
+
+    def _init(self) -> None:
+        self._lock = threading.Lock()
+        self._firsts = [0]  # the first row of each epoch known so far, and of the one after
+        self._plans: dict[int, Plan] = {}
+
+    def __getstate__(self):
+        return self.lengths, self._args
+
+    def __setstate__(self, state):
+        self.lengths, self._args = state
+        self._init()
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of an epoch; the last few are kept."""
+        if epoch not in self._plans:
+            while len(self._plans) >= 3:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = plan_epoch(self.lengths, *self._args, epoch)
+        return self._plans[epoch]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Global row -> (epoch, row within it). Epochs differ in their number of rows, so those before are planned."""
+        with self._lock:
+            while self._firsts[-1] <= row:
+                self._firsts.append(self._firsts[-1] + len(self.plan(len(self._firsts) - 1)))
+            epoch = int(np.searchsorted(self._firsts, row, side="right")) - 1
+            return epoch, row - self._firsts[epoch]
+
+    def __getitem__(self, row: int) -> list[np.ndarray]:
+        """The units of a global row, as in `Plan`."""
+        epoch, within = self.locate(row)
+        with self._lock:
+            plan = self.plan(epoch)
+        return plan[within]

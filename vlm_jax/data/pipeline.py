@@ -1,0 +1,244 @@
+"""What training calls: a configuration -> batches, in an order that one integer describes.
+
+Axis letters: B rows of the global batch, P processes.
+
+The rows of all epochs are one endless sequence; batch b holds rows b*B..(b+1)*B, and of these process p makes its share of
+B/P. Any batch can be made without those before it. So the position of a run is the number of its step, the global batches
+are the same for any number of processes, and worker processes change nothing but the speed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from vlm_jax.config import DataConfig, EasyVqaConfig, RunConfig
+from vlm_jax.data.batch import Batch
+from vlm_jax.data.easy_vqa import EasyVqaSource
+from vlm_jax.data.example import DataError, Source, Text
+from vlm_jax.data.packing import PackedRows, plan_epoch
+from vlm_jax.data.rows import Arrays, RowMaker, empty_rows, to_batch
+from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from vlm_jax.data.tokens import Tokens, tokenize
+
+log = logging.getLogger(__name__)
+
+_TOKENIZED: weakref.WeakKeyDictionary[Any, tuple[tuple, Tokens]] = weakref.WeakKeyDictionary()
+
+
+def build_source(config: DataConfig, split: str) -> Source:
+    """The examples of "train" or "eval".
+
+    Raises:
+      DataError: the data cannot be read or is not right.
+    """
+    for name, field in (("prompt", "{question}"), ("answer", "{answer}")):
+        template = getattr(config, name)
+        if template.count(field) != 1:
+            raise DataError(f"data.{name}={template!r}: expected {field} in it, once")
+    source = config.source
+    if isinstance(source, EasyVqaConfig):
+        part = {"train": "train", "eval": "test"}[split]
+        return EasyVqaSource(part, source.cache_dir, config.prompt, config.answer)
+    from vlm_jax.data.jsonl import JsonLinesSource
+
+    return JsonLinesSource(getattr(source, split), source.image_root, config.prompt, config.answer, source.bad_lines)
+
+
+def build_tokenizer(config: DataConfig, source: Source, folder: str | Path | None = None) -> Tokenizer:
+    """Reads `config.tokenizer`, or trains one on the source's texts if that is "train".
+
+    Args:
+      folder: where it is kept: read from there if it is there, else written.
+
+    Raises:
+      TokenizerError: it cannot be had.
+    """
+    if folder is not None and (Path(folder) / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    if config.tokenizer == "train":
+        tokenizer = train_tokenizer(_texts(source), config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    if folder is not None:
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def _texts(source: Source) -> Iterator[str]:
+    for index in range(len(source)):
+        for sequence in source[index].sequences:
+            for part in sequence:
+                if isinstance(part, Text):
+                    yield part.text
+
+
+def _tokens(config: DataConfig, tokenizer: Tokenizer, source: Source) -> Tokens:
+    """`tokenize`, once for a source: a run evaluates many times."""
+    key = (tokenizer, config.tokens, config.images, config.frames)
+    known = _TOKENIZED.get(source)
+    if known is None or known[0] != key:
+        skip = getattr(config.source, "bad_lines", "error") == "skip"
+        tokens = tokenize(source, tokenizer, config.tokens, config.images, config.frames, skip)
+        if isinstance(source, EasyVqaSource):
+            source.check(len(tokens.example))
+        known = (key, tokens)
+        _TOKENIZED[source] = known
+    return known[1]
+
+
+def _share(config: DataConfig, process_index: int, process_count: int) -> range:
+    """Which rows of a global batch the process makes."""
+    if config.rows % process_count:
+        raise DataError(f"data.rows={config.rows} does not divide among {process_count} processes")
+    size = config.rows // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+class _LocalBatch:
+    """Number of a step -> its rows of this process, as arrays. It pickles."""
+
+    def __init__(self, config: DataConfig, rows: PackedRows, maker: RowMaker, share: range):
+        self._config, self._rows, self._maker, self._share = config, rows, maker, share
+
+    def __call__(self, step: int) -> Arrays:
+        arrays = empty_rows(self._config, len(self._share))
+        for place, offset in enumerate(self._share):
+            number = int(step) * self._config.rows + offset
+            self._maker.fill(arrays, place, self._rows[number], number)
+        return arrays
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in a worker process."""
+    # Ctrl-C is the trainer's to answer; a worker that died of it would be reported as a crash.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports jax; a worker must not take the accelerator
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A trainer that was killed leaves no workers behind."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class TrainBatches:
+    """The training batches of this process from step `start` on; iterate over it once, then `close` it.
+
+    Attributes:
+      position: the step whose batch comes next. It is all a checkpoint has to keep.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        source: Source,
+        start: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Tokenises the source, and starts `config.data.workers` processes.
+
+        Raises:
+          DataError: an example that fits in no row, or rows that do not divide among the processes.
+        """
+        import grain
+
+        data = config.data
+        tokens = _tokens(data, tokenizer, source)
+        rows = PackedRows(tokens.lengths, data.tokens, data.images, data.sequences_per_image, config.seed)
+        share = _share(data, process_index, process_count)
+        self.position = start
+        made = grain.MapDataset.range(start, max(start, config.steps)).map(
+            _LocalBatch(data, rows, RowMaker(data, tokens, source, config.seed), share)
+        )
+        # One thread: NumPy's small operations hold the interpreter, more threads only take turns.
+        ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        if data.workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads its own; a library's user need not have called `app.run`
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
+            ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
+        self._iterator = iter(ahead)
+        self._started = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The batch of step `position`: images [B/P, M, F, H, W, 3], the rest as documented in `Batch`.
+
+        Raises:
+          DataError: a picture cannot be read; it names the example.
+        """
+        if self._iterator is None:
+            raise StopIteration
+        arrays = next(self._iterator) if self._started else self._first()
+        self.position += 1
+        return to_batch(arrays)
+
+    def _first(self) -> Arrays:
+        """The workers are started by the first call. They inherit a blocked SIGINT, for the time until they ignore it."""
+        self._started = True
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return next(self._iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def eval_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    source: Source,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_rows: int = 0,
+) -> Iterator[Batch]:
+    """Every sequence of the source once, in its order, without augmentation.
+
+    The last batch is filled up with empty rows, so that all processes get equally many batches of equal shape.
+
+    Args:
+      max_rows: only so many rows from the beginning; 0: all.
+
+    Raises:
+      DataError: as for TrainBatches.
+    """
+    tokens = _tokens(config, tokenizer, source)
+    share = _share(config, process_index, process_count)
+    plan = plan_epoch(tokens.lengths, config.tokens, config.images, config.sequences_per_image, shuffle=False)
+    count = min(len(plan), max_rows) if max_rows else len(plan)
+    maker = RowMaker(config, tokens, source, seed=None)
+    for first in range(0, count, config.rows):
+        arrays = empty_rows(config, len(share))
+        for place, offset in enumerate(share):
+            if first + offset < count:
+                maker.fill(arrays, place, plan[first + offset], first + offset)
+        yield to_batch(arrays)

@@ -1,0 +1,141 @@
+"""Text <-> token ids: a byte-level BPE trained on the spot, or any published fast tokenizer.
+
+Five special tokens have a place in every model of this library; their names are Flamingo's. A published tokenizer's own
+padding, begin and end tokens are kept; what it lacks is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, IMAGE, EOC = SPECIAL = ("<pad>", "<BOS>", "<EOS>", "<image>", "<EOC>")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be had or used."""
+
+
+class Tokenizer:
+    """A fast tokenizer, and the ids of the five special tokens.
+
+    Attributes:
+      pad_id, bos_id, eos_id, image_id, eoc_id: `<image>` stands where a picture does, `<EOC>` ends a learned text.
+      vocab_size: one more than the greatest id.
+    """
+
+    def __init__(self, backend: PreTrainedTokenizerFast):
+        self._wrapped = backend
+        added = {}
+        if backend.pad_token is None:
+            added["pad_token"] = PAD
+        if backend.bos_token is None:
+            added["bos_token"] = BOS
+        if backend.eos_token is None:
+            added["eos_token"] = EOS
+        vocab = backend.get_vocab()
+        missing = [token for token in (IMAGE, EOC) if token not in vocab]
+        if added:
+            backend.add_special_tokens(added)
+        if missing:
+            backend.add_tokens(missing, special_tokens=True)
+        self.pad_id: int = backend.pad_token_id
+        self.bos_id: int = backend.bos_token_id
+        self.eos_id: int = backend.eos_token_id
+        self.image_id: int = backend.convert_tokens_to_ids(IMAGE)
+        self.eoc_id: int = backend.convert_tokens_to_ids(EOC)
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        self._fast = backend.backend_tokenizer
+        self._fast.encode_special_tokens = True  # as text, that is
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids; nothing is added in front or behind.
+
+        Args:
+          special: whether "<image>" and the like, written out in the text, become the special tokens. They do not by
+            default: what a user types is text.
+        """
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        """`encode` of each."""
+        try:
+            if special:
+                self._fast.encode_special_tokens = False
+            return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        finally:
+            if special:
+                self._fast.encode_special_tokens = True
+
+    def decode(self, ids: Iterable[int], special: bool = True) -> str:
+        """Text of the ids.
+
+        Args:
+          special: whether special tokens are written out, or left away.
+        """
+        ids = [int(i) for i in ids]
+        return self._wrapped.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder that `load_tokenizer` and transformers' `AutoTokenizer` read."""
+        self._wrapped.save_pretrained(str(folder))
+
+    def __reduce__(self):
+        return (Tokenizer, (self._wrapped,))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): any text can be written with it, nothing is unknown.
+
+    The same texts give the same tokenizer, whatever the machine.
+
+    Args:
+      vocab_size: at most so many tokens, the 256 bytes and five special ones among them.
+
+    Raises:
+      TokenizerError: `vocab_size` leaves no room for the bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    least = len(alphabet) + len(SPECIAL)
+    if vocab_size < least:
+        raise TokenizerError(f"data.vocab_size={vocab_size}: a byte-level tokenizer needs at least {least}")
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(texts, trainer)
+    return Tokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=fast, pad_token=PAD, bos_token=BOS, eos_token=EOS, additional_special_tokens=[IMAGE, EOC]
+        )
+    )
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """Reads a folder or a hub repository that has a `tokenizer.json`.
+
+    Raises:
+      TokenizerError: there is none, or it cannot be read.
+    """
+    # AutoTokenizer would import torch.
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(name).expanduser()
+    where = str(path) if path.exists() else str(name)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        raise TokenizerError(f"tokenizer {where}: no tokenizer.json in this folder; only fast tokenizers can be read")
+    try:
+        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(where))
+    except Exception as error:  # the hub client, the JSON reader and the Rust parser each have their own
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TokenizerError(f"tokenizer {where!r}: neither a folder nor a hub repository that can be read: {cause}") from error

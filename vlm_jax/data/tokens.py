@@ -1,0 +1,131 @@
+"""All texts of a data set as token ids, made in one pass at the start and kept as a few flat arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+
+import numpy as np
+
+from vlm_jax.data.encode import Laid, lay_out, media_of
+from vlm_jax.data.example import DataError, Example, Source
+from vlm_jax.data.packing import Lengths
+from vlm_jax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CHUNK = 512  # examples whose texts are tokenised in one call
+REPORT_S = 10.0  # seconds between progress lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """N sequences of E examples. Only token ids and what is learned are kept; the rest follows from them."""
+
+    ids: np.ndarray  # flat, uint16 or int32
+    learned: np.ndarray  # flat, bool
+    offsets: np.ndarray  # [N + 1] int64
+    first_slot: np.ndarray  # [N] int32, of the sequence's images within its example
+    example: np.ndarray  # [N] int32
+    images: np.ndarray  # [E] int32
+    image_id: int
+    skipped: int  # examples left out because they fit in no row
+
+    @property
+    def lengths(self) -> Lengths:
+        """What packing plans with. The last token of a sequence is only a target and takes no place in a row."""
+        return Lengths((np.diff(self.offsets) - 1).astype(np.int32), self.example, self.images)
+
+    def write(self, index: int, row: dict[str, np.ndarray], at: int, segment: int, slots: int) -> int:
+        """Writes sequence `index` into a row, from place `at`; its example's first image is in slot `slots` + 1.
+
+        Args:
+          row: arrays [T], the fields of Batch without its B axis.
+
+        Returns:
+          the place behind it.
+        """
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        ids, learned = self.ids[span], self.learned[span]
+        end = at + len(ids) - 1
+        place = slice(at, end)
+        row["tokens"][place] = ids[:-1]
+        row["targets"][place] = ids[1:]
+        row["weights"][place] = learned[1:]
+        row["positions"][place] = np.arange(end - at)
+        row["segments"][place] = segment
+        last, first = media_of(ids[:-1], self.image_id, int(self.first_slot[index]) + slots)
+        row["media_last"][place] = last
+        row["media_first"][place] = first
+        return end
+
+
+def tokenize(source: Source, tokenizer: Tokenizer, tokens: int, images: int, frames: int, skip: bool = False) -> Tokens:
+    """Tokenises every text of the source.
+
+    Args:
+      tokens, images, frames: T, M and F of a row.
+      skip: leave out, count and report examples that no row can take, instead of raising.
+
+    Raises:
+      DataError: an example has no sequence, or needs more tokens, images or frames than there are.
+    """
+    ids: list[np.ndarray] = []
+    learned: list[np.ndarray] = []
+    sizes: list[int] = []
+    first_slot: list[int] = []
+    of_example: list[int] = []
+    pictures = np.zeros(len(source), np.int32)
+    refused: list[str] = []
+    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    began = reported = time.perf_counter()
+    for start in range(0, len(source), CHUNK):
+        examples = [source[index] for index in range(start, min(start + CHUNK, len(source)))]
+        laid = iter(lay_out([one for example in examples for one in example.sequences], tokenizer))
+        for index, example in enumerate(examples, start):
+            own = [next(laid) for _ in example.sequences]
+            problem = _problem(example, own, tokens, images, frames)
+            if problem and not skip:
+                raise DataError(f"{example.id}: {problem}")
+            if problem:
+                refused.append(f"{example.id}: {problem}")
+                continue
+            pictures[index] = len(example.images)
+            for one in own:
+                ids.append(np.asarray(one.tokens, kind))
+                learned.append(np.asarray(one.learned, bool))
+                sizes.append(len(one.tokens))
+                first_slot.append(one.first_slot)
+                of_example.append(index)
+        if time.perf_counter() - reported > REPORT_S:
+            reported = time.perf_counter()
+            log.info("tokenising: %d of %d examples, %.0f s", start + len(examples), len(source), reported - began)
+    if refused:
+        log.warning("%d of %d examples fit in no row and are left out; the first: %s", len(refused), len(source), refused[0])
+    if not sizes:
+        raise DataError("the data set holds no example to learn from")
+    return Tokens(
+        np.concatenate(ids),
+        np.concatenate(learned),
+        np.cumsum([0, *sizes], dtype=np.int64),
+        np.asarray(first_slot, np.int32),
+        np.asarray(of_example, np.int32),
+        pictures,
+        tokenizer.image_id,
+        len(refused),
+    )
+
+
+def _problem(example: Example, laid: list[Laid], tokens: int, images: int, frames: int) -> str:
+    if not laid:
+        return "has no text"
+    longest = max(len(one.tokens) - 1 for one in laid)
+    if longest > tokens:
+        return f"a sequence of {longest} tokens, and a row has data.tokens={tokens}. Raise it or shorten the text"
+    if len(example.images) > images:
+        return f"{len(example.images)} images, and a row has data.images={images}. Raise it"
+    most = max((len(slot) for slot in example.images), default=0)
+    if most > frames:
+        return f"an image slot of {most} frames, and a slot has data.frames={frames}. Raise it"
+    return ""
