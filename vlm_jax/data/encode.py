@@ -87,21 +87,31 @@ def _lay_out(sequence: Sequence, ids: dict[str, list[int]], tokenizer: Tokenizer
     return Laid(tokens, learned, slots[0] if slots else 0)
 
 
-def media_of(tokens: np.ndarray, image_id: int, first_slot: int) -> tuple[np.ndarray, np.ndarray]:
-    """`media_last` and `media_first` of a sequence's tokens. An `<image>` token already counts its own image.
+def media_of(
+    tokens: np.ndarray, image_id: int, sizes: np.ndarray | list[int], first_slots: np.ndarray | list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`media_last` and `media_first` of sequences that stand one after the other.
 
-    With `<image>` at places 2 and 5 of 8 and `first_slot` 0, media_last is 0,0,1,1,1,2,2,2.
+    An `<image>` token already counts its own image. One sequence with `<image>` at places 2 and 5 of 8, `first_slots` [0]:
+    media_last is 0,0,1,1,1,2,2,2.
 
     Args:
-      tokens: [T] int.
+      tokens: [T] int, of all sequences.
+      sizes: tokens of each sequence, at least 1.
+      first_slots: the slot of each sequence's first image, counted from 0.
 
     Returns:
       two [T] int32, slots counted from 1, 0 for none.
     """
-    seen = np.cumsum(tokens == image_id, dtype=np.int32)
-    last = np.where(seen > 0, seen + first_slot, 0).astype(np.int32)
-    first = np.full(len(tokens), first_slot + 1 if len(seen) and seen[-1] else 0, np.int32)
-    return last, first
+    sizes, first_slots = np.asarray(sizes), np.asarray(first_slots)
+    is_image = tokens == image_id
+    count = np.cumsum(is_image)
+    ends = np.cumsum(sizes)
+    before = count[ends - sizes] - is_image[ends - sizes]
+    seen = count - np.repeat(before, sizes)
+    last = np.where(seen > 0, seen + np.repeat(first_slots, sizes), 0)
+    first = np.repeat(np.where(seen[ends - 1] > 0, first_slots + 1, 0), sizes)
+    return last.astype(np.int32), first.astype(np.int32)
 
 
 def encode_sequence(sequence: Sequence, tokenizer: Tokenizer, name: str = "sequence") -> Encoded:
@@ -112,7 +122,7 @@ def encode_sequence(sequence: Sequence, tokenizer: Tokenizer, name: str = "seque
     """
     laid = lay_out([sequence], tokenizer, name)[0]
     tokens = np.asarray(laid.tokens, np.int32)
-    last, first = media_of(tokens[:-1], tokenizer.image_id, laid.first_slot)
+    last, first = media_of(tokens[:-1], tokenizer.image_id, [len(tokens) - 1], [laid.first_slot])
     return Encoded(tokens[:-1], last, first, tokens[1:], np.asarray(laid.learned[1:], np.float32))
 
 
@@ -129,5 +139,5 @@ def prompt_tokens(parts: Sequence, tokenizer: Tokenizer) -> tuple[np.ndarray, np
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     laid = _lay_out(parts, ids, tokenizer, "prompt", close=False)
     tokens = np.asarray(laid.tokens, np.int32)
-    last, first = media_of(tokens, tokenizer.image_id, laid.first_slot)
+    last, first = media_of(tokens, tokenizer.image_id, [len(tokens)], [laid.first_slot])
     return tokens, last, first

@@ -165,19 +165,19 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     """Flips, shifts and recolours at random, as far as `config` says.
 
     Args:
-      image: [S, S, 3] uint8.
+      image: [S, S, C] uint8; C is 3, or 3 F for F frames to be changed alike.
 
     Returns:
-      [S, S, 3] uint8; a new array unless nothing was done.
+      [S, S, C] uint8; a new array unless nothing was done.
     """
-    if config.flip:
-        left_right, up_down = rng.integers(0, 2, size=2)
-        image = image[:: -1 if up_down else 1, :: -1 if left_right else 1]
-    if config.shift:
+    if config.flip or config.shift:
+        height, width = image.shape[:2]
+        up_down, left_right = rng.integers(0, 2, size=2) * config.flip
         down, right = rng.integers(-config.shift, config.shift + 1, size=2)
-        rows = np.clip(np.arange(image.shape[0]) - down, 0, image.shape[0] - 1)
-        columns = np.clip(np.arange(image.shape[1]) - right, 0, image.shape[1] - 1)
-        image = image[rows][:, columns]  # the border is repeated
+        # The border is repeated: places behind it read it again.
+        rows = np.minimum(np.maximum(np.arange(height) - down, 0), height - 1)
+        columns = np.minimum(np.maximum(np.arange(width) - right, 0), width - 1)
+        image = image.take(rows[:: -1 if up_down else 1], axis=0).take(columns[:: -1 if left_right else 1], axis=1)
     if config.colour:
         brightness, contrast = rng.uniform(-config.colour, config.colour, size=2)
         mean = image.mean()

@@ -41,16 +41,20 @@ class RowMaker:
     """Makes rows of a source. It pickles: worker processes get a copy, without what is cached."""
 
     def __init__(self, config: DataConfig, tokens: Tokens, source: Source, seed: int | None):
-        """Args:
-        seed: of the augmentation; None: no augmentation.
+        """Makes nothing yet.
+
+        Args:
+          seed: of the augmentation; None: no augmentation.
         """
-        self._config, self._tokens, self._source, self._seed = config, tokens, source, seed
+        self._config, self._tokens, self._source = config, tokens, source
+        self._seed = None if config.blank_images else seed
         self._init()
 
     def _init(self) -> None:
         self._lock = threading.Lock()
         self._cache: dict[int, list[np.ndarray]] = {}  # of an example, its fitted frames
         self._room = CACHE_BYTES
+        self._grey = blank_image(self._config.image_size)
 
     def __getstate__(self) -> Any:
         return self._config, self._tokens, self._source, self._seed
@@ -66,21 +70,22 @@ class RowMaker:
           DataError: a picture cannot be read; it names the example.
         """
         row = {name: array[place] for name, array in arrays.items()}
-        at, segment, slots = 0, 1, 0
+        rng = None if self._seed is None else np.random.default_rng((self._seed, number))
+        slots, before = 0, []  # slots in use, and before each unit
         for sequences in units:
+            before.append(slots)
             example = int(self._tokens.example[sequences[0]])
-            pictures = self._pictures(example) if self._tokens.images[example] else []
-            for slot, frames in enumerate(pictures, slots):
-                row["frames"][slot] = len(frames)
-                for index, frame in enumerate(frames):
-                    if self._seed is not None:
-                        # The frames of a video are all changed alike.
-                        frame = augment(frame, self._config.augment, np.random.default_rng((self._seed, number, slot)))
-                    row["images"][slot, index] = frame
-            for sequence in sequences:
-                at = self._tokens.write(int(sequence), row, at, segment, slots)
-                segment += 1
-            slots += len(pictures)
+            for frames in self._pictures(example) if self._tokens.images[example] else ():
+                row["frames"][slots] = len(frames)
+                row["images"][slots, : len(frames)] = frames if rng is None else self._augment(frames, rng)
+                slots += 1
+        self._tokens.write(np.concatenate(units), np.repeat(before, [len(unit) for unit in units]), row)
+
+    def _augment(self, frames: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        if len(frames) == 1:
+            return [augment(frames[0], self._config.augment, rng)]
+        stacked = np.concatenate(frames, axis=-1)  # a video's frames are changed alike
+        return np.split(augment(stacked, self._config.augment, rng), len(frames), axis=-1)
 
     def _pictures(self, example: int) -> list[list[np.ndarray]]:
         """The fitted frames of an example's slots."""
@@ -88,9 +93,6 @@ class RowMaker:
         if kept is not None:
             return kept
         found = self._source[example]
-        if self._config.blank_images:
-            grey = blank_image(self._config.image_size)
-            return [[grey] * len(slot) for slot in found.images]
         made = [[self._picture(frame, found) for frame in slot] for slot in found.images]
         size = sum(frame.nbytes for slot in made for frame in slot)
         with self._lock:
@@ -101,6 +103,8 @@ class RowMaker:
         return made
 
     def _picture(self, frame: Frame, example: Example) -> np.ndarray:
+        if self._config.blank_images:
+            return self._grey
         try:
             return fit_image(read_image(frame), self._config.image_size, self._config.image_fit)
         except ImageError as error:

@@ -37,28 +37,28 @@ class Tokens:
         """What packing plans with. The last token of a sequence is only a target and takes no place in a row."""
         return Lengths((np.diff(self.offsets) - 1).astype(np.int32), self.example, self.images)
 
-    def write(self, index: int, row: dict[str, np.ndarray], at: int, segment: int, slots: int) -> int:
-        """Writes sequence `index` into a row, from place `at`; its example's first image is in slot `slots` + 1.
+    def write(self, sequences: np.ndarray, slots: np.ndarray, row: dict[str, np.ndarray]) -> None:
+        """Writes sequences into a row, one after the other.
 
         Args:
-          row: arrays [T], the fields of Batch without its B axis.
-
-        Returns:
-          the place behind it.
+          sequences: [n] indices.
+          slots: [n] how many image slots of the row come before those of the sequence's example.
+          row: arrays [T], the fields of Batch without its B axis, zero.
         """
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        ids, learned = self.ids[span], self.learned[span]
-        end = at + len(ids) - 1
-        place = slice(at, end)
-        row["tokens"][place] = ids[:-1]
-        row["targets"][place] = ids[1:]
-        row["weights"][place] = learned[1:]
-        row["positions"][place] = np.arange(end - at)
-        row["segments"][place] = segment
-        last, first = media_of(ids[:-1], self.image_id, int(self.first_slot[index]) + slots)
-        row["media_last"][place] = last
-        row["media_first"][place] = first
-        return end
+        begins = self.offsets[sequences]
+        sizes = self.offsets[sequences + 1] - begins - 1
+        ends = np.cumsum(sizes)
+        starts, total = ends - sizes, int(ends[-1])
+        place = np.arange(total)
+        here = np.repeat(begins - starts, sizes) + place
+        row["tokens"][:total] = self.ids[here]
+        row["targets"][:total] = self.ids[here + 1]
+        row["weights"][:total] = self.learned[here + 1]
+        row["positions"][:total] = place - np.repeat(starts, sizes)
+        row["segments"][:total] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+        last, first = media_of(row["tokens"][:total], self.image_id, sizes, self.first_slot[sequences] + slots)
+        row["media_last"][:total] = last
+        row["media_first"][:total] = first
 
 
 def tokenize(source: Source, tokenizer: Tokenizer, tokens: int, images: int, frames: int, skip: bool = False) -> Tokens:
