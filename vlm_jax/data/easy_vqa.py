@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -45,7 +46,9 @@ class EasyVqaSource:
         try:
             # The PNG bytes as they are: pictures of every source are decoded in one place.
             decoders = {"image": tfds.decode.SkipDecoding()}
-            return _builder(self._folder).as_data_source(self._split, decoders=decoders)
+            records = _builder(self._folder).as_data_source(self._split, decoders=decoders)
+            records[0]  # a missing file is not noticed before
+            return records
         except Exception as error:  # tfds raises many kinds
             raise self._damaged(str(error)) from error
 
@@ -101,15 +104,22 @@ def prepare(folder: Path) -> None:
     whole = folder / "easy_vqa"
     if whole.exists():
         return
+    import tensorflow_datasets as tfds
+
     began = time.perf_counter()
     log.info("easy-VQA: preparing it in %s, once", whole)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=folder) as made:
-        _builder(Path(made)).download_and_prepare()
+        tfds.disable_progress_bar()
+        try:
+            # tfds prints that it downloads, and where to: neither is so.
+            with contextlib.redirect_stdout(io.StringIO()):
+                _builder(Path(made)).download_and_prepare()
+        finally:
+            tfds.enable_progress_bar()
         try:
             (Path(made) / "easy_vqa").rename(whole)
         except OSError:
-            if not whole.exists():
+            if not whole.exists():  # otherwise another process was first
                 raise
-            shutil.rmtree(Path(made) / "easy_vqa")  # another process was first
     log.info("easy-VQA: prepared in %.1f s", time.perf_counter() - began)

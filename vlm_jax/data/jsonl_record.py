@@ -103,9 +103,7 @@ class Record:
             if unknown:
                 raise Bad(f"part {number} has the unknown key {min(unknown)!r}; expected 'text', 'image', 'frames' or 'learn'")
             if len(kinds) != 1 or ("learn" in part and kinds != ["text"]):
-                raise Bad(
-                    f"part {number} is {shown(part)}; expected one of 'text' (with or without 'learn'), 'image', 'frames'"
-                )
+                raise Bad(f"part {number} is {shown(part)}; expected 'text' (and 'learn'), or 'image', or 'frames'")
             if "text" in part:
                 parts.append(Text(_take(part, "text", str), _take(part, "learn", bool, True)))
             elif "image" in part:

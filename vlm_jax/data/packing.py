@@ -118,24 +118,26 @@ def _cut(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int)
 
 
 def _first_fit(tokens: list[int], images: list[int], most_tokens: int, most_images: int) -> list[list[int]]:
-    """First fit among the last few open rows; a row leaves when it is full or the oldest of too many."""
-    done: list[list[int]] = []
+    """First fit among the last few rows that are open; a row is closed when it is full, or the oldest of too many."""
+    rows: list[list[int]] = []
     open_rows: list[list] = []  # [free tokens, free images, units], oldest first
     least = min(tokens, default=0)
     for unit, (length, pictures) in enumerate(zip(tokens, images, strict=True)):
-        row = next((row for row in open_rows if row[0] >= length and row[1] >= pictures), None)
-        if row is None:
+        for place, row in enumerate(open_rows):  # noqa: B007
+            if row[0] >= length and row[1] >= pictures:
+                break
+        else:
             if len(open_rows) == OPEN_ROWS:
-                done.append(open_rows.pop(0)[2])
-            row = [most_tokens, most_images, []]
+                open_rows.pop(0)
+            place, row = len(open_rows), [most_tokens, most_images, []]
             open_rows.append(row)
+            rows.append(row[2])
         row[0] -= length
         row[1] -= pictures
         row[2].append(unit)
         if row[0] < least:
-            open_rows = [other for other in open_rows if other is not row]
-            done.append(row[2])
-    return done + [row[2] for row in open_rows]
+            open_rows.pop(place)
+    return rows
 
 
 class PackedRows:

@@ -1,0 +1,119 @@
+import logging
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vlm_jax.data.easy_vqa import EasyVqaSource, prepare
+from vlm_jax.data.example import DataError, ImageAt, Text
+from vlm_jax.data.images import read_image
+from vlm_jax.data.pipeline import build_source, build_tokenizer
+
+CODE = """
+import sys
+from vlm_jax.data.easy_vqa import EasyVqaSource
+for split, counts in (("train", (4000, 38575)), ("test", (1000, 9673))):
+    source = EasyVqaSource(split, sys.argv[1], "{question}", " {answer}")
+    assert (len(source), sum(len(source[index].sequences) for index in range(len(source)))) == counts
+assert not {"tensorflow", "torch"} & set(sys.modules)
+import vlm_jax.data.pipeline
+assert not {"tensorflow", "torch"} & set(sys.modules)
+"""
+
+
+def test_counts_without_tensorflow(easy_vqa_folder):
+    subprocess.run([sys.executable, "-c", CODE, str(easy_vqa_folder)], check=True)
+
+
+def test_it_is_the_set_of_the_package(easy_vqa_folder):
+    import easy_vqa
+    from PIL import Image
+
+    source = EasyVqaSource("test", easy_vqa_folder, "Q {question}", " {answer}!")
+    paths = easy_vqa.get_test_image_paths()
+    asked = {}
+    for question, answer, image in zip(*easy_vqa.get_test_questions(), strict=True):
+        asked.setdefault(image, []).append((question, answer))
+    seen = set()
+    for index in range(len(source)):
+        example = source[index]
+        name = int(example.id.rsplit("/", 1)[1])
+        seen.add(name)
+        expected = tuple(
+            (ImageAt(0), Text(f"Q {question}", False), Text(f" {answer}!", True)) for question, answer in asked[name]
+        )
+        assert example.sequences == expected
+        if index % 100 == 0:
+            with Image.open(paths[name]) as image:
+                np.testing.assert_array_equal(read_image(example.images[0][0]), np.asarray(image))
+    assert seen == set(paths)
+
+
+def test_a_word_is_a_token(easy_vqa_config):
+    import easy_vqa
+
+    source = build_source(easy_vqa_config, "train")
+    tokenizer = build_tokenizer(easy_vqa_config, source)
+    assert tokenizer.vocab_size <= 512
+    for question in sorted(set(easy_vqa.get_train_questions()[0])):
+        words = question.removesuffix("?").split()
+        pieces = [tokenizer.decode([token]) for token in tokenizer.encode(question)]
+        assert pieces == [words[0], *(f" {word}" for word in words[1:]), "?"]
+    for answer in easy_vqa.get_answers():
+        assert len(tokenizer.encode(f" {answer}")) == 1
+
+
+def test_interrupted_half_way(tmp_path, monkeypatch):
+    from vlm_jax.data import easy_vqa as module
+
+    class Interrupted:
+        def download_and_prepare(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_builder", lambda folder: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_another_process_is_first(tmp_path, monkeypatch):
+    from vlm_jax.data import easy_vqa as module
+
+    class Slow:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def download_and_prepare(self):
+            for place, name in [(self.folder, "mine"), (tmp_path / "new", "theirs")]:
+                (place / "easy_vqa").mkdir()
+                (place / "easy_vqa" / name).touch()
+
+    monkeypatch.setattr(module, "_builder", Slow)
+    prepare(tmp_path / "new")
+    assert [str(path.relative_to(tmp_path)) for path in (tmp_path / "new").rglob("*")] == [
+        "new/easy_vqa",
+        "new/easy_vqa/theirs",
+    ]
+
+
+def test_prepared_once_and_said_so(easy_vqa_folder, caplog):
+    with caplog.at_level(logging.INFO):
+        prepare(easy_vqa_folder)
+    assert "preparing" not in caplog.text
+
+
+def test_damaged(easy_vqa_folder, tmp_path):
+    shutil.copytree(easy_vqa_folder, tmp_path / "copy")
+    for file in (tmp_path / "copy").rglob("*-train*"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"easy-VQA in .*copy: .*Delete"):
+        EasyVqaSource("train", tmp_path / "copy", "{question}", " {answer}")
+    shutil.rmtree(tmp_path / "copy/easy_vqa")
+    (tmp_path / "copy/easy_vqa").mkdir()
+    with pytest.raises(DataError, match=r"easy-VQA in .*copy: .*Delete"):
+        EasyVqaSource("train", tmp_path / "copy", "{question}", " {answer}")
+    source = EasyVqaSource("test", easy_vqa_folder, "{question}", " {answer}")
+    with pytest.raises(DataError, match="9672 questions of 'test', expected 9673"):
+        source.check(9672)

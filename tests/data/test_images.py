@@ -1,0 +1,179 @@
+"""Every kind of picture file a user may have; axis letters as in vlm_jax/data/images.py."""
+
+import io
+
+import numpy as np
+import pytest
+from data_helpers import random_pixels
+from PIL import Image
+
+from vlm_jax.config import AugmentConfig
+from vlm_jax.data.images import PAD, ImageError, augment, check_image, fit_image, read_image
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def one_colour(data: bytes, colour, tolerance=0):
+    image = read_image(data)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    np.testing.assert_allclose(image.reshape(-1, 3).mean(0), colour, atol=tolerance)
+
+
+def test_pixels_of_a_png_are_kept():
+    pixels = random_pixels(5, 7)
+    np.testing.assert_array_equal(read_image(saved(Image.fromarray(pixels))), pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "colour"),
+    [
+        (Image.new("L", (3, 2), 77), "PNG", (77, 77, 77)),
+        (Image.new("1", (3, 2), 1), "PNG", (255, 255, 255)),
+        (Image.new("LA", (3, 2), (77, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (3, 2), (200, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (3, 2), (200, 0, 0, 255)), "PNG", (200, 0, 0)),
+        (Image.new("RGBA", (3, 2), (0, 0, 0, 51)), "PNG", (204, 204, 204)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", (255, 0, 0)),
+        (Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", (1, 2, 3)),
+    ],
+)
+def test_modes(image, kind, colour):
+    one_colour(saved(image, kind), colour)
+
+
+def test_palette_with_a_transparent_colour_becomes_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 100, 0])
+    image.putpixel((0, 0), 1)
+    data = saved(image, transparency=0)
+    got = read_image(data)
+    assert got[0, 0].tolist() == [200, 100, 0] and got[3, 3].tolist() == [255, 255, 255]
+
+
+def test_rgb_with_a_transparent_colour_becomes_white():
+    one_colour(saved(Image.new("RGB", (2, 2), (9, 9, 9)), transparency=(9, 9, 9)), (255, 255, 255))
+
+
+def test_jpeg_in_cmyk():
+    one_colour(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), (254, 0, 0), tolerance=6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled_not_clipped(kind):
+    values = np.array([[0, 257 * 10, 32896, 65535]], np.uint16)
+    got = read_image(saved(Image.fromarray(values), kind))
+    assert got[0, :, 0].tolist() == [0, 10, 128, 255]
+
+
+def test_floats_are_scaled():
+    got = read_image(saved(Image.fromarray(np.array([[0.0, 0.2, 1.0]], np.float32)), "TIFF"))
+    assert got[0, :, 0].tolist() == [0, 51, 255]
+    got = read_image(saved(Image.fromarray(np.array([[-100.0, 0.0, np.nan, 100.0]], np.float32)), "TIFF"))
+    np.testing.assert_allclose(got[0, :, 0], [0, 127.5, 127.5, 255], atol=0.5)
+
+
+def test_integers_are_scaled():
+    got = read_image(saved(Image.fromarray(np.array([[0, 1_000_000]], np.int32)), "TIFF"))
+    assert got[0, :, 0].tolist() == [0, 255]
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (8, 4), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise: the top left corner goes to the top right
+    got = read_image(saved(image, "PNG", exif=exif))
+    assert got.shape == (8, 4, 3) and got[0, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    one_colour(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options), (255, 0, 0), tolerance=1)
+
+
+def test_refused(tmp_path, monkeypatch):
+    good = saved(Image.fromarray(random_pixels(64, 64)))
+    (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])
+    (tmp_path / "cut.jpg").write_bytes(saved(Image.fromarray(random_pixels(64, 64)), "JPEG")[:1500])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "dir.png").mkdir()
+    for name, cause in [
+        ("cut.png", "damaged or cut short"),
+        ("cut.jpg", "damaged or cut short"),
+        ("text.jpg", "not a picture"),
+        ("empty.png", "not a picture"),
+        ("dir.png", "directory"),
+        ("none.png", "no such file"),
+        ("nul\0.png", "cannot be read"),
+    ]:
+        with pytest.raises(ImageError, match=cause) as error:
+            read_image(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    check_image(tmp_path / "cut.png")  # its header is good
+    with pytest.raises(ImageError, match="bytes of memory"):
+        read_image(b"nothing")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # 64 x 64 is more, but not twice as much: Pillow only warns
+    for look in (read_image, check_image):
+        with pytest.raises(ImageError, match="4,000 pixels"):
+            look(good)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(ImageError, match="400 pixels"):
+        read_image(good)
+
+
+def test_fit_stretch_pad_crop():
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 10:30] = 255
+    assert fit_image(image, 16, "stretch").shape == (16, 16, 3)
+    padded = fit_image(image, 16, "pad")
+    assert (padded[:4] == PAD).all() and (padded[12:] == PAD).all() and padded[8, 8].tolist() == [255] * 3
+    assert padded[8, 0].tolist() == [0] * 3
+    cropped = fit_image(image, 16, "crop")
+    assert (cropped[:, 1:-1] == 255).all() and (cropped > 240).all()  # bicubic reaches one pixel outside
+    tall = fit_image(image.transpose(1, 0, 2), 16, "pad")
+    assert (tall[:, :4] == PAD).all() and (tall[:, 12:] == PAD).all()
+    assert fit_image(np.zeros((1, 1, 3), np.uint8), 16, "pad").shape == (16, 16, 3)
+    exact = random_pixels(16, 16)
+    for fit in ("stretch", "pad", "crop"):
+        np.testing.assert_array_equal(fit_image(exact, 16, fit), exact)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_a_picture_too_thin(fit):
+    assert fit_image(np.zeros((1, 32, 3), np.uint8), 16, fit).shape == (16, 16, 3)
+    with pytest.raises(ImageError, match="33x1 is too thin"):
+        fit_image(np.zeros((1, 33, 3), np.uint8), 16, fit)
+    with pytest.raises(ImageError, match="too thin"):
+        fit_image(np.zeros((30000, 10, 3), np.uint8), 16, fit)
+    assert fit_image(np.zeros((30000, 10, 3), np.uint8), 16, "stretch").shape == (16, 16, 3)
+
+
+def test_augment_flips():
+    image, seen = random_pixels(4, 4), set()
+    for seed in range(30):
+        got = augment(image, AugmentConfig(flip=True), np.random.default_rng(seed))
+        seen.add(got.tobytes())
+    assert seen == {np.ascontiguousarray(image[::a, ::b]).tobytes() for a in (1, -1) for b in (1, -1)}
+
+
+def test_augment_shifts_repeat_the_border():
+    image, seen = random_pixels(6, 6), set()
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    for seed in range(300):
+        seen.add(augment(image, AugmentConfig(shift=2), np.random.default_rng(seed)).tobytes())
+    assert seen == {np.ascontiguousarray(padded[i : i + 6, j : j + 6]).tobytes() for i in range(5) for j in range(5)}
+
+
+def test_augment_colour_stays_in_range():
+    image = random_pixels(8, 8)
+    got = [augment(image, AugmentConfig(colour=0.2), np.random.default_rng(seed)) for seed in range(20)]
+    change = [float(one.mean()) / float(image.mean()) for one in got]
+    assert 0.75 < min(change) < 0.95 and 1.05 < max(change) < 1.25
+    assert augment(image, AugmentConfig(), np.random.default_rng(0)) is image

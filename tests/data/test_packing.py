@@ -1,0 +1,115 @@
+import pickle
+import time
+
+import numpy as np
+import pytest
+
+from vlm_jax.data.packing import Lengths, PackedRows, mix, plan_epoch
+
+GOLDEN_MIX = [2249669389545321065, 2372969240919814197, 7954767119727130297]
+GOLDEN_ROW = [[1, 0], [16, 13], [2], [19, 18]]
+
+
+def lengths_of(examples: int, seed=0, most=30) -> Lengths:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 9, examples)
+    example = np.repeat(np.arange(examples), counts)
+    return Lengths(rng.integers(1, most, len(example)).astype(np.int32), example, rng.integers(0, 4, examples))
+
+
+def check(plan, lengths, tokens, images, per_image):
+    seen = np.concatenate([unit for row in range(len(plan)) for unit in plan[row]])
+    assert sorted(seen) == list(range(len(lengths.tokens)))
+    for row in range(len(plan)):
+        units = plan[row]
+        assert units and all(len(unit) for unit in units)
+        assert sum(lengths.tokens[unit].sum() for unit in units) <= tokens
+        assert sum(lengths.images[lengths.example[unit[0]]] for unit in units) <= images
+        for unit in units:
+            assert len(set(lengths.example[unit])) == 1
+            assert not per_image or len(unit) <= per_image
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("per_image", [0, 1, 3])
+@pytest.mark.parametrize(("tokens", "images"), [(30, 3), (64, 4), (500, 8)])
+def test_every_sequence_once_and_never_too_much(shuffle, per_image, tokens, images):
+    lengths = lengths_of(200)
+    check(plan_epoch(lengths, tokens, images, per_image, 5, 2, shuffle), lengths, tokens, images, per_image)
+
+
+def test_sequences_of_an_example_stay_together_if_they_may():
+    lengths = lengths_of(100)
+    plan = plan_epoch(lengths, 1000, 8)
+    units = [unit for row in range(len(plan)) for unit in plan[row]]
+    assert len(units) == 100
+
+
+def test_rows_are_well_filled():
+    lengths = lengths_of(2000)
+    plan = plan_epoch(lengths, 256, 16, 4)
+    assert lengths.tokens.sum() / (256 * len(plan)) > 0.95
+
+
+def test_unshuffled_begins_at_the_beginning():
+    lengths = lengths_of(50)
+    plan = plan_epoch(lengths, 64, 4, shuffle=False)
+    first = np.concatenate([unit for row in range(3) for unit in plan[row]])
+    assert first.max() < 40 and plan[0][0][0] == 0
+
+
+def as_lists(plan):
+    return [[unit.tolist() for unit in plan[row]] for row in range(len(plan))]
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    lengths = lengths_of(200)
+    plans = [as_lists(plan_epoch(lengths, 64, 4, 2, seed, epoch)) for seed, epoch in [(0, 0), (0, 1), (1, 0), (0, 0)]]
+    assert plans[0] == plans[3]
+    assert plans[0] != plans[1] != plans[2] != plans[0]
+    # With fewer sequences a picture than there are, the partners change too.
+    partners = [{tuple(sorted(unit)) for row in plan for unit in row} for plan in plans[:2]]
+    assert len(partners[0] & partners[1]) < 0.7 * len(partners[0])
+
+
+def test_the_shuffle_is_for_ever():
+    # What resuming relies on, whatever the release of NumPy.
+    assert mix(1, 2, np.arange(3)).tolist() == GOLDEN_MIX
+    plan = plan_epoch(lengths_of(5), 64, 4, 2, seed=3, epoch=1)
+    assert as_lists(plan)[0] == GOLDEN_ROW
+
+
+def test_hashes_are_uniform():
+    values = mix(0, 0, 2, np.arange(10_000)).astype(np.float64) / 2**64
+    assert len(np.unique(values)) == 10_000
+    assert abs(values.mean() - 0.5) < 0.02 and abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.04
+
+
+def test_rows_of_all_epochs():
+    lengths = lengths_of(40)
+    rows = PackedRows(lengths, 64, 4, 2, 7)
+    sizes = [len(plan_epoch(lengths, 64, 4, 2, 7, epoch)) for epoch in range(4)]
+    assert rows.locate(0) == (0, 0) and rows.locate(sizes[0]) == (1, 0) and rows.locate(sizes[0] - 1) == (0, sizes[0] - 1)
+    for epoch in range(4):
+        first = sum(sizes[:epoch])
+        seen = np.concatenate([unit for row in range(first, first + sizes[epoch]) for unit in rows[row]])
+        assert sorted(seen) == list(range(len(lengths.tokens)))
+    again = pickle.loads(pickle.dumps(rows))  # jumps at once to where the other has walked
+    for row in (sum(sizes) - 1, 3, sum(sizes[:2])):
+        assert [unit.tolist() for unit in again[row]] == [unit.tolist() for unit in rows[row]]
+
+
+def test_what_fits_in_no_row():
+    with pytest.raises(ValueError, match="longer than a row"):
+        plan_epoch(Lengths(np.array([9]), np.array([0]), np.array([1])), 8, 4)
+    with pytest.raises(ValueError, match="more images"):
+        plan_epoch(Lengths(np.array([3]), np.array([0]), np.array([5])), 8, 4)
+    exact = plan_epoch(Lengths(np.array([8, 8]), np.array([0, 0]), np.array([4])), 8, 4)
+    assert as_lists(exact) in ([[[0]], [[1]]], [[[1]], [[0]]])
+
+
+def test_it_is_quick():
+    lengths = lengths_of(20_000)
+    began = time.perf_counter()
+    plan_epoch(lengths, 128, 8, 4)
+    assert time.perf_counter() - began < 2.0

@@ -1,0 +1,332 @@
+"""From a configuration to batches. Axis letters as in vlm_jax/data/batch.py."""
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import picture, write_lines
+
+from vlm_jax.config import AugmentConfig, DataConfig, JsonLinesConfig
+from vlm_jax.data.batch import Batch
+from vlm_jax.data.encode import encode_sequence
+from vlm_jax.data.example import DataError
+from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
+
+FIELDS = [field.name for field in dataclasses.fields(Batch)]
+replace = dataclasses.replace
+
+
+def run_config(data: DataConfig, steps=6, seed=0):
+    """The fields of RunConfig that are read here."""
+    return types.SimpleNamespace(data=data, seed=seed, steps=steps)
+
+
+def parts(data: DataConfig):
+    source = build_source(data, "train")
+    return build_tokenizer(data, source), source
+
+
+def train(data: DataConfig, steps=6, seed=0, start=0, index=0, count=1) -> list[Batch]:
+    with TrainBatches(run_config(data, steps, seed), *parts(data), start, index, count) as batches:
+        return list(batches)
+
+
+def assert_equal(one: list[Batch], other: list[Batch]):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+def segments_of(batch: Batch) -> list[dict[str, np.ndarray]]:
+    """The segments of all rows, each with its row's number and the arrays of its tokens."""
+    found = []
+    for row in range(len(batch.tokens)):
+        for segment in range(1, batch.segments[row].max() + 1):
+            place = np.flatnonzero(batch.segments[row] == segment)
+            assert (np.diff(place) == 1).all()  # contiguous
+            found.append({name: getattr(batch, name)[row, place] for name in FIELDS if name not in ("images", "frames")})
+            found[-1]["row"] = row
+    return found
+
+
+def test_shapes_and_types(jsonl_config):
+    batch = train(jsonl_config, steps=1)[0]
+    row = (4, 160)
+    expected = dict.fromkeys(FIELDS, (row, "int32")) | {
+        "images": ((4, 3, 1, 8, 8, 3), "uint8"),
+        "frames": ((4, 3), "int32"),
+        "weights": (row, "float32"),
+    }
+    assert {name: (getattr(batch, name).shape, getattr(batch, name).dtype.name) for name in FIELDS} == expected
+
+
+def test_a_row_holds_its_sequences_and_their_pictures(jsonl_config):
+    data = replace(jsonl_config, augment=AugmentConfig())
+    tokenizer, source = parts(data)
+    wanted = {}
+    for index in range(len(source)):
+        for sequence in source[index].sequences:
+            encoded = encode_sequence(sequence, tokenizer)
+            wanted[encoded.tokens.tobytes()] = (index, encoded)
+    seen = []
+    for batch in eval_batches(data, tokenizer, source):
+        assert (batch.segments[batch.tokens == 0] == 0).all()
+        for name in ("positions", "media_last", "media_first", "targets", "weights"):
+            assert not getattr(batch, name)[batch.segments == 0].any()
+        used = {row: set() for row in range(4)}
+        for segment in segments_of(batch):
+            index, encoded = wanted[segment["tokens"].tobytes()]
+            seen.append(index)
+            np.testing.assert_array_equal(segment["positions"], np.arange(len(encoded.tokens)))
+            np.testing.assert_array_equal(segment["targets"], encoded.targets)
+            np.testing.assert_array_equal(segment["weights"], encoded.weights)
+            shift = segment["media_first"].max() - encoded.media_first.max()
+            for name in ("media_last", "media_first"):
+                expected = getattr(encoded, name)
+                np.testing.assert_array_equal(segment[name], np.where(expected > 0, expected + shift, 0))
+            for number, frames in enumerate(source[index].images):
+                slot = shift + number
+                grey = 20 * int(Path(frames[0]).stem[1:]) + 5  # which picture it is can be told from its colour
+                assert (batch.images[segment["row"], slot, 0] == grey).all()
+                assert batch.frames[segment["row"], slot] == 1
+                used[segment["row"]].add(slot)
+        for row, slots in used.items():
+            assert sorted(slots) == list(range(len(slots)))
+            assert not batch.images[row, len(slots) :].any() and not batch.frames[row, len(slots) :].any()
+    assert sorted(seen) == list(range(12))
+
+
+def test_questions_share_their_picture(easy_vqa_config):
+    source = build_source(easy_vqa_config, "eval")
+    tokenizer = build_tokenizer(replace(easy_vqa_config, vocab_size=300), source)
+    batch = next(eval_batches(easy_vqa_config, tokenizer, source))
+    assert (batch.frames.sum(1) < batch.segments.max(1)).all()
+    for row in range(8):
+        slots = [s["media_first"][0] for s in segments_of(batch) if s["row"] == row]
+        assert sorted(set(slots)) == list(range(1, batch.frames[row].sum() + 1))
+        assert max(slots.count(slot) for slot in slots) in (2, 3, 4)
+    first = segments_of(batch)[0]
+    text = tokenizer.decode(first["tokens"])
+    assert text.startswith("<BOS><image>") and " " in text
+    learned = tokenizer.decode(first["targets"][first["weights"] > 0])
+    assert learned.startswith(" ") and learned.endswith("<EOC>")
+
+
+def test_every_sequence_once_an_epoch_and_every_epoch_another_order(jsonl_config):
+    batches = train(jsonl_config, steps=40)
+    tokens = [segment["tokens"].tobytes() for batch in batches for segment in segments_of(batch)]
+    epochs = [tokens[start : start + 12] for start in range(0, len(tokens) - 12, 12)]
+    assert len(epochs) > 4
+    assert all(len(set(epoch)) == 12 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_seeds_differ(jsonl_config):
+    one, other = train(jsonl_config, seed=0)[0], train(jsonl_config, seed=1)[0]
+    assert (one.tokens != other.tokens).any()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_global_batch_is_the_same_for_any_number_of_processes(jsonl_config, count):
+    whole = train(jsonl_config)
+    shares = [train(jsonl_config, index=index, count=count) for index in range(count)]
+    joined = [
+        Batch(*(np.concatenate([getattr(share[step], name) for share in shares]) for name in FIELDS)) for step in range(6)
+    ]
+    assert_equal(joined, whole)
+
+
+def test_rows_must_divide(jsonl_config):
+    with pytest.raises(DataError, match=r"data\.rows=4 does not divide among 3 processes"):
+        train(jsonl_config, count=3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(jsonl_config, workers):
+    whole = train(jsonl_config)
+    start = workers - 1
+    assert_equal(train(replace(jsonl_config, workers=workers), start=start), whole[start:])
+
+
+def test_resuming_anywhere_equals_an_undisturbed_run(jsonl_config):
+    whole = train(jsonl_config, steps=20)
+    for start in (1, 7, 19, 20):
+        assert_equal(train(jsonl_config, steps=20, start=start), whole[start:])
+
+
+def test_position_is_the_next_step(jsonl_config):
+    with TrainBatches(run_config(jsonl_config), *parts(jsonl_config), start=2) as batches:
+        assert batches.position == 2
+        next(batches)
+        assert batches.position == 3  # however far the threads have read ahead
+        assert len(list(batches)) == 3 and batches.position == 6
+    batches.close()
+    assert list(batches) == []
+
+
+def test_augmentation_differs_by_epoch_and_seed_only(jsonl_config, folder):
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    for index in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(folder / f"p{index}.png")
+    changed, plain = train(jsonl_config, steps=2), train(replace(jsonl_config, augment=AugmentConfig()), steps=2)
+    assert (changed[0].images != plain[0].images).any()
+    np.testing.assert_array_equal(changed[0].tokens, plain[0].tokens)
+    assert_equal(train(jsonl_config, steps=2), changed)
+    evaluated = next(eval_batches(jsonl_config, *parts(jsonl_config)))
+    originals = {image.tobytes() for image in np.concatenate([batch.images for batch in plain]).reshape(-1, 8, 8, 3)}
+    assert {image.tobytes() for image in evaluated.images.reshape(-1, 8, 8, 3)} <= originals
+
+
+def test_blank_images(jsonl_config):
+    shown, blank = train(jsonl_config), train(replace(jsonl_config, blank_images=True))
+    for a, b in zip(shown, blank, strict=True):
+        np.testing.assert_array_equal(a.frames, b.frames)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        assert set(np.unique(b.images[b.frames > 0])) <= {128} and not b.images[b.frames == 0].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_an_evaluation_is_whole_and_padded(jsonl_config, count):
+    shares = [list(eval_batches(jsonl_config, *parts(jsonl_config), index, count)) for index in range(count)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(batch.tokens.shape == (4 // count, 160) for share in shares for batch in share)
+    tokens = [s["tokens"].tobytes() for share in shares for batch in share for s in segments_of(batch)]
+    assert len(tokens) == len(set(tokens)) == 12
+
+
+def test_part_of_an_evaluation(jsonl_config):
+    data = replace(jsonl_config, images=2)
+    whole = list(eval_batches(data, *parts(data)))
+    some = list(eval_batches(data, *parts(data), max_rows=5))
+    rows = sum(int((batch.segments.max(1) > 0).sum()) for batch in some)
+    assert len(whole) >= 2 and len(some) == 2 and rows == 5
+    np.testing.assert_array_equal(some[1].tokens[0], whole[1].tokens[0])
+
+
+def test_text_alone_and_frames(tmp_path):
+    for index in range(3):
+        picture(tmp_path / f"f{index}.png", (50 * index + 50,) * 3)
+    lines = [{"content": [{"text": "hello"}]}, {"content": [{"frames": [f"f{i}.png" for i in range(3)]}, {"text": "a film"}]}]
+    write_lines(tmp_path / "x.jsonl", lines)
+    path = str(tmp_path / "x.jsonl")
+    data = DataConfig(
+        source=JsonLinesConfig(train=path, eval=path),
+        tokenizer="train",
+        image_size=8,
+        rows=1,
+        tokens=16,
+        images=1,
+        frames=4,
+        augment=AugmentConfig(colour=0.5),
+    )
+    text, film = eval_batches(replace(data, tokens=7), *parts(data))
+    assert text.images.shape == film.images.shape == (1, 1, 4, 8, 8, 3)
+    assert not text.images.any() and not text.frames.any() and text.weights.any() and not text.media_last.any()
+    assert [int(film.images[0, 0, frame].mean()) for frame in range(4)] == [50, 100, 150, 0]
+    assert film.frames.tolist() == [[3]] and film.media_last[0].max() == 1
+    with pytest.raises(DataError, match=r"x\.jsonl:2: an image slot of 3 frames, and a slot has data\.frames=2"):
+        next(eval_batches(replace(data, frames=2), *parts(data)))
+
+
+def test_what_fits_in_no_row_is_named(jsonl_config, caplog):
+    with pytest.raises(DataError, match=r"train\.jsonl:\d+: a sequence of \d+ tokens, and a row has data\.tokens=20"):
+        train(replace(jsonl_config, tokens=20))
+    with pytest.raises(DataError, match=r"train\.jsonl:3: 2 images, and a row has data\.images=1"):
+        train(replace(jsonl_config, images=1))
+    source = replace(jsonl_config.source, bad_lines="skip")
+    data = replace(jsonl_config, images=1, source=source)
+    tokens = {s["tokens"].tobytes() for batch in eval_batches(data, *parts(data)) for s in segments_of(batch)}
+    assert len(tokens) == 8 and "4 of 12 examples fit in no row" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_cut_short_is_named(jsonl_config, folder, workers):
+    from PIL import Image
+
+    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "p7.png")
+    data = (folder / "p7.png").read_bytes()
+    (folder / "p7.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"train\.jsonl:\d+: picture .*p7\.png: is damaged or cut short"):
+        train(replace(jsonl_config, workers=workers))
+
+
+def test_templates_are_checked(jsonl_config):
+    for change in ({"prompt": "Q:"}, {"answer": "{anwser}"}, {"prompt": "{question}{question}"}):
+        with pytest.raises(DataError, match=f"data.{next(iter(change))}="):
+            build_source(replace(jsonl_config, **change), "train")
+
+
+def test_the_tokenizer_is_kept(jsonl_config, tmp_path):
+    source = build_source(jsonl_config, "train")
+    first = build_tokenizer(jsonl_config, source, tmp_path / "kept")
+    again = build_tokenizer(replace(jsonl_config, vocab_size=270), source, tmp_path / "kept")
+    assert again.vocab_size == first.vocab_size
+    assert build_tokenizer(replace(jsonl_config, vocab_size=270), source).vocab_size == 270
+    loaded = build_tokenizer(replace(jsonl_config, tokenizer=str(tmp_path / "kept")), source)
+    assert loaded.encode("what 3") == first.encode("what 3")
+
+
+SCRIPT = """
+import pickle, sys, time
+from vlm_jax.data.pipeline import TrainBatches
+if __name__ == "__main__":
+    batches = TrainBatches(*pickle.load(open(sys.argv[1], "rb")))
+    next(batches)
+    print("started", flush=True)
+    while True:
+        next(batches)
+        time.sleep(0.01)
+"""
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGKILL"])
+def test_no_worker_outlives_the_trainer(jsonl_config, tmp_path, sent):
+    data = replace(jsonl_config, workers=1 if sent == "SIGKILL" else 2)
+    config = run_config(data, steps=10**6)
+    (tmp_path / "args").write_bytes(pickle.dumps((config, *parts(data))))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "args")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=os.getcwd()
+    )
+    assert process.stdout.readline() == "started\n", process.stderr.read()
+    workers = descendants(process.pid)
+    assert len(workers) >= data.workers
+    if sent == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, errors = process.communicate(timeout=20)
+        assert errors.count("KeyboardInterrupt") == 1, errors
+    else:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
