@@ -230,7 +230,7 @@ def test_text_alone_and_frames(tmp_path):
         frames=4,
         augment=AugmentConfig(colour=0.5),
     )
-    text, film = eval_batches(replace(data, tokens=7), *parts(data))
+    text, film = eval_batches(replace(data, tokens=5), *parts(data))
     assert text.images.shape == film.images.shape == (1, 1, 4, 8, 8, 3)
     assert not text.images.any() and not text.frames.any() and text.weights.any() and not text.media_last.any()
     assert [int(film.images[0, 0, frame].mean()) for frame in range(4)] == [50, 100, 150, 0]
