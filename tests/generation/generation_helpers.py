@@ -1,0 +1,119 @@
+"""A tiny model with open gates, a tokenizer trained on a few lines, and a generator around them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.config import (
+    BlockConfig,
+    ClipVitConfig,
+    DataConfig,
+    DecoderConfig,
+    EasyVqaConfig,
+    GatedCrossAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    NormConfig,
+    PerceiverConfig,
+    RopeConfig,
+)
+from vlm_jax.data.batch import Batch
+from vlm_jax.data.tokenizer import train_tokenizer
+from vlm_jax.generation.generator import Generator
+from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import Named, make_mesh, place_tree, shardings_of
+
+LINES = ["what color is the shape? red", "is there a circle? yes", "how many? two and three", "Question: Answer: no"]
+
+
+def block(width: int, kv_heads: int) -> BlockConfig:
+    return BlockConfig(
+        width=width,
+        heads=4,
+        kv_heads=kv_heads,
+        head_width=8,
+        mlp_width=64,
+        activation="silu",
+        gated_mlp=True,
+        norm=NormConfig(kind="rms", eps=1e-5),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+    )
+
+
+def model_config(sees: bool = True, layers: int = 3, every: int = 2, media: str = "last", **vision) -> ModelConfig:
+    language = DecoderConfig(
+        vocab_size=304,
+        layers=layers,
+        block=block(32, 2),
+        positions=RopeConfig(base=10_000.0, scaling=None),
+        max_positions=128,
+        window=None,
+        tied_head=False,
+    )
+    if not sees:
+        return ModelConfig(vision=None, connector=None, fusion=None, language=language)
+    return ModelConfig(
+        vision=ClipVitConfig(image_size=16, patch_size=4, layers=2, block=block(32, 4), **vision),
+        connector=PerceiverConfig(latents=4, layers=2, heads=2, head_width=8, mlp_ratio=2),
+        fusion=GatedCrossAttentionConfig(every=every, offset=0, heads=4, head_width=8, mlp_width=64, media=media),
+        language=language,
+    )
+
+
+def data_config() -> DataConfig:
+    return DataConfig(
+        source=EasyVqaConfig(),
+        tokenizer="train",
+        prompt="Question: {question} Answer:",
+        image_size=16,
+        image_fit="stretch",
+        rows=8,
+        tokens=64,
+        images=2,
+    )
+
+
+@functools.cache
+def tokenizer():
+    return train_tokenizer(LINES * 5, 296)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def zeros_batch(rows: int, tokens: int, slots: int, frames: int = 1) -> Batch:
+    row = lambda dtype: np.zeros((rows, tokens), dtype)
+    images = np.zeros((rows, slots, frames, 16, 16, 3), np.uint8)
+    return Batch(images, np.zeros((rows, slots), np.int32), *(row(np.int32) for _ in range(6)), row(np.float32))
+
+
+@functools.cache
+def params(config: ModelConfig, seed: int = 0):
+    """(unboxed, boxed with shapes); gates open, so that the images matter, and logits far apart."""
+    model = VisionLanguageModel(config)
+    boxed = model.init(jax.random.key(seed), zeros_batch(1, 4, 1))["params"]
+    is_box = lambda x: isinstance(x, Named)
+    plain = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
+    opened = lambda path, x: jnp.full(x.shape, 1.5) if "gate" in str(path[-1]) and x.ndim == 1 else x
+    plain = jax.tree_util.tree_map_with_path(opened, plain)
+    plain["language"]["embedding"] *= 20
+    return plain, boxed
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@functools.cache
+def generator(config: ModelConfig | None = None, mesh: MeshConfig | None = None, rows: int = 8) -> Generator:
+    """On one device, or on a mesh of all."""
+    config = config or model_config()
+    plain, boxed = params(config)
+    mesh = make_mesh(mesh) if mesh else one_device()
+    plain = jax.device_put(plain, shardings_of(place_tree(boxed, mesh), mesh))
+    return Generator(VisionLanguageModel(config), plain, tokenizer(), data_config(), mesh, rows)

@@ -1,0 +1,210 @@
+"""Generation against repeated full forward passes, in every grouping, bucket and mesh."""
+
+import functools
+
+import generation_helpers as tiny
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.config import MeshConfig
+from vlm_jax.data.encode import prompt_tokens
+from vlm_jax.generation.buckets import bucket, row_bucket
+from vlm_jax.generation.request import Request, RequestError, Settings, Shot, ask, interleaved
+from vlm_jax.models.vlm import VisionLanguageModel
+
+NEW = 10
+LENGTH, SLOTS, FRAMES = 96, 3, 2
+
+
+@functools.cache
+def forward(config):
+    model = VisionLanguageModel(config)
+    return jax.jit(lambda params, batch: model.apply({"params": params}, batch))
+
+
+def reference(config, request: Request, new: int = NEW) -> tuple[list[int], list[float]]:
+    """Greedy decoding without cache, left padding or buckets: the whole sequence anew for every token."""
+    generator, vocabulary = tiny.generator(config), tiny.tokenizer()
+    tokens, last, first = (array.tolist() for array in prompt_tokens(request.parts, vocabulary))
+    batch = tiny.zeros_batch(1, LENGTH, SLOTS, FRAMES)
+    for slot, film in enumerate(request.images):
+        batch.frames[0, slot] = len(film)
+        for frame, picture in enumerate(film):
+            batch.images[0, slot, frame] = picture
+    chosen, scores = [], []
+    for _ in range(new):
+        count = len(tokens)
+        batch.tokens[0, :count], batch.media_last[0, :count], batch.media_first[0, :count] = tokens, last, first
+        batch.positions[0, :count], batch.segments[0, :count] = np.arange(count), 1
+        logits = np.asarray(forward(config)(tiny.params(config)[0], batch))[0, count - 1]
+        allowed = np.ones(len(logits), bool)
+        allowed[[vocabulary.pad_id, vocabulary.bos_id, vocabulary.image_id]] = False
+        allowed[vocabulary.vocab_size :] = False
+        token = int(np.argmax(np.where(allowed, logits, -np.inf)))
+        chosen.append(token)
+        scores.append(float(jax.nn.log_softmax(logits)[token]))
+        if token in generator.ends:
+            break
+        tokens, last, first = [*tokens, token], [*last, last[-1]], [*first, first[-1]]
+    return chosen, scores
+
+
+def requests():
+    """Different lengths and numbers of images, one without any, one film."""
+    data, picture = tiny.data_config(), tiny.picture
+    return [
+        ask(data, "what color?", [picture(1)]),
+        ask(data, "how many?"),
+        ask(data, "is <image> or <image> a circle, and what color is the shape?", [picture(1), picture(2)]),
+        ask(data, "a?", [picture(4)], [Shot([picture(3)], "what?", "red"), Shot([picture(5)], "b", "no")]),
+        ask(data, "what moves?", [[picture(6), picture(7)]]),
+    ]
+
+
+def check(config, generator, requests) -> None:
+    answers = generator.generate(requests, Settings(max_new_tokens=NEW))
+    for request, answer in zip(requests, answers, strict=True):
+        tokens, scores = reference(config, request)
+        assert answer.tokens == tokens
+        np.testing.assert_allclose(answer.log_probabilities, scores, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"media": "all_previous", "every": 1}, {"layers": 4, "every": 3, "class_token": True}],
+    ids=["last", "all_previous", "rest"],
+)
+def test_batched_equals_repeated_forward_passes(variant):
+    config = tiny.model_config(**variant)
+    check(config, tiny.generator(config), requests())
+
+
+def test_single_requests_equal_repeated_forward_passes():
+    config = tiny.model_config()
+    for request in requests():
+        check(config, tiny.generator(config), [request])
+
+
+def test_language_model_alone():
+    config = tiny.model_config(sees=False)
+    data = tiny.data_config()
+    check(config, tiny.generator(config), [ask(data, "how many?"), ask(data, "is there a circle or not?")])
+    with pytest.raises(RequestError, match="leave them out"):
+        tiny.generator(config).generate([ask(data, "what?", [tiny.picture(1)])])
+
+
+def test_answers_depend_on_the_image():
+    data, generator = tiny.data_config(), tiny.generator()
+    first, second = generator.generate(
+        [ask(data, "what?", [tiny.picture(seed)]) for seed in (1, 2)], Settings(max_new_tokens=NEW)
+    )
+    assert first.tokens != second.tokens
+
+
+def test_left_padding_changes_nothing(monkeypatch):
+    generator, request = tiny.generator(), requests()[0]
+    expected = generator.generate([request], Settings(max_new_tokens=NEW))[0]
+    monkeypatch.setattr("vlm_jax.generation.generator.LENGTH", 64)
+    found = generator.generate([request], Settings(max_new_tokens=NEW))[0]
+    assert found.tokens == expected.tokens
+    np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=1, tensor=8), MeshConfig(data=2, fsdp=2, tensor=2)],
+    ids=str,
+)
+def test_meshes_give_the_same_tokens(mesh):
+    config = tiny.model_config()
+    asked = requests()
+    expected = tiny.generator(config).generate(asked, Settings(max_new_tokens=NEW))
+    generator = tiny.generator(config, mesh)
+    found = generator.generate(asked, Settings(max_new_tokens=NEW))
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+    sampled = Settings(max_new_tokens=NEW, temperature=1.0, top_p=0.9)
+    assert [a.tokens for a in generator.generate(asked, sampled)] == [
+        a.tokens for a in tiny.generator(config).generate(asked, sampled)
+    ]
+
+
+def test_similar_requests_compile_nothing():
+    data = tiny.data_config()
+    generator = tiny.generator(tiny.model_config(layers=2))
+    generator.generate([ask(data, "what color?", [tiny.picture(1)])], Settings(max_new_tokens=9))
+    assert generator.compiled() == 1
+    for settings in (
+        Settings(max_new_tokens=16),
+        Settings(max_new_tokens=3, temperature=0.7, top_k=5, top_p=0.5, seed=3),
+        Settings(stop=("red", "no"), max_new_tokens=12),
+    ):
+        generator.generate([ask(data, "is there a circle?", [tiny.picture(2)])], settings)
+    assert generator.compiled() == 1
+    generator.generate([ask(data, "what?", [tiny.picture(n)]) for n in range(3)], Settings(max_new_tokens=9))
+    assert generator.compiled() == 2
+    generator.generate([ask(data, "how many?", [tiny.picture(n)]) for n in range(4)], Settings(max_new_tokens=9))
+    assert generator.compiled() == 2
+
+
+def test_buckets():
+    assert [bucket(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [0, 1, 2, 4, 8, 8, 16]
+    assert bucket(5, 32) == 32 and bucket(33, 32) == 64
+    assert row_bucket(3, 1) == 4 and row_bucket(3, 8) == 8 and row_bucket(9, 6) == 18
+
+
+def test_special_tokens_are_never_generated():
+    config = tiny.model_config()
+    plain, _ = tiny.params(config)
+    vocabulary = tiny.tokenizer()
+    banned = [vocabulary.pad_id, vocabulary.bos_id, vocabulary.image_id, *range(vocabulary.vocab_size, 304)]
+    assert len(banned) > 3
+    generator = tiny.Generator(
+        VisionLanguageModel(config), _louder(plain, banned), vocabulary, tiny.data_config(), tiny.one_device()
+    )
+    answers = generator.generate(requests(), Settings(max_new_tokens=16, temperature=1.0))
+    assert not {token for answer in answers for token in answer.tokens} & set(banned)
+    assert max(score for answer in answers for score in answer.log_probabilities) < -1  # the others are likelier
+
+
+def _louder(plain, tokens):
+    """The same parameters with a head that shouts some tokens: both signs, for the hidden state's is not known."""
+    kernel = plain["language"]["lm_head"]["kernel"]
+    half = len(tokens) // 2
+    loud = kernel.at[:, jnp.asarray(tokens[:half])].mul(8.0).at[:, jnp.asarray(tokens[half:])].mul(-8.0)
+    return plain | {"language": plain["language"] | {"lm_head": {"kernel": loud}}}
+
+
+def test_end_tokens_end_a_row_alone():
+    config = tiny.model_config()
+    asked = requests()
+    free = tiny.generator(config).generate(asked, Settings(max_new_tokens=NEW))
+    # The third token of the first answer is made an end token.
+    generator = tiny.Generator(
+        VisionLanguageModel(config), tiny.params(config)[0], tiny.tokenizer(), tiny.data_config(), tiny.one_device()
+    )
+    end = free[0].tokens[2]
+    generator.ends = generator.ends | {end}
+    for answer, before in zip(generator.generate(asked, Settings(max_new_tokens=NEW)), free, strict=True):
+        place = before.tokens.index(end) + 1 if end in before.tokens else NEW
+        assert answer.tokens == before.tokens[:place]
+        assert answer.finish_reason == ("end_token" if end in before.tokens else "max_new_tokens")
+        assert len(answer.log_probabilities) == len(answer.tokens)
+
+
+def test_positions_limit_the_answer_and_the_prompt():
+    generator, data = tiny.generator(), tiny.data_config()
+    long = "x" * 100
+    answer = generator.generate([ask(data, long)], Settings(max_new_tokens=100))[0]
+    assert answer.finish_reason == "max_positions"
+    assert answer.prompt_tokens + len(answer.tokens) == 128
+    with pytest.raises(RequestError, match="reads at most 128"):
+        generator.generate([ask(data, "x" * 200)])
+
+
+def test_interleaved_parts():
+    generator = tiny.generator()
+    shot = interleaved([tiny.picture(1), "what", tiny.picture(2), " color?"])
+    answer = generator.generate([shot], Settings(max_new_tokens=NEW))[0]
+    assert answer.tokens == reference(tiny.model_config(), shot)[0]

@@ -1,0 +1,18 @@
+"""Sizes rounded up, so that requests of similar size share one compiled program."""
+
+from __future__ import annotations
+
+LENGTH, NEW, STOPS, STOP_WIDTH = 32, 16, 4, 8  # the smallest buckets
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`; 0 stays 0.
+
+    5 -> 8, and with least=32 -> 32.
+    """
+    return max(least, 1 << (size - 1).bit_length()) if size else 0
+
+
+def row_bucket(rows: int, ways: int) -> int:
+    """Rows for a mesh that splits them `ways`: a bucket, and a multiple of `ways`."""
+    return -(-bucket(rows) // ways) * ways

@@ -1,0 +1,169 @@
+"""The whole of generation as one program: images -> prompt -> a loop of one-token steps with a cache.
+
+Shapes come in buckets (`buckets.py`), prompts are padded on the left, and everything else is an array: a second request of
+similar size compiles nothing. Rows that are done wait for the others; the loop ends with the last of them.
+
+Axis letters: B rows, M image slots, F frames, H x W pixels, T prompt tokens, N new tokens, V vocabulary, R visual tokens of a
+slot, E end tokens, K stop sequences of W tokens, G gated layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.generation.sampling import Sampling, sample
+from vlm_jax.generation.streaming import deliver
+from vlm_jax.layers.block import KeyValue
+from vlm_jax.layers.decoder import Cache, empty_cache
+from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import constrain
+
+Array = jax.Array
+
+RUNNING, END_TOKEN, STOP_SEQUENCE, LIMIT, CANCELLED = range(5)
+ANY, NEVER = -1, -2  # in `Rules.stops`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is gone on with. A row that is only padding has segments 0 and a limit of 0."""
+
+    images: Any  # [B, M, F, H, W, 3] uint8; None: no row has an image, or the model does not see
+    frames: Any  # [B, M] int32; None likewise
+    tokens: Array  # [B, T] int32, padded on the left
+    positions: Array  # [B, T] int32
+    segments: Array  # [B, T] int32, 1; 0 is padding
+    media_first: Array  # [B, T] int32
+    media_last: Array  # [B, T] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What may be generated, and when it ends."""
+
+    allowed: Array  # [V] bool
+    ends: Array  # [E] int32, any of them ends a row
+    stops: Array  # [K, W] int32, so does any of these sequences, aligned right; `ANY` in front, `NEVER` for an unused one
+    limits: Array  # [B] int32, tokens a row may have
+    pad: Array  # [] int32, what stands after the end
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    tokens: Array  # [B, N] int32, the end token included, padding after it
+    log_probabilities: Array  # [B, N] float32, the model's own, before temperature and restrictions; 0 after the end
+    lengths: Array  # [B] int32
+    reasons: Array  # [B] int32: END_TOKEN, STOP_SEQUENCE, LIMIT or CANCELLED
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    count: Array  # [] int32, tokens generated so far by a row that still runs
+    last: Array  # [B] int32, the newest token
+    tail: Array  # [B, W] int32, the newest W tokens
+    cache: Cache
+    out: Generated
+
+
+def generate(
+    model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, sampling: Sampling, rules: Rules, stream: Any = None
+) -> Generated:
+    """Up to `new` tokens for every prompt.
+
+    New tokens see the images that the prompt's last token sees.
+
+    Args:
+      new: N; no limit in `rules` is above it.
+      stream: [] int32, the number of an open `streaming.Stream` that gets every token at once; None: none.
+    """
+    apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
+    images, slots = _images(model, params, prompts)
+    rows, length = prompts.tokens.shape
+    cache = empty_cache(model.config.language, rows, length + new, model.dtype)
+    media = prompts.media_first, prompts.media_last
+    hidden, cache, _ = apply("step", prompts.tokens, prompts.positions, prompts.segments, *media, cache, images, slots)
+    first, last = (m[:, -1:] for m in media)
+    start = prompts.positions[:, -1:] + 1
+    segments = prompts.segments[:, -1:]
+
+    def running(progress: _Progress) -> Array:
+        return jnp.any(progress.out.reasons == RUNNING)
+
+    def step(progress: _Progress) -> _Progress:
+        positions = start + progress.count - 1
+        inputs = (progress.last[:, None], positions, segments, first, last, progress.cache, images, slots)
+        hidden, cache, _ = apply("step", *inputs)
+        return pick(dataclasses.replace(progress, cache=_lay(cache)), hidden)
+
+    def pick(progress: _Progress, hidden: Array) -> _Progress:
+        logits = apply("logits", hidden)[:, -1]
+        return _pick(progress, logits, sampling, rules, stream)
+
+    nothing = Generated(
+        tokens=jnp.full((rows, new), rules.pad, jnp.int32),
+        log_probabilities=jnp.zeros((rows, new), jnp.float32),
+        lengths=jnp.zeros(rows, jnp.int32),
+        reasons=jnp.where(rules.limits > 0, RUNNING, LIMIT),
+    )
+    blank = jnp.full(rows, NEVER, jnp.int32)
+    tail = jnp.full((rows, rules.stops.shape[1]), NEVER, jnp.int32)
+    progress = _Progress(jnp.zeros((), jnp.int32), blank, tail, _lay(cache), nothing)
+    return jax.lax.while_loop(running, step, pick(progress, hidden[:, -1:])).out
+
+
+def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[KeyValue | None, int]:
+    """The keys and values of the images, and the number of slots they lie in."""
+    config = model.config
+    if not model.sees:
+        return None, 0
+    if prompts.images is None:
+        # One token that nothing sees: the gated layers' feed-forward still applies to every token.
+        count = len(range(config.fusion.offset, config.language.layers, config.fusion.every))
+        shape = (count, prompts.tokens.shape[0], 1, config.fusion.heads, config.fusion.head_width)
+        return (jnp.zeros(shape, model.dtype),) * 2, 1
+    visual, _ = model.apply({"params": params}, prompts.images, prompts.frames, method="encode_images")
+    keys_values = model.apply({"params": params}, visual, method="keys_values")
+    return tuple(constrain(x, "layers", "batch", "length", "heads", "head") for x in keys_values), prompts.images.shape[1]
+
+
+def _lay(cache: Cache) -> Cache:
+    """The cache keeps its place on the mesh from step to step."""
+    keys, values = (constrain(x, "layers", "batch", "length", "kv_heads", "head") for x in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values)
+
+
+def _pick(progress: _Progress, logits: Array, sampling: Sampling, rules: Rules, stream: Any) -> _Progress:
+    """One more token for every row that runs."""
+    count, out = progress.count, progress.out
+    runs = out.reasons == RUNNING
+    token = sample(jnp.where(rules.allowed, logits, -jnp.inf), sampling, count)
+    token = jnp.where(runs, token, rules.pad)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    log_probability = jnp.where(runs, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    tail = jnp.concatenate([progress.tail[:, 1:], token[:, None]], axis=1)
+
+    stopped = jnp.any(jnp.all((rules.stops == ANY) | (rules.stops == tail[:, None]), axis=-1), axis=-1)
+    reason = jnp.where(count + 1 >= rules.limits, LIMIT, RUNNING)
+    reason = jnp.where(stopped, STOP_SEQUENCE, reason)
+    reason = jnp.where(jnp.isin(token, rules.ends), END_TOKEN, reason)
+    reason = jnp.where(runs, reason, out.reasons)
+    if stream is not None:
+        cancelled = deliver(stream, token, runs)
+        reason = jnp.where((reason == RUNNING) & cancelled, CANCELLED, reason)
+
+    put = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, count))
+    generated = Generated(
+        tokens=put(out.tokens, token),
+        log_probabilities=put(out.log_probabilities, log_probability),
+        lengths=out.lengths + runs,
+        reasons=reason,
+    )
+    return _Progress(count + 1, token, tail, progress.cache, generated)

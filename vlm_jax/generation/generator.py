@@ -1,0 +1,246 @@
+"""Answers requests: lays them out, groups them by length, runs the compiled program, and turns tokens into text.
+
+Axis letters: B rows, M image slots, F frames, S the side of the model's square, T prompt tokens, V vocabulary, K stop
+sequences of W tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.config import DataConfig
+from vlm_jax.data.encode import prompt_tokens
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.generation import decode
+from vlm_jax.generation.buckets import LENGTH, NEW, STOP_WIDTH, STOPS, bucket, row_bucket
+from vlm_jax.generation.request import Request, RequestError, Settings, pixels
+from vlm_jax.generation.sampling import Sampling
+from vlm_jax.generation.streaming import Stream
+from vlm_jax.generation.text import TextStream, cut, stop_sequences
+from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import batch_sharding
+
+DEFAULTS = Settings()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    text: str  # without white space around it
+    tokens: list[int]  # the end token included; after a stop string those that reach to it
+    log_probabilities: list[float]  # of the tokens, the model's own: before temperature, top-k and top-p
+    finish_reason: str  # "end_token", "stop_string", "max_new_tokens", "max_positions" or "cancelled"
+    prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request as the model reads it. All arrays are [T]."""
+
+    request: Request
+    tokens: np.ndarray
+    media_last: np.ndarray
+    media_first: np.ndarray
+    seed: int
+
+
+class Generator:
+    """A model with its parameters and tokenizer, ready to answer.
+
+    Attributes:
+      rows: at most so many requests are answered at once.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        params: Any,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        mesh: Mesh,
+        rows: int = 16,
+    ) -> None:
+        self.model, self.params, self.tokenizer, self.data, self.mesh, self.rows = model, params, tokenizer, data, mesh, rows
+        self._program = jax.jit(functools.partial(decode.generate, model), static_argnums=0)
+        # A tokenizer may have no <EOC> apart from <EOS>, or use <EOS> as <BOS> or padding: an end is always allowed.
+        self.ends = {tokenizer.eoc_id, tokenizer.eos_id}
+        never = {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - self.ends
+        # The embedding may have more rows than the tokenizer has tokens.
+        self._allowed = np.arange(model.config.language.vocab_size) < tokenizer.vocab_size
+        self._allowed[sorted(never)] = False
+
+    def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
+        """The answers, in the order of the requests.
+
+        Raises:
+          RequestError: a request that does not fit the model; ImageError: a picture that cannot be read.
+        """
+        answers: dict[int, Answer] = {}
+        for done in self.batches(requests, settings):
+            answers |= done
+        return [answers[index] for index in range(len(requests))]
+
+    def batches(self, requests: list[Request], settings: Settings = DEFAULTS) -> Iterator[dict[int, Answer]]:
+        """The same, batch by batch: {number of the request: answer}. Requests of similar length go together."""
+        prompts = [self.prompt(request, index, settings) for index, request in enumerate(requests)]
+        size = lambda i: (bucket(len(prompts[i].request.images)), len(prompts[i].tokens))
+        order = sorted(range(len(prompts)), key=size)
+        for start in range(0, len(order), self.rows):
+            chosen = order[start : start + self.rows]
+            yield dict(zip(chosen, self._answer([prompts[i] for i in chosen], settings), strict=True))
+
+    def stream(self, request: Request, settings: Settings = DEFAULTS) -> Iterator[str]:
+        """The answer piece by piece, as it is generated; the pieces together are `Answer.text`.
+
+        Raises:
+          RequestError: also on a mesh of several devices, where JAX cannot call back in order.
+        """
+        if self.mesh.size > 1:
+            raise RequestError(f"streaming works on one device, and this mesh has {self.mesh.size}: use generate()")
+        prompt = self.prompt(request, 0, settings)
+        text = TextStream(self.tokenizer, self.ends, settings.stop)
+        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        cancelled = threading.Event()
+        failed: list[BaseException] = []
+
+        def on_tokens(tokens: np.ndarray, runs: np.ndarray) -> bool:
+            pieces.put(text.add(int(tokens[0])))
+            return text.done or cancelled.is_set()
+
+        def work() -> None:
+            try:
+                with Stream(on_tokens) as stream:
+                    self._run([prompt], settings, np.int32(stream.number))
+                    stream.check()
+                pieces.put(text.close())
+            except BaseException as error:  # raised again in the caller's thread
+                failed.append(error)
+            pieces.put(None)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if piece:
+                    yield piece
+        finally:
+            cancelled.set()
+            worker.join()
+        if failed:
+            raise failed[0]
+
+    def prompt(self, request: Request, index: int, settings: Settings) -> Prompt:
+        """Lays out a request.
+
+        Raises:
+          RequestError: it is too long, or has pictures for a model that does not see.
+        """
+        if request.images and not self.model.sees:
+            raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
+        tokens, last, first = prompt_tokens(request.parts, self.tokenizer)
+        most = self.model.config.language.max_positions
+        if len(tokens) >= most:
+            raise RequestError(
+                f"the prompt is {len(tokens)} tokens long, but the model reads at most {most} with the answer: "
+                "shorten it, or give fewer examples"
+            )
+        seed = index if request.seed is None else request.seed
+        row_seed = np.random.SeedSequence([settings.seed, seed]).generate_state(1)[0]
+        return Prompt(request, tokens, last, first, int(row_seed))
+
+    def place(self, prompts: list[Prompt]) -> decode.Prompts:
+        """Prompts -> one batch on the mesh, its shapes rounded up to buckets."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows, length = row_bucket(len(prompts), ways), bucket(max(len(p.tokens) for p in prompts), LENGTH)
+        arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "positions", "segments", "first", "last")}
+        arrays["tokens"][:] = self.tokenizer.pad_id
+        for row, prompt in enumerate(prompts):
+            begin = length - len(prompt.tokens)
+            arrays["tokens"][row, begin:] = prompt.tokens
+            arrays["positions"][row, begin:] = np.arange(len(prompt.tokens))
+            arrays["segments"][row, begin:] = 1
+            arrays["first"][row, begin:] = prompt.media_first
+            arrays["last"][row, begin:] = prompt.media_last
+        images = frames = None
+        slots = bucket(max(len(p.request.images) for p in prompts))
+        if slots:
+            most = bucket(max(len(film) for p in prompts for film in p.request.images))
+            side = self.data.image_size
+            images = np.zeros((rows, slots, most, side, side, 3), np.uint8)
+            frames = np.zeros((rows, slots), np.int32)
+            for row, prompt in enumerate(prompts):
+                for slot, film in enumerate(prompt.request.images):
+                    frames[row, slot] = len(film)
+                    for frame, picture in enumerate(film):
+                        images[row, slot, frame] = pixels(picture, self.data)
+        batch = decode.Prompts(images, frames, *arrays.values())
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def compiled(self) -> int:
+        """How many programs were compiled so far."""
+        return self._program._cache_size()
+
+    def mesh_context(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(self.mesh)
+
+    def _answer(self, prompts: list[Prompt], settings: Settings) -> list[Answer]:
+        out = self._run(prompts, settings)
+        return [self._finish(prompt, settings, out, row) for row, prompt in enumerate(prompts)]
+
+    def _run(self, prompts: list[Prompt], settings: Settings, stream: Any = None) -> decode.Generated:
+        batch = self.place(prompts)
+        rows, count = batch.tokens.shape[0], len(prompts)
+        most = self.model.config.language.max_positions
+        limits = np.zeros(rows, np.int32)
+        limits[:count] = [min(settings.max_new_tokens, most - len(p.tokens)) for p in prompts]
+        seeds = np.zeros(rows, np.uint32)
+        seeds[:count] = [p.seed for p in prompts]
+        fill = lambda value, dtype: np.full(rows, value, dtype)
+        sampling = Sampling(
+            fill(settings.temperature, np.float32), fill(settings.top_k, np.int32), fill(settings.top_p, np.float32), seeds
+        )
+        ends, pad = np.asarray(sorted(self.ends), np.int32), np.int32(self.tokenizer.pad_id)
+        rules = decode.Rules(self._allowed, ends, self._stops(settings), limits, pad)
+        sampling, rules = jax.device_put((sampling, rules), NamedSharding(self.mesh, PartitionSpec()))
+        new = bucket(min(settings.max_new_tokens, most), NEW)
+        with self.mesh_context():
+            return jax.device_get(self._program(new, self.params, batch, sampling, rules, stream))
+
+    def _stops(self, settings: Settings) -> np.ndarray:
+        """[K, W] of `decode.Rules`."""
+        sequences = stop_sequences(self.tokenizer, settings.stop)
+        width = bucket(max(map(len, sequences), default=1), STOP_WIDTH)
+        stops = np.full((bucket(max(len(sequences), 1), STOPS), width), decode.NEVER, np.int32)
+        for row, sequence in zip(stops, sequences, strict=False):
+            row[:] = decode.ANY
+            row[width - len(sequence) :] = sequence
+        return stops
+
+    def _finish(self, prompt: Prompt, settings: Settings, out: decode.Generated, row: int) -> Answer:
+        length, reason = int(out.lengths[row]), int(out.reasons[row])
+        ids = out.tokens[row, :length].tolist()
+        body = ids[:-1] if reason == decode.END_TOKEN else ids
+        text, needed, stopped = cut(self.tokenizer, body, settings.stop)
+        names = {
+            decode.END_TOKEN: "end_token",
+            decode.STOP_SEQUENCE: "stop_string",
+            decode.LIMIT: "max_new_tokens" if length == settings.max_new_tokens else "max_positions",
+            decode.CANCELLED: "cancelled",
+        }
+        length = needed if stopped else length
+        return Answer(
+            text=text.strip(),
+            tokens=ids[:length],
+            log_probabilities=out.log_probabilities[row, :length].tolist(),
+            finish_reason="stop_string" if stopped else names[reason],
+            prompt_tokens=len(prompt.tokens),
+        )
