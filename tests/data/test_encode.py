@@ -72,6 +72,7 @@ def test_media_of_several_sequences():
     tokens = np.array([9, IMAGE, 9, 9, 9, IMAGE, IMAGE, 9, IMAGE])
     last, first = media_of(tokens, IMAGE, [3, 1, 3, 2], [0, 0, 1, 0])
     assert last.tolist() == [0, 1, 1, 0, 0, 2, 3, 0, 1]
+    assert media_of(np.array([IMAGE, 9, IMAGE, 9]), IMAGE, [2, 2], [0, 0])[0].tolist() == [1, 1, 1, 1]
     assert first.tolist() == [1, 1, 1, 0, 2, 2, 2, 1, 1]
 
 

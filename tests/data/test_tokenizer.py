@@ -51,6 +51,7 @@ def test_training_is_the_same_in_another_process(tokenizer, tmp_path):
 def test_saved_and_loaded(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
+    assert not list(tmp_path.glob(".*"))
     assert vars_of(loaded) == vars_of(tokenizer)
     for text in TYPED:
         assert loaded.encode(text) == tokenizer.encode(text)

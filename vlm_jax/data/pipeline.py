@@ -121,7 +121,9 @@ def _start_worker(index: int, count: int) -> None:
     """Runs first in a worker process."""
     # Ctrl-C is the trainer's to answer; a worker that died of it would be reported as a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports jax; a worker must not take the accelerator
+    import jax  # Grain has imported it already
+
+    jax.config.update("jax_platforms", "cpu")  # whatever a worker may call, it must not take the accelerator
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -6,6 +6,7 @@ padding, begin and end tokens are kept; what it lacks is added.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +82,16 @@ class Tokenizer:
         return self._wrapped.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the folder that `load_tokenizer` and transformers' `AutoTokenizer` read."""
-        self._wrapped.save_pretrained(str(folder))
+        """Writes the folder that `load_tokenizer` and transformers' `AutoTokenizer` read.
+
+        Each file appears whole, `tokenizer.json` last: several processes may do so at once, and be interrupted.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
+            self._wrapped.save_pretrained(made)
+            for file in sorted(Path(made).iterdir(), key=lambda path: path.name == "tokenizer.json"):
+                file.replace(folder / file.name)
 
     def __reduce__(self):
         return (Tokenizer, (self._wrapped,))
