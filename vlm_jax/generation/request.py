@@ -13,6 +13,7 @@ from PIL.Image import Image
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import ImageAt, Sequence, Text
 from vlm_jax.data.images import ImageError, blank_image, fit_image, read_image
+from vlm_jax.data.jsonl_record import _split_markers
 
 MARKER = "<image>"
 
@@ -90,8 +91,8 @@ def ask(
 ) -> Request:
     """A question as the model was trained to read it: `config.prompt` around it, its pictures in front.
 
-    The literal `<image>` in the question places a picture instead. Every shot is laid out the same way, with its answer in
-    `config.answer`, and closed with `<EOC>`.
+    The literal `<image>` in the question places a picture instead, as in a conversation of `data/jsonl.py`. Every shot is
+    laid out the same way, with its answer in `config.answer`, and closed with `<EOC>`.
 
     Raises:
       RequestError: another number of pictures than of markers.
@@ -99,20 +100,27 @@ def ask(
     parts: list[Any] = []
     slots: list[tuple[Picture, ...]] = []
 
+    before, after = config.prompt.split("{question}")
+
+    def place(image: Any) -> None:
+        parts.append(ImageAt(len(slots)))
+        slots.append(tuple(image) if isinstance(image, tuple | list) else (image,))
+
     def turn(name: str, question: str, images: Many[Picture]) -> None:
-        texts = config.prompt.replace("{question}", question).split(MARKER)
-        if len(texts) == 1:
-            texts = [""] * len(images) + texts
-        if len(texts) - 1 != len(images):
+        markers = question.count(MARKER)
+        if markers and markers != len(images):
             raise RequestError(
-                f"{name} has {_count(len(texts) - 1, MARKER + ' marker')} and {_count(len(images), 'image')}: "
-                f"give an image for every marker, or leave the markers out and all images come first"
+                f"{name} has {_count(markers, MARKER + ' marker')} and {_count(len(images), 'image')}: "
+                "give an image for every marker, or leave the markers out and all images come first"
             )
-        for place, text in enumerate(texts):
-            if place:
-                parts.append(ImageAt(len(slots)))
-                image = images[place - 1]
-                slots.append(tuple(image) if isinstance(image, tuple | list) else (image,))
+        leading, texts = _split_markers(question if markers else MARKER * len(images) + question)
+        texts[0] = before + texts[0]
+        texts[-1] += after
+        for image in images[:leading]:
+            place(image)
+        for number, text in enumerate(texts):
+            if number:
+                place(images[leading + number - 1])
             if text:
                 parts.append(Text(text, learn=False))
 

@@ -1,0 +1,124 @@
+"""Asks a trained model about pictures: one question, or a file of them."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+EXAMPLES = """
+one question about one picture:
+  infer.py --checkpoint=runs/flamingo --image=a.png --prompt="what color is the shape?"
+
+several pictures, each where the prompt says <image> (without it they all come first):
+  infer.py --checkpoint=runs/flamingo --image=a.png --image=b.png --prompt="is <image> larger than <image>?"
+
+solved examples before the question (few-shot); "-" in the place of the picture for an example without:
+  infer.py --checkpoint=runs/flamingo --shot c.png "what color is the shape?" red --image=a.png --prompt="what color is it?"
+
+where the model looked for every word of its answer:
+  infer.py --checkpoint=runs/flamingo --image=a.png --prompt="what color is the shape?" --attention=looks.png
+
+a file of questions; the same command, given again, goes on where it stopped:
+  infer.py --checkpoint=runs/flamingo --input=questions.jsonl --output=answers.jsonl
+
+  a line of the input:   {"id": "7", "prompt": "what color is it?", "image": "a.png"}
+                         "images": [...] for several, "shots": [{"image", "question", "answer"}] for solved examples;
+                         paths are relative to the file
+  a line of the output:  {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue"}
+
+a model spread over eight devices:
+  infer.py --checkpoint=runs/large --mesh=tensor=8 --dtype=bfloat16 --image=a.png --prompt="what is this?"
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"infer.py: {message}; see infer.py --help\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN", help="the --workdir of a run of train.py")
+    add("--step", type=int, help="which of its checkpoints (default: the newest)")
+    add("--prompt", help="the question; the literal <image> places a picture")
+    add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
+    shot = ("IMAGE", "QUESTION", "ANSWER")
+    add("--shot", action="append", default=[], nargs=3, metavar=shot, help="a solved example; repeat it for several")
+    add("--input", type=Path, metavar="FILE.jsonl", help="many questions, one a line")
+    add("--output", type=Path, metavar="FILE.jsonl", help="their answers; lines that are there already are not asked again")
+    add("--batch", type=int, default=16, metavar="N", help="at most so many questions at once (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default); 1: as the model has it")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that together reach P (default: all)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeat it for several")
+    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add("--stream", action=argparse.BooleanOptionalAction, help="print words as they come (default: on a terminal)")
+    add("--attention", type=Path, metavar="OUT.png", help="draw where the model looked for every word of the answer")
+    add("--mesh", metavar="AXES", help='devices, as in "tensor=8" or "data=2,tensor=4" (default: one device)')
+    add("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation (default: the run's)")
+    args = parser.parse_args(argv)
+    if (args.prompt is None) == (args.input is None):
+        parser.error("give either --prompt or --input")
+    if (args.input is None) != (args.output is None):
+        parser.error("--input and --output go together")
+    if args.input and (args.image or args.shot or args.attention or args.stream):
+        parser.error("--image, --shot, --attention and --stream are for one --prompt; with --input they stand in its lines")
+    if args.batch < 1:
+        parser.error(f"--batch={args.batch}: expected 1 or more")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    import vlm_jax
+    from vlm_jax import compilation_cache
+    from vlm_jax.generation.answer_file import answer_file, read_questions
+    from vlm_jax.generation.request import Settings
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"stop": tuple(args.stop)}
+    checked = Settings(**settings)
+    questions = read_questions(args.input) if args.input else None
+    compilation_cache.enable()
+    vlm = vlm_jax.load(args.checkpoint, args.mesh, args.dtype, args.step, args.batch)
+    if questions:
+        tell = lambda line: print(line, file=sys.stderr, flush=True)
+        answer_file(vlm, args.input, questions, args.output, checked, tell)
+        return
+    shots = [([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
+    asked = (args.prompt, args.image, shots)
+    one = vlm.generator.mesh.size == 1
+    if args.attention:
+        text, maps = vlm.attention(*asked, **settings)
+        maps.save(args.attention)
+        print(text)
+    elif args.stream or (args.stream is None and one and sys.stdout.isatty()):
+        for piece in vlm.stream(*asked, **settings):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print(vlm.generate(*asked, **settings))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        again = "; the same command goes on from there" if args.input else ""
+        print(f"infer.py: interrupted{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return 141
+    except (ValueError, OSError) as error:
+        # Every error a user can cause is one of these, and says what to do.
+        print(f"infer.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

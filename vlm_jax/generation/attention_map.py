@@ -1,0 +1,137 @@
+"""For every generated word, where in the pictures the model looked.
+
+A text token looks at the resampler's latents (gated cross-attention), and these at the patches. Both are put together: the
+gated layers are averaged with |tanh(gate)| as weights, and followed through the resampler by attention rollout
+(Abnar & Zuidema 2020).
+
+Axis letters: B rows, M image slots, F frames, P patches of a frame, R latents of a slot, T tokens, G gated layers, W words, S
+the side of the model's square.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.generation.decode import Prompts
+from vlm_jax.generation.request import Request, RequestError, Settings
+from vlm_jax.models.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from vlm_jax.generation.generator import Answer, Generator
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Where each word looked; only pictures that are there have a column."""
+
+    words: list[str]
+    maps: np.ndarray  # [W, columns, rows of patches, columns of patches]; a word's sum is 1, or 0 if it sees no image
+    pictures: np.ndarray  # [columns, S, S, 3] uint8, as the model saw them
+
+    def save(self, path: str | Path) -> None:
+        """Draws one panel a word and picture."""
+        from vlm_jax.generation.attention_picture import draw
+
+        draw(self, path)
+
+
+def rollout(weights: Array) -> Array:
+    """Which patches each latent knows, in the end: [layers, ..., R, P + R] -> [..., R, P], each row's sum 1.
+
+    At first the latents know nothing of the image. A layer brings what they look at themselves and what the latents they
+    look at know already; the residual keeps what they knew, with the same share.
+    """
+    count = weights.shape[-2]
+    known = jnp.zeros((*weights.shape[1:-1], weights.shape[-1] - count), weights.dtype)
+    for layer in weights:
+        features, latents = layer[..., :-count], layer[..., -count:]
+        known = 0.5 * known + 0.5 * (features + latents @ known)
+        known = known / jnp.maximum(jnp.sum(known, axis=-1, keepdims=True), jnp.finfo(known.dtype).tiny)
+    return known
+
+
+def look(model: VisionLanguageModel, params: Any, prompts: Prompts) -> Array:
+    """Where every token looks: [B, T, M, F * P], the sum over the last two 1, or 0 for a token that sees no image."""
+    apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
+    visual, resampler = apply("encode_images", prompts.images, prompts.frames, True)
+    keys_values = apply("keys_values", visual)
+    slots, latents = visual.shape[1:3]
+    media = prompts.media_first, prompts.media_last
+    inputs = (prompts.tokens, prompts.positions, prompts.segments, *media, None, keys_values, slots, True)
+    gated = apply("step", *inputs)[2]
+    gates = jnp.abs(jnp.tanh(params["fusion"]["layers"]["attention_gate"].astype(jnp.float32)))
+    # Closed gates let nothing through: where all are closed, the layers count alike.
+    shares = jnp.where(jnp.sum(gates) > 0, gates / jnp.maximum(jnp.sum(gates), 1e-30), 1 / gates.shape[0])
+    tokens = jnp.einsum("g,gbts->bts", shares, gated)
+    tokens = tokens.reshape(*tokens.shape[:2], slots, latents)
+    return jnp.einsum("btmr,bmrp->btmp", tokens, rollout(resampler))
+
+
+@functools.cache
+def _compiled(model: VisionLanguageModel) -> Any:
+    return jax.jit(functools.partial(look, model))
+
+
+def attention_maps(generator: Generator, request: Request, answer: Answer) -> AttentionMaps:
+    """The maps of an answer, from one pass over the prompt and the answer.
+
+    What a token looked at when it was chosen is read at the place before it: that place's hidden state predicts it.
+
+    Raises:
+      RequestError: there is no picture to look at.
+    """
+    if not request.images:
+        raise RequestError("an attention map needs a picture, and the request has none")
+    if generator.data.blank_images:
+        raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
+    prompt = generator.prompt(request, 0, Settings())
+    ids = [token for token in answer.tokens if token not in generator.ends]
+    extend = lambda media: np.append(media, np.repeat(media[-1:], len(ids)))
+    whole = dataclasses.replace(
+        prompt,
+        tokens=np.append(prompt.tokens, ids).astype(np.int32),
+        media_last=extend(prompt.media_last),
+        media_first=extend(prompt.media_first),
+    )
+    batch = generator.place([whole])
+    with generator.mesh_context():
+        looks = np.asarray(_compiled(generator.model)(generator.params, batch))[0]
+    length = looks.shape[0]
+    chosen = looks[length - len(ids) - 1 : length - 1]  # [answer tokens, M, F * P]
+    words, spans = group_words(generator.tokenizer, ids)
+    frames, vision = np.asarray(batch.frames)[0], generator.model.config.vision
+    most = batch.images.shape[2]
+    chosen = chosen.reshape(*chosen.shape[:2], most, -1)[..., int(vision.class_token) :]
+    there = [(slot, frame) for slot in range(len(frames)) for frame in range(frames[slot])]
+    side = generator.data.image_size // vision.patch_size
+    merged = [np.mean([chosen[token] for token in span], axis=0) for span in spans]
+    maps = np.asarray([[word[place].reshape(side, side) for place in there] for word in merged])
+    total = maps.sum(axis=(1, 2, 3), keepdims=True) if len(words) else 1.0
+    pictures = np.asarray(batch.images)[0]
+    return AttentionMaps(words, maps / np.maximum(total, 1e-30), np.asarray([pictures[place] for place in there]))
+
+
+def group_words(tokenizer: Any, ids: list[int]) -> tuple[list[str], list[range]]:
+    """Words of the text, and the tokens each is made of; a word begins at white space."""
+    words: list[str] = []
+    spans: list[range] = []
+    before = ""
+    for place in range(len(ids)):
+        text = tokenizer.decode(ids[: place + 1], special=False)
+        piece, before = text[len(before) :], text
+        if not words or (piece[:1].isspace() and words[-1].strip()):
+            words.append(piece)
+            spans.append(range(place, place + 1))
+        else:
+            words[-1] += piece
+            spans[-1] = range(spans[-1].start, place + 1)
+    return [word.strip() for word in words], spans
