@@ -10,6 +10,8 @@ are the same for any number of processes, and worker processes change nothing bu
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -129,12 +131,15 @@ def _start_worker(index: int, count: int) -> None:
 
 def _end_with_parent() -> None:
     """A trainer that was killed leaves no workers behind."""
-    import multiprocessing
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _close(held: list[Any]) -> None:
+    while held:
+        held.pop().close()
 
 
 class TrainBatches:
@@ -175,7 +180,8 @@ class TrainBatches:
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
             ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
-        self._iterator = iter(ahead)
+        self._held = [iter(ahead)]  # empty once closed
+        self._close = weakref.finalize(self, _close, self._held)  # at the latest when the interpreter ends
         self._started = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -187,26 +193,26 @@ class TrainBatches:
         Raises:
           DataError: a picture cannot be read; it names the example.
         """
-        if self._iterator is None:
+        if not self._held:
             raise StopIteration
-        arrays = next(self._iterator) if self._started else self._first()
+        arrays = next(self._held[0]) if self._started else self._first()
         self.position += 1
         return to_batch(arrays)
 
     def _first(self) -> Arrays:
         """The workers are started by the first call. They inherit a blocked SIGINT, for the time until they ignore it."""
         self._started = True
+        # It unblocks SIGINT in the thread that starts it, so it must run before.
+        multiprocessing.resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return next(self._iterator)
+            return next(self._held[0])
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """Ends the worker processes."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        self._close()
 
     def __enter__(self) -> TrainBatches:
         return self
