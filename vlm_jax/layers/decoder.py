@@ -80,12 +80,13 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Array, positions: Array) -> Array:
         """[B, T] -> [B, T, D]."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Gathered over `fsdp` first: a look-up in a table whose width is sharded would replicate the activations.
+        x = jnp.take(constrain(self.embedding, "vocab", None), tokens, axis=0).astype(self.dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.block.width**0.5, self.dtype)
         if isinstance(self.config.positions, LearnedPositionsConfig):
             places = positions + self.config.positions.offset
-            x = x + jnp.take(self.position_embedding, places, axis=0).astype(self.dtype)
+            x = x + jnp.take(constrain(self.position_embedding, "positions", None), places, axis=0).astype(self.dtype)
         return constrain(x, "batch", "length", None)
 
     def head(self, hidden: Array) -> Array:
