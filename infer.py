@@ -71,23 +71,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    from absl import logging
+
     import vlm_jax
     from vlm_jax import compilation_cache
+    from vlm_jax.data.images import check_image
     from vlm_jax.generation.answer_file import answer_file, read_questions
-    from vlm_jax.generation.request import Settings
+    from vlm_jax.generation.request import Settings, Shot, ask
+    from vlm_jax.training.checkpoint import read_config
 
+    logging.set_verbosity(logging.ERROR)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names} | {"stop": tuple(args.stop)}
     checked = Settings(**settings)
+    shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
+    asked = (args.prompt, args.image, shots)
+    # What can be wrong is found before a large model is read.
+    data = read_config(args.checkpoint).data
     questions = read_questions(args.input) if args.input else None
+    if not questions:
+        for film in ask(data, *asked).images:
+            check_image(*film)
     compilation_cache.enable()
     vlm = vlm_jax.load(args.checkpoint, args.mesh, args.dtype, args.step, args.batch)
     if questions:
         tell = lambda line: print(line, file=sys.stderr, flush=True)
         answer_file(vlm, args.input, questions, args.output, checked, tell)
         return
-    shots = [([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
-    asked = (args.prompt, args.image, shots)
     one = vlm.generator.mesh.size == 1
     if args.attention:
         text, maps = vlm.attention(*asked, **settings)

@@ -16,7 +16,7 @@ import jax
 
 from vlm_jax.config import MeshConfig, RunConfig
 from vlm_jax.data.tokenizer import load_tokenizer
-from vlm_jax.generation.attention_map import AttentionMaps, attention_maps
+from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot, ask
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -64,6 +64,7 @@ class Vlm:
     ) -> tuple[str, AttentionMaps]:
         """The answer, and where in the pictures the model looked for every word of it; `.save("out.png")` draws it."""
         request = self.request(prompt, images, examples)
+        check_visible(self.generator, request)
         answer = self.answer([request], **settings)[0]
         return answer.text, attention_maps(self.generator, request, answer)
 

@@ -1,5 +1,6 @@
 """Generation against repeated full forward passes, in every grouping, bucket and mesh."""
 
+import copy
 import functools
 
 import generation_helpers as tiny
@@ -60,6 +61,7 @@ def requests():
         ask(data, "is <image> or <image> a circle, and what color is the shape?", [picture(1), picture(2)]),
         ask(data, "a?", [picture(4)], [Shot([picture(3)], "what?", "red"), Shot([picture(5)], "b", "no")]),
         ask(data, "what moves?", [[picture(6), picture(7)]]),
+        interleaved([picture(1), "what", picture(2), " color?"]),
     ]
 
 
@@ -73,18 +75,26 @@ def check(config, generator, requests) -> None:
 
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"media": "all_previous", "every": 1}, {"layers": 4, "every": 3, "class_token": True}],
-    ids=["last", "all_previous", "rest"],
+    [{}, {"media": "all_previous", "layers": 4, "every": 3, "class_token": True}],
+    ids=["last image", "all images"],
 )
 def test_batched_equals_repeated_forward_passes(variant):
     config = tiny.model_config(**variant)
     check(config, tiny.generator(config), requests())
 
 
-def test_single_requests_equal_repeated_forward_passes():
-    config = tiny.model_config()
-    for request in requests():
-        check(config, tiny.generator(config), [request])
+def test_alone_or_together_and_any_left_padding():
+    """The first request is padded to 32 tokens alone, and to 64 with the others."""
+    config, asked = tiny.model_config(), requests()
+    generator = tiny.generator(config)
+    together = generator.generate(asked, Settings(max_new_tokens=NEW))
+    assert [
+        generator.place([generator.prompt(r, 0, Settings()) for r in some]).tokens.shape[1] for some in (asked, asked[:1])
+    ] == [64, 32]
+    for number in (0, 1):  # with an image, and without: other programs
+        check(config, generator, [asked[number]])
+        alone = generator.generate([asked[number]], Settings(max_new_tokens=NEW))[0]
+        np.testing.assert_allclose(alone.log_probabilities, together[number].log_probabilities, atol=1e-4)
 
 
 def test_language_model_alone():
@@ -97,19 +107,9 @@ def test_language_model_alone():
 
 def test_answers_depend_on_the_image():
     data, generator = tiny.data_config(), tiny.generator()
-    first, second = generator.generate(
-        [ask(data, "what?", [tiny.picture(seed)]) for seed in (1, 2)], Settings(max_new_tokens=NEW)
-    )
+    asked = [ask(data, "what?", [tiny.picture(seed)]) for seed in (1, 2)]
+    first, second = (generator.generate([request], Settings(max_new_tokens=NEW))[0] for request in asked)
     assert first.tokens != second.tokens
-
-
-def test_left_padding_changes_nothing(monkeypatch):
-    generator, request = tiny.generator(), requests()[0]
-    expected = generator.generate([request], Settings(max_new_tokens=NEW))[0]
-    monkeypatch.setattr("vlm_jax.generation.generator.LENGTH", 64)
-    found = generator.generate([request], Settings(max_new_tokens=NEW))[0]
-    assert found.tokens == expected.tokens
-    np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -118,34 +118,30 @@ def test_left_padding_changes_nothing(monkeypatch):
     ids=str,
 )
 def test_meshes_give_the_same_tokens(mesh):
-    config = tiny.model_config()
+    config = tiny.model_config(layers=2)
     asked = requests()
-    expected = tiny.generator(config).generate(asked, Settings(max_new_tokens=NEW))
-    generator = tiny.generator(config, mesh)
-    found = generator.generate(asked, Settings(max_new_tokens=NEW))
-    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
-    sampled = Settings(max_new_tokens=NEW, temperature=1.0, top_p=0.9)
-    assert [a.tokens for a in generator.generate(asked, sampled)] == [
-        a.tokens for a in tiny.generator(config).generate(asked, sampled)
-    ]
+    one, many = tiny.generator(config), tiny.generator(config, mesh)
+    for settings in (Settings(max_new_tokens=NEW), Settings(max_new_tokens=NEW, temperature=1.0, top_p=0.9)):
+        expected = one.generate(asked, settings)
+        assert [answer.tokens for answer in many.generate(asked, settings)] == [answer.tokens for answer in expected]
 
 
 def test_similar_requests_compile_nothing():
-    data = tiny.data_config()
-    generator = tiny.generator(tiny.model_config(layers=2))
-    generator.generate([ask(data, "what color?", [tiny.picture(1)])], Settings(max_new_tokens=9))
-    assert generator.compiled() == 1
+    data, generator = tiny.data_config(), tiny.generator()
+    one = ask(data, "what color?", [tiny.picture(1)])
+    generator.generate([one], Settings(max_new_tokens=9))
+    generator.generate(requests(), Settings(max_new_tokens=9))
+    before = generator.compiled()
     for settings in (
         Settings(max_new_tokens=16),
         Settings(max_new_tokens=3, temperature=0.7, top_k=5, top_p=0.5, seed=3),
         Settings(stop=("red", "no"), max_new_tokens=12),
     ):
         generator.generate([ask(data, "is there a circle?", [tiny.picture(2)])], settings)
-    assert generator.compiled() == 1
-    generator.generate([ask(data, "what?", [tiny.picture(n)]) for n in range(3)], Settings(max_new_tokens=9))
-    assert generator.compiled() == 2
-    generator.generate([ask(data, "how many?", [tiny.picture(n)]) for n in range(4)], Settings(max_new_tokens=9))
-    assert generator.compiled() == 2
+        generator.generate([*requests(), one], settings)
+    assert generator.compiled() == before
+    generator.generate([ask(data, "how many?")] * 3, Settings(max_new_tokens=9))  # four rows without an image
+    assert generator.compiled() == before + 1
 
 
 def test_buckets():
@@ -160,9 +156,8 @@ def test_special_tokens_are_never_generated():
     vocabulary = tiny.tokenizer()
     banned = [vocabulary.pad_id, vocabulary.bos_id, vocabulary.image_id, *range(vocabulary.vocab_size, 304)]
     assert len(banned) > 3
-    generator = tiny.Generator(
-        VisionLanguageModel(config), _louder(plain, banned), vocabulary, tiny.data_config(), tiny.one_device()
-    )
+    generator = copy.copy(tiny.generator(config))
+    generator.params = _louder(plain, banned)
     answers = generator.generate(requests(), Settings(max_new_tokens=16, temperature=1.0))
     assert not {token for answer in answers for token in answer.tokens} & set(banned)
     assert max(score for answer in answers for score in answer.log_probabilities) < -1  # the others are likelier
@@ -181,11 +176,8 @@ def test_end_tokens_end_a_row_alone():
     asked = requests()
     free = tiny.generator(config).generate(asked, Settings(max_new_tokens=NEW))
     # The third token of the first answer is made an end token.
-    generator = tiny.Generator(
-        VisionLanguageModel(config), tiny.params(config)[0], tiny.tokenizer(), tiny.data_config(), tiny.one_device()
-    )
-    end = free[0].tokens[2]
-    generator.ends = generator.ends | {end}
+    generator, end = copy.copy(tiny.generator(config)), free[0].tokens[2]
+    generator.ends = {generator.tokenizer.eoc_id, end}
     for answer, before in zip(generator.generate(asked, Settings(max_new_tokens=NEW)), free, strict=True):
         place = before.tokens.index(end) + 1 if end in before.tokens else NEW
         assert answer.tokens == before.tokens[:place]
@@ -194,17 +186,9 @@ def test_end_tokens_end_a_row_alone():
 
 
 def test_positions_limit_the_answer_and_the_prompt():
-    generator, data = tiny.generator(), tiny.data_config()
-    long = "x" * 100
-    answer = generator.generate([ask(data, long)], Settings(max_new_tokens=100))[0]
+    generator, data = tiny.generator(tiny.model_config(sees=False)), tiny.data_config()
+    answer = generator.generate([ask(data, "x" * 105)], Settings(max_new_tokens=16))[0]
     assert answer.finish_reason == "max_positions"
     assert answer.prompt_tokens + len(answer.tokens) == 128
     with pytest.raises(RequestError, match="reads at most 128"):
         generator.generate([ask(data, "x" * 200)])
-
-
-def test_interleaved_parts():
-    generator = tiny.generator()
-    shot = interleaved([tiny.picture(1), "what", tiny.picture(2), " color?"])
-    answer = generator.generate([shot], Settings(max_new_tokens=NEW))[0]
-    assert answer.tokens == reference(tiny.model_config(), shot)[0]

@@ -81,6 +81,18 @@ def _compiled(model: VisionLanguageModel) -> Any:
     return jax.jit(functools.partial(look, model))
 
 
+def check_visible(generator: Generator, request: Request) -> None:
+    """Whether there is something to look at.
+
+    Raises:
+      RequestError: there is not.
+    """
+    if not request.images:
+        raise RequestError("an attention map needs a picture, and the request has none")
+    if generator.data.blank_images:
+        raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
+
+
 def attention_maps(generator: Generator, request: Request, answer: Answer) -> AttentionMaps:
     """The maps of an answer, from one pass over the prompt and the answer.
 
@@ -89,10 +101,7 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
     Raises:
       RequestError: there is no picture to look at.
     """
-    if not request.images:
-        raise RequestError("an attention map needs a picture, and the request has none")
-    if generator.data.blank_images:
-        raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
+    check_visible(generator, request)
     prompt = generator.prompt(request, 0, Settings())
     ids = [token for token in answer.tokens if token not in generator.ends]
     extend = lambda media: np.append(media, np.repeat(media[-1:], len(ids)))

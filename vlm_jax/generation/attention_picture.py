@@ -13,8 +13,11 @@ PANEL = 256  # pixels
 ACROSS = 6  # panels side by side, at least as many as there are pictures
 
 
-def blend(picture: np.ndarray, heat: np.ndarray, strength: float = 0.6) -> np.ndarray:
-    """A picture [S, S, 3] uint8 with a map [rows, columns] in 0..1 over it: [PANEL, PANEL, 3] uint8."""
+def blend(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A picture [S, S, 3] uint8 with a map [rows, columns] in 0..1 over it: [PANEL, PANEL, 3] uint8.
+
+    Where the map is 0 the picture is dark, where it is 1 it keeps its light and is covered by the colour.
+    """
     from matplotlib import colormaps
 
     size = (PANEL, PANEL)
@@ -22,7 +25,8 @@ def blend(picture: np.ndarray, heat: np.ndarray, strength: float = 0.6) -> np.nd
     smooth = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)[..., None]
     colour = colormaps["inferno"](level[..., 0])[..., :3]
-    return np.round(255 * ((1 - strength) * base + strength * colour)).astype(np.uint8)
+    cover = 0.6 * level
+    return np.round(255 * ((1 - cover) * base * (0.35 + 0.65 * level) + cover * colour)).astype(np.uint8)
 
 
 def draw(maps: AttentionMaps, path: str | Path) -> None:
@@ -50,6 +54,10 @@ def draw(maps: AttentionMaps, path: str | Path) -> None:
                 continue
             axis.imshow(blend(picture, heat[column] / max(float(heat.max()), 1e-30)))
             share = f"  {heat[column].sum():.0%}" if columns > 1 else ""
-            # A dollar sign would begin a formula.
-            axis.set_title(f"{word}{share}".replace("$", r"\$"), fontsize=13)
+            axis.set_title(f"{_plain(word)}{share}", fontsize=13)
     figure.savefig(path, dpi=120)
+
+
+def _plain(word: str) -> str:
+    """A word that matplotlib shows as it is: a dollar sign would begin a formula, and fonts have no control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in word).replace("$", r"\$")
