@@ -6,10 +6,12 @@
 Every leaf of the recipe can be overridden. The same command, given again, resumes from the newest checkpoint of `workdir`.
 """
 
+import logging
 import sys
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vlm_jax import compilation_cache
@@ -27,6 +29,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         sys.exit(f"train.py: unknown arguments {argv[1:]}; see --help")
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it writes
+    logging.getLogger("vlm_jax").setLevel(logging.INFO)
     compilation_cache.enable()
     if DISTRIBUTED.value or COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
