@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.generation.attention_map import attention_maps, group_words, rollout
+from vlm_jax.generation.attention_picture import against_even, blend
 from vlm_jax.generation.request import RequestError, Settings, ask
 
 
@@ -52,3 +53,13 @@ def test_tokens_of_a_word_are_merged():
 
     assert group_words(Pieces(), list(range(6))) == (["red", "triangles."], [range(0, 2), range(2, 6)])
     assert group_words(Pieces(), []) == ([], [])
+
+
+def test_colours_are_against_an_even_look():
+    maps = np.zeros((1, 2, 2, 2))  # a word that sees the second picture alone
+    maps[0, 1] = [[0.5, 0.25], [0.125, 0.125]]
+    np.testing.assert_allclose(against_even(maps)[0, 1], [[1, 0], [-1, -1]])
+    picture = np.full((4, 4, 3), 128, np.uint8)
+    red, none, blue = (blend(picture, np.full((2, 2), level))[0, 0].astype(int) for level in (1.0, 0.0, -1.0))
+    assert red[0] > red[2] + 80 and blue[2] > blue[0] + 80 and none.tolist() == [128] * 3
+    assert blend(picture, None).max() < 64
