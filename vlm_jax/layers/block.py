@@ -136,11 +136,14 @@ class Block(nn.Module):
 def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Mapping[str, Any]:
     """The parameters of `length` copies of `layer`, each with a leading `layers` axis, as one parameter of `parent`.
 
-    The tree does not depend on how the layers are run: scanned, grouped between other layers, or one by one.
+    The tree does not depend on how the layers are run: scanned, grouped between other layers, or one by one. A caller may
+    also give the parameters as a tuple of layers; generation does, see `generation/unstack.py`.
 
     Args:
       example: arguments of `layer.__call__`, of the right widths.
     """
+    if parent.has_variable("params", name) and isinstance(parent.get_variable("params", name), tuple):
+        return parent.get_variable("params", name)
 
     def init(key: Array) -> Any:
         params = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))

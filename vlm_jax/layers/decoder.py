@@ -52,7 +52,7 @@ class Between:
 
     every: int
     offset: int
-    layers: Any  # a pytree with a leading axis G
+    layers: Any  # a pytree with a leading axis G, or a tuple of G
     apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
 
 
@@ -151,8 +151,10 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
     """Scans `layer` over `layers`, and `between` in its places.
 
     The layers fall into groups of `between.every`; whole groups are scanned, so that compile time does not grow with depth,
-    and the rest, fewer than a group, follows.
+    and the rest, fewer than a group, follows. Layers given as a tuple run one after the other.
     """
+    if isinstance(layers, tuple):
+        return _run_each(carry, layers, layer, between)
     length = jax.tree.leaves(layers)[0].shape[0]
     indexed = (jnp.arange(length), layers)
     part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
@@ -182,3 +184,15 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
         else:
             carry = scan(carry, last)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else None
+
+
+def _run_each(carry: Any, layers: tuple[Any, ...], layer: Callable, between: Between | None) -> tuple[Any, Any]:
+    """`_run` without a scan."""
+    collected = []
+    for index, params in enumerate(layers):
+        if between is not None and index % between.every == between.offset:
+            x, seen = between.apply(carry[0], between.layers[index // between.every])
+            carry = (x, *carry[1:])
+            collected.append(seen)
+        carry, _ = layer(carry, (index, params))
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *collected) if collected else None

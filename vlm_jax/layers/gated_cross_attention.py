@@ -87,9 +87,11 @@ class GatedCrossAttention(nn.Module):
         example = (jnp.zeros((1, 1, width)), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, self.visual_width)))
         self.layers = stacked(self, "layers", self.block, count, *example)
 
-    def keys_values(self, visual: Array) -> KeyValue:
-        """The keys and values of every gated layer: [B, M, R, D'] -> two of [G, B, M * R, N, H]."""
+    def keys_values(self, visual: Array) -> KeyValue | tuple[KeyValue, ...]:
+        """The keys and values of every gated layer: [B, M, R, D'] -> two of [G, B, M * R, N, H], or a tuple of G."""
         visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
+        if isinstance(self.layers, tuple):
+            return tuple(self.block.apply({"params": p}, visual, method="keys_values") for p in self.layers)
         return jax.vmap(lambda p: self.block.apply({"params": p}, visual, method="keys_values"))(self.layers)
 
     def __call__(
@@ -114,7 +116,7 @@ class GatedCrossAttention(nn.Module):
         seen = media_mask(media_first, media_last, slots, self.config.media)
         if visual is not None:
             visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
-        tokens = visual.shape[1] if visual is not None else keys_values[0].shape[2]
+        tokens = visual.shape[1] if visual is not None else jax.tree.leaves(keys_values)[0].shape[-3]
         mask = jnp.repeat(seen, tokens // slots, axis=-1)
 
         def apply(x: Array, layer: tuple[Any, KeyValue | None]) -> tuple[Array, Array | None]:
@@ -123,4 +125,7 @@ class GatedCrossAttention(nn.Module):
             looks = self.block.apply(*inputs, method="weights") if want_weights else None
             return self.block.apply(*inputs), looks
 
-        return Between(self.config.every, self.config.offset, (self.layers, keys_values), apply)
+        layers = (self.layers, keys_values)
+        if isinstance(self.layers, tuple):
+            layers = tuple(zip(self.layers, keys_values or (None,) * len(self.layers), strict=True))
+        return Between(self.config.every, self.config.offset, layers, apply)
