@@ -11,6 +11,7 @@ import pytest
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.data.encode import prompt_tokens
+from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.buckets import bucket, row_bucket
 from vlm_jax.generation.request import Request, RequestError, Settings, Shot, ask, interleaved
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -124,6 +125,21 @@ def test_meshes_give_the_same_tokens(mesh):
     for settings in (Settings(max_new_tokens=NEW), Settings(max_new_tokens=NEW, temperature=1.0, top_p=0.9)):
         expected = one.generate(asked, settings)
         assert [answer.tokens for answer in many.generate(asked, settings)] == [answer.tokens for answer in expected]
+
+
+def test_layers_one_by_one_give_the_same_tokens(monkeypatch):
+    config, mesh = tiny.model_config(layers=4, every=3), MeshConfig(data=2, fsdp=2, tensor=2)
+    stacked = tiny.generator(config)
+    monkeypatch.setattr("vlm_jax.generation.unstack.LEAST", 0)
+    tiny.generator.cache_clear()
+    apart = tiny.generator(config, mesh)
+    tiny.generator.cache_clear()
+    assert isinstance(apart.params["language"]["layers"], tuple) and not isinstance(stacked.params["language"]["layers"], tuple)
+    settings = Settings(max_new_tokens=NEW)
+    expected = [answer.tokens for answer in stacked.generate(requests(), settings)]
+    assert [answer.tokens for answer in apart.generate(requests(), settings)] == expected
+    maps = [attention_maps(g, requests()[2], stacked.generate(requests(), settings)[2]).maps for g in (stacked, apart)]
+    np.testing.assert_allclose(*maps, atol=1e-5)
 
 
 def test_similar_requests_compile_nothing():

@@ -68,7 +68,9 @@ def look(model: VisionLanguageModel, params: Any, prompts: Prompts) -> Array:
     media = prompts.media_first, prompts.media_last
     inputs = (prompts.tokens, prompts.positions, prompts.segments, *media, None, keys_values, slots, True)
     gated = apply("step", *inputs)[2]
-    gates = jnp.abs(jnp.tanh(params["fusion"]["layers"]["attention_gate"].astype(jnp.float32)))
+    layers = params["fusion"]["layers"]
+    gates = jnp.stack([p["attention_gate"] for p in layers]) if isinstance(layers, tuple) else layers["attention_gate"]
+    gates = jnp.abs(jnp.tanh(gates.astype(jnp.float32)))
     # Closed gates let nothing through: where all are closed, the layers count alike.
     shares = jnp.where(jnp.sum(gates) > 0, gates / jnp.maximum(jnp.sum(gates), 1e-30), 1 / gates.shape[0])
     tokens = jnp.einsum("g,gbts->bts", shares, gated)

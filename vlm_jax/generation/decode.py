@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from vlm_jax.generation.sampling import Sampling, sample
 from vlm_jax.generation.streaming import deliver
-from vlm_jax.layers.block import KeyValue
 from vlm_jax.layers.decoder import Cache, empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import constrain
@@ -119,19 +118,19 @@ def generate(
     return jax.lax.while_loop(running, step, pick(progress, hidden[:, -1:])).out
 
 
-def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[KeyValue | None, int]:
+def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[Any, int]:
     """The keys and values of the images, and the number of slots they lie in."""
     config = model.config
     if not model.sees:
         return None, 0
     if prompts.images is None:
         # One token that nothing sees: the gated layers' feed-forward still applies to every token.
-        count = len(range(config.fusion.offset, config.language.layers, config.fusion.every))
-        shape = (count, prompts.tokens.shape[0], 1, config.fusion.heads, config.fusion.head_width)
-        return (jnp.zeros(shape, model.dtype),) * 2, 1
-    visual, _ = model.apply({"params": params}, prompts.images, prompts.frames, method="encode_images")
+        visual = jnp.zeros((prompts.tokens.shape[0], 1, 1, config.vision.block.width), model.dtype)
+    else:
+        visual, _ = model.apply({"params": params}, prompts.images, prompts.frames, method="encode_images")
     keys_values = model.apply({"params": params}, visual, method="keys_values")
-    return tuple(constrain(x, "layers", "batch", "length", "heads", "head") for x in keys_values), prompts.images.shape[1]
+    names = ("layers", "batch", "length", "heads", "head")
+    return jax.tree.map(lambda x: constrain(x, *names[-x.ndim :]), keys_values), visual.shape[1]
 
 
 def _lay(cache: Cache) -> Cache:

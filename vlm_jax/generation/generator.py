@@ -27,6 +27,7 @@ from vlm_jax.generation.request import Request, RequestError, Settings, pixels
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.streaming import Stream
 from vlm_jax.generation.text import TextStream, cut, stop_sequences
+from vlm_jax.generation.unstack import unstack, worth_unstacking
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import batch_sharding
 
@@ -69,7 +70,8 @@ class Generator:
         mesh: Mesh,
         rows: int = 16,
     ) -> None:
-        self.model, self.params, self.tokenizer, self.data, self.mesh, self.rows = model, params, tokenizer, data, mesh, rows
+        self.model, self.tokenizer, self.data, self.mesh, self.rows = model, tokenizer, data, mesh, rows
+        self.params = unstack(params) if worth_unstacking(params) else params
         self._program = jax.jit(functools.partial(decode.generate, model), static_argnums=0)
         # A tokenizer may have no <EOC> apart from <EOS>, or use <EOS> as <BOS> or padding: an end is always allowed.
         self.ends = {tokenizer.eoc_id, tokenizer.eos_id}
