@@ -1,0 +1,100 @@
+"""IDEFICS against transformers: vision tower, resampler, gated cross-attention and LLaMA in one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from torch_helpers import TOKENS, VOCAB, compare, converted, randomised, state_of, text_batch
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+from vlm_jax.interop import idefics
+from vlm_jax.interop.engine import abstract_params
+from vlm_jax.models.vlm import VisionLanguageModel
+
+IMAGES = 2
+# The slots of the images that each token sees: none, the first, the second, both.
+LAST = [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 0, 0, 2, 2, 2, 2, 1, 1, 1]]
+FIRST = [[0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 1, 1, 2, 2, 1, 1, 1]]
+
+
+def hf_config(**changes) -> IdeficsConfig:
+    sizes = dict(
+        vocab_size=VOCAB - 4,
+        additional_vocab_size=4,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        cross_layer_interval=2,
+        qk_layer_norms=True,
+        use_resampler=True,
+        max_position_embeddings=64,
+        vision_config=dict(
+            embed_dim=24, image_size=16, patch_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40
+        ),
+        perceiver_config=dict(
+            use_resampler=True,
+            resampler_depth=2,
+            resampler_n_heads=3,
+            resampler_head_dim=8,
+            resampler_n_latents=5,
+            qk_layer_norms_perceiver=True,
+        ),
+    )
+    return IdeficsConfig(**sizes | changes)
+
+
+def inputs(config, media: str):
+    """The same for both: our batch, and IDEFICS's arguments."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, VOCAB, (2, TOKENS), dtype=np.int32)
+    pixels = rng.integers(0, 256, (2, IMAGES, 16, 16, 3), dtype=np.uint8)
+    last, first = np.array(LAST, np.int32), np.array(FIRST if media == "all_previous" else LAST, np.int32)
+    batch = text_batch(
+        tokens, images=pixels[:, :, None], frames=np.ones((2, IMAGES), np.int32), media_last=last, media_first=first
+    )
+    slots = np.arange(1, IMAGES + 1)
+    seen = (first[..., None] <= slots) & (slots <= last[..., None])
+    scaled = (pixels / 255.0 - np.array(config.vision.mean)) / np.array(config.vision.std)
+    theirs = dict(
+        input_ids=torch.tensor(tokens),
+        pixel_values=torch.tensor(scaled.transpose(0, 1, 4, 2, 3), dtype=torch.float32),
+        image_attention_mask=torch.tensor(seen.astype(np.int64)),
+    )
+    return batch, theirs
+
+
+@pytest.mark.parametrize(
+    "changes, media",
+    [
+        (dict(), "last"),
+        (dict(), "all_previous"),
+        (dict(qk_layer_norms=False, additional_vocab_size=0, vocab_size=VOCAB, tie_word_embeddings=True), "last"),
+        (dict(tie_word_embeddings=True, cross_layer_interval=1), "last"),
+    ],
+    ids=["last", "all_previous", "tied_without_qk_norm", "tied_with_additional_vocabulary"],
+)
+def test_idefics(changes, media):
+    published = hf_config(**changes)
+    published.perceiver_config.qk_layer_norms_perceiver = published.qk_layer_norms
+    oracle = randomised(IdeficsForVisionText2Text(published))
+    config = idefics.config_from_hf(published)
+    assert config.fusion.media == "last"
+    config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, media=media))
+    table = idefics.table(config, published.additional_vocab_size)
+    model = VisionLanguageModel(config)
+    params = converted(state_of(oracle), table, abstract_params(model))
+    batch, theirs = inputs(config, media)
+    ours = np.asarray(jax.jit(model.apply)({"params": params}, batch))
+    with torch.no_grad():
+        compare(ours, oracle(**theirs).logits)
+        # The images are seen: other pictures give other logits.
+        theirs["pixel_values"] = theirs["pixel_values"].flip(1)
+        assert np.abs(oracle(**theirs).logits.numpy() - ours).max() > 0.1
+
+
+def test_vector_gates_are_refused():
+    with pytest.raises(ValueError, match=r"alpha_type='vector' \(only 'float' is implemented\)"):
+        idefics.config_from_hf(hf_config(alpha_type="vector"))
