@@ -25,6 +25,8 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2 and "embed" not in name and "latents" not in name:
             noise *= 1.2 / parameter[0].numel() ** 0.5
+        elif "embed_tokens" in name or "wte" in name:
+            noise *= 0.3  # may also be the head
         elif parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
             noise = 1 + 0.3 * noise
         parameter.data.copy_(noise)

@@ -1,0 +1,74 @@
+"""OPT (Zhang et al. 2022): `OPTForCausalLM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_jax.config import BlockConfig, DecoderConfig, LearnedPositionsConfig, NormConfig
+from vlm_jax.interop.hf_config import activation, require
+from vlm_jax.interop.table import Copy, Table, row
+
+MODEL = "model.decoder."
+LAYER = MODEL + "layers.{}."
+
+
+def table(config: DecoderConfig) -> Table:
+    """Published names <-> the paths of a `Decoder`."""
+    maps = [
+        (f"{LAYER}self_attn.q_proj", "layers/attention/query", "(N H) D -> D N H", "(N H) -> N H"),
+        (f"{LAYER}self_attn.k_proj", "layers/attention/key", "(N H) D -> D N H", "(N H) -> N H"),
+        (f"{LAYER}self_attn.v_proj", "layers/attention/value", "(N H) D -> D N H", "(N H) -> N H"),
+        (f"{LAYER}self_attn.out_proj", "layers/attention/out", "D (N H) -> N H D", "D -> D"),
+        (f"{LAYER}fc1", "layers/mlp/up", "F D -> D F", "F -> F"),
+        (f"{LAYER}fc2", "layers/mlp/down", "D F -> F D", "D -> D"),
+    ]
+    norms = [
+        (f"{LAYER}self_attn_layer_norm", "layers/attention_norm"),
+        (f"{LAYER}final_layer_norm", "layers/mlp_norm"),
+        (f"{MODEL}final_layer_norm", "final_norm"),
+    ]
+    rows = [
+        row(f"{MODEL}embed_tokens.weight", "embedding", "V D -> V D"),
+        row(f"{MODEL}embed_positions.weight", "position_embedding", "T D -> T D"),
+        *(row(f"{name}.weight", f"{ours}/kernel", axes) for name, ours, axes, _ in maps),
+        *(row(f"{name}.weight", f"{ours}/scale", "D -> D") for name, ours in norms),
+        *(row(f"{name}.bias", f"{ours}/bias", "D -> D") for name, ours in norms),
+    ]
+    if config.block.qkv_bias:
+        rows += [row(f"{name}.bias", f"{ours}/bias", axes) for name, ours, _, axes in maps]
+    if config.tied_head:
+        return Table(tuple(rows), copies=(Copy("lm_head.weight", of=f"{MODEL}embed_tokens.weight"),))
+    return Table((*rows, row("lm_head.weight", "lm_head/kernel", "V D -> D V")))
+
+
+def config_from_hf(config: Any) -> DecoderConfig:
+    """`OPTConfig` -> ours; not OPT-350M, whose norms follow and whose embeddings are narrower."""
+    require(
+        config,
+        do_layer_norm_before=True,
+        _remove_final_layer_norm=False,
+        layer_norm_elementwise_affine=True,
+        word_embed_proj_dim=config.hidden_size,
+    )
+    block = BlockConfig(
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_width=config.hidden_size // config.num_attention_heads,
+        mlp_width=config.ffn_dim,
+        activation=activation(config.activation_function),
+        gated_mlp=False,
+        norm=NormConfig(kind="layer", eps=1e-5),
+        qkv_bias=config.enable_bias,
+        out_bias=config.enable_bias,
+        mlp_bias=config.enable_bias,
+    )
+    return DecoderConfig(
+        vocab_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        block=block,
+        positions=LearnedPositionsConfig(offset=2),
+        max_positions=config.max_position_embeddings,
+        window=None,
+        tied_head=config.tie_word_embeddings,
+    )
