@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -29,7 +30,7 @@ from vlm_jax.config import (
     to_config_dict,
 )
 from vlm_jax.data.batch import Batch
-from vlm_jax.sharding import make_mesh
+from vlm_jax.sharding import Named, make_mesh
 
 VOCAB = 320
 
@@ -137,6 +138,22 @@ def random_batch(rows: int = 8, seed: int = 0) -> Batch:
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
+
+
+def random_params(model: nn.Module, *args: Any, seed: int = 0) -> Any:
+    """Parameters of `model` for `args`, all of them random: open gates, norm scales away from 1, biases away from 0."""
+    boxed = jax.jit(model.init)(jax.random.key(seed), *args)["params"]
+    plain = jax.tree.map(lambda box: np.array(box.value), boxed, is_leaf=lambda x: isinstance(x, Named))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, value: np.ndarray) -> np.ndarray:
+        name = path[-1].key
+        noise = rng.standard_normal(value.shape).astype(np.float32)
+        if name.endswith("gate"):
+            return 1 + 0.2 * noise
+        return noise if "embedding" in name else value + 0.3 * noise * (name in ("scale", "bias"))
+
+    return jax.tree_util.tree_map_with_path(leaf, plain)
 
 
 def write_data(folder: Path, examples: int = 24) -> Path:
