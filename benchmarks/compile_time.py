@@ -1,0 +1,83 @@
+"""How long the training step of a deep model compiles, against that of a shallow one.
+
+    python benchmarks/compile_time.py --layers 4 32 --repeats 3
+
+Lowering and compiling without the persistent cache. Layers are scanned, so the ratio should stay near 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+
+import peers  # isort: skip  # it chooses the cores before jax starts
+
+import jax
+from peers import SIZES, seconds, table
+from train_step import run_config
+from transformers import IdeficsConfig
+
+from vlm_jax.config import MeshConfig, ModelConfig
+from vlm_jax.interop import idefics
+from vlm_jax.sharding import make_mesh
+from vlm_jax.training.step import Trainer, zeros_batch
+
+
+def with_layers(model: ModelConfig, language: int, vision: int) -> ModelConfig:
+    return dataclasses.replace(
+        model,
+        language=dataclasses.replace(model.language, layers=language),
+        vision=dataclasses.replace(model.vision, layers=vision),
+    )
+
+
+def compile_seconds(model: ModelConfig, rows: int, tokens: int) -> tuple[float, float]:
+    """Seconds to lower and to compile."""
+    jax.clear_caches()
+    config = run_config(model, rows, tokens)
+    trainer = Trainer(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with jax.set_mesh(trainer.mesh):
+        batch = jax.eval_shape(lambda: zeros_batch(config, rows))
+        steps = []
+        lower = seconds(lambda: steps.append(trainer.train_step.lower(trainer.abstract_state, batch)))
+        return lower, seconds(steps[0].compile)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="widths of the model; the depth is --layers")
+    parser.add_argument("--layers", nargs=2, type=int, default=[4, 32], metavar=("SHALLOW", "DEEP"))
+    parser.add_argument("--repeats", type=int, default=3, help="compilations of each (default 3)")
+    args = parser.parse_args()
+    if args.repeats < 1 or min(args.layers) < 1:
+        sys.exit("--layers and --repeats must be 1 or more")
+    jax.config.update("jax_enable_compilation_cache", False)
+    print(f"{peers.THREADS} CPU threads, jax {jax.__version__}, widths of {args.size}\n")
+    size = SIZES[args.size]
+    model = idefics.config_from_hf(IdeficsConfig(**size.config))
+    shallow, deep = args.layers
+    compile_seconds(with_layers(model, 1, 1), size.rows, size.tokens)  # what only the first compilation does
+    depths = {
+        f"language {shallow}, vision {shallow}": (shallow, shallow),
+        f"language {deep}, vision {shallow}": (deep, shallow),
+        f"language {shallow}, vision {deep}": (shallow, deep),
+        f"language {deep}, vision {deep}": (deep, deep),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in depths}
+    for _ in range(args.repeats):
+        for name, layers in depths.items():
+            found[name].append(compile_seconds(with_layers(model, *layers), size.rows, size.tokens))
+    base = [sum(pair) for pair in found[next(iter(depths))]]
+    lines = []
+    for name, pairs in found.items():
+        totals = [sum(pair) for pair in pairs]
+        ratios = [total / first for total, first in zip(totals, base, strict=True)]
+        medians = [f"{statistics.median(side):.2f}" for side in (*zip(*pairs, strict=True), totals)]
+        lines.append((name, *medians, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"))
+    print(table(("layers", "lower s", "compile s", "both s", "ratio"), lines))
+
+
+if __name__ == "__main__":
+    main()

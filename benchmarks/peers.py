@@ -1,0 +1,166 @@
+"""The two sides of the benchmarks: transformers' IDEFICS in PyTorch and the same weights in vlm_jax, in one process.
+
+Both get the same `THREADS` cores and float32. Import this before jax and torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+THREADS = 2
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # XLA takes a thread for every core it may use
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from transformers import IdeficsConfig, IdeficsForVisionText2Text  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from vlm_jax.config import ModelConfig  # noqa: E402
+from vlm_jax.data.batch import Batch  # noqa: E402
+from vlm_jax.interop import idefics  # noqa: E402
+from vlm_jax.interop.engine import abstract_params, to_ours  # noqa: E402
+from vlm_jax.models.vlm import VisionLanguageModel  # noqa: E402
+
+torch.set_num_threads(THREADS)
+logging.set_verbosity_error()
+
+UNFROZEN = dict(freeze_text_layers=False, freeze_lm_head=False, freeze_vision_layers=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    config: dict[str, Any]  # of `IdeficsConfig`
+    rows: int
+    tokens: int
+
+
+def _config(
+    vocab: int, width: int, layers: int, heads: int, vision: dict[str, int], latents: int, depth: int
+) -> dict[str, Any]:
+    return UNFROZEN | dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        max_position_embeddings=512,
+        vision_config=vision,
+        perceiver_config=dict(
+            use_resampler=True,
+            resampler_n_latents=latents,
+            resampler_depth=depth,
+            resampler_n_heads=vision["num_attention_heads"],
+            resampler_head_dim=32,
+            qk_layer_norms_perceiver=True,
+        ),
+    )
+
+
+def _vision(side: int, patch: int, width: int, layers: int, heads: int) -> dict[str, int]:
+    return dict(
+        image_size=side,
+        patch_size=patch,
+        embed_dim=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+
+
+SIZES = {
+    "tiny": Size(_config(512, 64, 4, 4, _vision(32, 8, 32, 2, 2), latents=8, depth=1), rows=4, tokens=64),
+    "medium": Size(_config(8192, 512, 12, 8, _vision(112, 14, 384, 8, 6), latents=32, depth=2), rows=2, tokens=64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    torch_model: IdeficsForVisionText2Text
+    config: ModelConfig
+    params: Any  # ours, NumPy
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.torch_model.parameters())
+
+
+def build(size: str, seed: int = 0) -> Peers:
+    """The torch model with random weights and open gates, and the same weights as our parameters."""
+    torch.manual_seed(seed)
+    published = IdeficsConfig(**SIZES[size].config)
+    model = IdeficsForVisionText2Text(published).float().requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "alpha" in name:
+            parameter.data.fill_(0.5)
+        elif parameter.ndim == 2 and "embed" not in name and "latents" not in name:
+            parameter.data.normal_(std=parameter.shape[1] ** -0.5)
+    config = idefics.config_from_hf(published)
+    # Copies: the optimizer of the torch side writes into its tensors.
+    state = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    shapes = abstract_params(VisionLanguageModel(config))
+    return Peers(model, config, to_ours(state, idefics.table(config, additional_vocab=0), shapes))
+
+
+def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, dict[str, torch.Tensor]]:
+    """Random tokens after one random image a row: our batch, and the arguments of the torch model."""
+    rng = np.random.default_rng(seed)
+    vision = peers.config.vision
+    side = vision.image_size
+    ids = rng.integers(3, peers.config.language.vocab_size, (rows, tokens), dtype=np.int32)
+    pixels = rng.integers(0, 256, (rows, 1, 1, side, side, 3), dtype=np.uint8)
+    ones = np.ones((rows, tokens), np.int32)
+    weights = ones.astype(np.float32)
+    weights[:, -1] = 0  # nothing follows the last token
+    batch = Batch(
+        images=pixels,
+        frames=np.ones((rows, 1), np.int32),
+        tokens=ids,
+        positions=np.repeat(np.arange(tokens, dtype=np.int32)[None], rows, axis=0),
+        segments=ones,
+        media_last=ones,
+        media_first=ones,
+        targets=np.roll(ids, -1, axis=1),
+        weights=weights,
+    )
+    scaled = (pixels[:, :, 0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
+    theirs = dict(
+        input_ids=torch.tensor(ids, dtype=torch.long),
+        attention_mask=torch.ones((rows, tokens), dtype=torch.long),
+        pixel_values=torch.tensor(scaled.transpose(0, 1, 4, 2, 3), dtype=torch.float32),
+        image_attention_mask=torch.ones((rows, tokens, 1), dtype=torch.long),
+    )
+    return batch, theirs
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of both, run in turns so that a busy moment of the machine falls on both."""
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def ratio(theirs: list[float], ours: list[float]) -> str:
+    """How many times faster ours is, of the pairs: median (min-max)."""
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    line = lambda cells: "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    return "\n".join([line(header), line(tuple("-" * width for width in widths)), *map(line, rows)])
