@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 def _exponentials(q: Array, k: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
-    """Unnormalised softmax of q k^T and its sums, float32: [B, K, G, T, S] and [B, K, G, T, 1]."""
+    """Unnormalised softmax of q k^T and what to divide it by, float32: [B, K, G, T, S] and [B, K, G, T, 1]."""
     batch, queries, heads, width = q.shape
     groups = heads // k.shape[2]
     # Heads in front and the queries of a group folded together: one plain batched matrix product on every backend.
@@ -27,13 +27,15 @@ def _exponentials(q: Array, k: Array, mask: Array | None, bias: Array | None) ->
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     # A query that sees no key has only -inf: without the bound, exp(-inf + inf) is NaN.
     weights = jnp.exp(logits - jnp.maximum(top, jnp.finfo(jnp.float32).min))
-    return weights, jnp.sum(weights, axis=-1, keepdims=True)
+    sums = jnp.sum(weights, axis=-1, keepdims=True)
+    # 1 and not a tiny number where nothing is seen: the gradient of a division by it overflows.
+    return weights, jnp.where(sums > 0, sums, 1.0)
 
 
 def attention_weights(q: Array, k: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
     """Softmax of q k^T / sqrt(H): [B, N, T, S] float32. Arguments as in `attend`."""
     weights, sums = _exponentials(q, k, mask, bias)
-    return (weights / jnp.maximum(sums, jnp.finfo(jnp.float32).tiny)).reshape(q.shape[0], q.shape[2], q.shape[1], -1)
+    return (weights / sums).reshape(q.shape[0], q.shape[2], q.shape[1], -1)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
@@ -53,5 +55,5 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array 
     weights = weights.astype(v.dtype).reshape(batch, kv_heads, groups * queries, -1)
     y = jnp.matmul(weights, v.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
     # The sums divide the result and not the weights: H numbers a query instead of S.
-    y = y.reshape(batch, kv_heads, groups, queries, -1) / jnp.maximum(sums, jnp.finfo(jnp.float32).tiny)
+    y = y.reshape(batch, kv_heads, groups, queries, -1) / sums
     return y.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1, v.shape[-1])
