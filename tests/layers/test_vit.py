@@ -1,0 +1,76 @@
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import random_params, tiny_model
+from vlm_jax.layers.vit import ClipVit
+
+CONFIG = dataclasses.replace(tiny_model().vision, layers=3, post_norm=False, class_token=True)
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+
+
+@functools.cache
+def params():
+    """With `post_norm`, which leaves the others as they are."""
+    return random_params(ClipVit(dataclasses.replace(CONFIG, post_norm=True), jnp.float32), IMAGES)
+
+
+def features(images=IMAGES, **changes):
+    model = ClipVit(dataclasses.replace(CONFIG, **changes), jnp.float32)
+    return np.asarray(jax.jit(model.apply)({"params": params()}, images))
+
+
+def test_hidden_states_are_counted_from_both_ends():
+    for index in range(4):
+        for same in (index, index - 4):
+            assert ClipVit(dataclasses.replace(CONFIG, feature_layer=same), jnp.float32).used_layers() == index
+    every = [features(feature_layer=index) for index in (0, 1, -2, -1)]
+    for one, other in itertools.pairwise(every):
+        assert np.abs(one - other).max() > 0.01
+    # A tower that ends there gives the same.
+    lower = params() | {"layers": jax.tree.map(lambda p: p[:2], params()["layers"])}
+    short = ClipVit(dataclasses.replace(CONFIG, layers=2), jnp.float32)
+    np.testing.assert_allclose(jax.jit(short.apply)({"params": lower}, IMAGES), every[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [4, -5, 24])
+def test_a_layer_that_is_not_there_is_an_error(index):
+    with pytest.raises(ValueError, match=rf"feature_layer {index}: a ViT of 3 layers has hidden states -4\.\.3"):
+        features(feature_layer=index)
+
+
+def test_the_class_token_stands_in_front():
+    np.testing.assert_array_equal(features(class_token=False), features()[:, 1:])
+    assert features().shape == (2, 5, 16)
+
+
+def test_post_norm_normalises_what_leaves():
+    plain, scale, bias = features(), params()["post_norm"]["scale"], params()["post_norm"]["bias"]
+    centred = plain - plain.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(features(post_norm=True), expected, atol=1e-5)
+
+
+def test_the_embeddings_by_hand():
+    pixels = (IMAGES / 255.0 - CONFIG.mean) / CONFIG.std
+    kernel = params()["patch_embedding"]["kernel"]
+    rows = [params()["class_embedding"] + params()["position_embedding"][0]]
+    for patch, (y, x) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
+        rows.append(pixels[1, y : y + 8, x : x + 8].ravel() @ kernel + params()["position_embedding"][1 + patch])
+    x = np.stack(rows)
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    expected = x * params()["pre_norm"]["scale"] + params()["pre_norm"]["bias"]
+    np.testing.assert_allclose(features(feature_layer=0)[1], expected, atol=1e-4)
+
+
+def test_larger_and_oblong_pictures_get_interpolated_positions():
+    wide = np.random.default_rng(1).integers(0, 256, (1, 16, 32, 3), dtype=np.uint8)
+    assert features(wide).shape == (1, 1 + 2 * 4, 16)
+    with pytest.raises(ValueError, match="20x16 pixels"):
+        features(np.zeros((1, 20, 16, 3), np.uint8))
