@@ -1,0 +1,165 @@
+"""A sequence gives the same numbers whole, in pieces with the cache, padded on the left, and packed with others."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import VOCAB, random_batch, random_params, tiny_model
+from vlm_jax.config import AlibiConfig, LearnedPositionsConfig
+from vlm_jax.data.batch import Batch
+from vlm_jax.layers.decoder import empty_cache
+from vlm_jax.models.vlm import VisionLanguageModel
+
+VARIANTS = {  # what changes in (language, fusion); all have grouped-query attention
+    "rope": ({}, {}),
+    "window": ({"window": 3}, {"media": "all_previous"}),
+    "alibi": ({"positions": AlibiConfig()}, {"every": 3, "offset": 2}),
+    "learned": ({"positions": LearnedPositionsConfig(offset=2), "max_positions": 16}, {"every": 1}),
+}
+SLOTS = 3
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@functools.cache
+def model(variant):
+    """The model, random parameters, and the jitted full forward pass."""
+    language, fusion = VARIANTS[variant]
+    config = tiny_model()
+    module = VisionLanguageModel(
+        dataclasses.replace(
+            config,
+            language=dataclasses.replace(config.language, **language),
+            fusion=dataclasses.replace(config.fusion, **fusion),
+        )
+    )
+    params = random_params(module, random_batch(1))
+    return module, params, jax.jit(lambda batch: module.apply({"params": params}, batch))
+
+
+IMAGES = np.random.default_rng(5).integers(0, 256, (SLOTS, 1, 16, 16, 3), dtype=np.uint8)
+# Sequences: the image slot that each token sees, and the first slot of the sequence. The first two share an image.
+SEQUENCES = [([0, 1, 1, 2, 2, 2], 1), ([2, 2, 2, 2], 2), ([0, 0, 3], 3), ([0, 0, 0, 0, 0], 0)]
+
+
+def tokens_of(index):
+    return np.random.default_rng(index).integers(1, VOCAB, len(SEQUENCES[index][0]))
+
+
+def rows_of(*rows, length=None):
+    """Rows of (number of padding tokens or sequence) -> a batch in which every row has all images."""
+    length = length or max(sum(item if pad else len(SEQUENCES[item][0]) for pad, item in row) for row in rows)
+    fields = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments", "last", "first")}
+    for r, row in enumerate(rows):
+        at = segment = 0
+        for pad, item in row:
+            if pad:
+                at += item
+                continue
+            last, first = SEQUENCES[item]
+            here, segment = np.s_[r, at : at + len(last)], segment + 1
+            fields["tokens"][here], fields["positions"][here] = tokens_of(item), np.arange(len(last))
+            fields["segments"][here], fields["last"][here], fields["first"][here] = segment, last, first
+            at += len(last)
+    last, first = fields.pop("last"), fields.pop("first")
+    return Batch(
+        images=np.repeat(IMAGES[None], len(rows), axis=0),
+        frames=np.ones((len(rows), SLOTS), np.int32),
+        media_last=last,
+        media_first=first,
+        targets=fields["tokens"],
+        weights=np.ones(last.shape, np.float32),
+        **fields,
+    )
+
+
+PAD = lambda count: (True, count)
+SEQUENCE = lambda index: (False, index)
+
+
+@functools.cache
+def alone(variant, index):
+    """Logits [T, V] of a sequence in a row of its own."""
+    return np.asarray(model(variant)[2](rows_of([SEQUENCE(index)])))[0]
+
+
+@variants
+def test_a_packed_row_is_each_sequence_alone(variant):
+    batch = rows_of([SEQUENCE(0), SEQUENCE(1), SEQUENCE(2), SEQUENCE(3), PAD(2)])
+    packed = np.asarray(model(variant)[2](batch))[0]
+    assert np.isfinite(packed).all()
+    at = 0
+    for index in range(len(SEQUENCES)):
+        expected = alone(variant, index)
+        np.testing.assert_allclose(packed[at : at + len(expected)], expected, **TOLERANCE)
+        at += len(expected)
+
+
+@variants
+def test_padding_on_the_left_changes_nothing(variant):
+    batch = rows_of(*([PAD(7 - len(SEQUENCES[index][0])), SEQUENCE(index)] for index in range(4)))
+    padded = np.asarray(model(variant)[2](batch))
+    for index, row in enumerate(padded):
+        expected = alone(variant, index)
+        np.testing.assert_allclose(row[-len(expected) :], expected, **TOLERANCE)
+
+
+@functools.cache
+def stepper(variant):
+    module, params, _ = model(variant)
+
+    @jax.jit
+    def keys_values(batch):
+        look = lambda module, images, frames: module.keys_values(module.encode_images(images, frames)[0])
+        return module.apply({"params": params}, batch.images, batch.frames, method=look)
+
+    @jax.jit
+    def step(tokens, positions, segments, first, last, cache, images):
+        def some(module, *inputs):
+            hidden, cache, _ = module.step(*inputs, SLOTS)
+            return module.logits(hidden), cache
+
+        return module.apply({"params": params}, tokens, positions, segments, first, last, cache, images, method=some)
+
+    return keys_values, step
+
+
+def in_pieces(variant, batch, sizes, spare=3):
+    """Logits [B, T, V] of a batch that is read in pieces, with a cache larger than needed."""
+    keys_values, step = stepper(variant)
+    rows, length = batch.tokens.shape
+    cache = empty_cache(model(variant)[0].config.language, rows, length + spare, np.float32)
+    images, logits, at = keys_values(batch), [], 0
+    for size in sizes:
+        fields = (batch.tokens, batch.positions, batch.segments, batch.media_first, batch.media_last)
+        some, cache = step(*(field[:, at : at + size] for field in fields), cache, images)
+        logits.append(np.asarray(some))
+        at += size
+    assert at == length == int(cache.used)
+    return np.concatenate(logits, axis=1)
+
+
+@variants
+def test_pieces_with_the_cache_are_the_whole_row(variant):
+    padded = rows_of([PAD(1), SEQUENCE(0)], [PAD(3), SEQUENCE(1)], [PAD(2), SEQUENCE(3)])
+    whole, there = np.asarray(model(variant)[2](padded)), padded.segments > 0
+    for sizes in ([4, 1, 1, 1], [1] * 7, [3, 3, 1]):
+        np.testing.assert_allclose(in_pieces(variant, padded, sizes)[there], whole[there], err_msg=str(sizes), **TOLERANCE)
+
+
+def test_a_window_hides_what_lies_further_back():
+    module, params, forward = model("window")
+    batch = rows_of([SEQUENCE(3)])
+    changed = dataclasses.replace(batch, tokens=batch.tokens.copy())
+    changed.tokens[0, 0] += 1
+    # Three layers of a window of 3 carry a token six places on; one layer two places.
+    assert np.any(np.asarray(forward(changed) - forward(batch)), axis=-1).all()
+    language = dataclasses.replace(module.config.language, layers=1)
+    first = params["language"] | {"layers": jax.tree.map(lambda p: p[:1], params["language"]["layers"])}
+    one = VisionLanguageModel(dataclasses.replace(module.config, vision=None, connector=None, fusion=None, language=language))
+    apply = jax.jit(lambda batch: one.apply({"params": {"language": first}}, batch))
+    moved = np.any(np.asarray(apply(changed) - apply(batch)), axis=-1)
+    np.testing.assert_array_equal(moved[0], [True, True, True, False, False])
