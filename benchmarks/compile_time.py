@@ -12,7 +12,7 @@ import dataclasses
 import statistics
 import sys
 
-import peers  # isort: skip  # it chooses the cores before jax starts
+import peers  # isort: skip  # it chooses the cores and how OpenMP waits before jax and torch start
 
 import jax
 from peers import SIZES, seconds, table
@@ -54,7 +54,7 @@ def main() -> None:
     if args.repeats < 1 or min(args.layers) < 1:
         sys.exit("--layers and --repeats must be 1 or more")
     jax.config.update("jax_enable_compilation_cache", False)
-    print(f"{peers.THREADS} CPU threads, jax {jax.__version__}, widths of {args.size}\n")
+    print(peers.conditions() + f"widths of {args.size}\n")
     size = SIZES[args.size]
     model = idefics.config_from_hf(IdeficsConfig(**size.config))
     shallow, deep = args.layers

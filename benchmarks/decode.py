@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-import peers  # isort: skip  # it chooses the cores before jax starts
+import peers  # isort: skip  # it chooses the cores and how OpenMP waits before jax and torch start
 
 import jax
 import numpy as np
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs that are timed (default 5)")
     args = parser.parse_args()
-    print(f"{peers.THREADS} CPU threads, float32, jax {jax.__version__}, torch {torch.__version__}\n")
+    print(peers.conditions())
     lines = []
     for size in args.size:
         both = build(size)

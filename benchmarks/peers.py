@@ -10,10 +10,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 THREADS = 2
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # XLA takes a thread for every core it may use
+# OpenMP's waiting threads spin by default: they would take the cores from XLA in the same process, and where other processes
+# want the cores too they make PyTorch's two threads up to a hundred times slower than one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -140,6 +144,18 @@ def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, 
         image_attention_mask=torch.ones((rows, tokens, 1), dtype=torch.long),
     )
     return batch, theirs
+
+
+def conditions() -> str:
+    """What was measured on, and a warning where that makes the numbers worthless."""
+    load = os.getloadavg()[0]
+    lines = [
+        f"{THREADS} CPU threads, float32, jax {version('jax')}, torch {torch.__version__}, "
+        f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, load average {load:.1f}"
+    ]
+    if load > 0.5:
+        lines.append("WARNING: other processes are using the cores. Run it on a quiet machine; these numbers tell nothing.")
+    return "\n".join(lines) + "\n"
 
 
 def seconds(run: Callable[[], Any]) -> float:

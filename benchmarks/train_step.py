@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import peers  # isort: skip  # it chooses the cores before jax starts
+import peers  # isort: skip  # it chooses the cores and how OpenMP waits before jax and torch start
 
 import jax
 import numpy as np
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the peer (default: eager, as most run it)")
     parser.add_argument("--profile", action="store_true", help="where our step's time goes, instead of the comparison")
     args = parser.parse_args()
-    print(f"{peers.THREADS} CPU threads, float32, jax {jax.__version__}, torch {torch.__version__}\n")
+    print(peers.conditions())
     if args.profile:
         for size in args.size:
             print(f"{size}:\n{profile(build(size), SIZES[size].rows, SIZES[size].tokens, args.repeats)}\n", flush=True)
