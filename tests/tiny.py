@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +143,21 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 def random_params(model: nn.Module, *args: Any, seed: int = 0) -> Any:
     """Parameters of `model` for `args`, all of them random: open gates, norm scales away from 1, biases away from 0."""
-    boxed = jax.jit(model.init)(jax.random.key(seed), *args)["params"]
-    plain = jax.tree.map(lambda box: np.array(box.value), boxed, is_leaf=lambda x: isinstance(x, Named))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
     rng = np.random.default_rng(seed)
 
-    def leaf(path: Any, value: np.ndarray) -> np.ndarray:
-        name = path[-1].key
-        noise = rng.standard_normal(value.shape).astype(np.float32)
-        if name.endswith("gate"):
+    def leaf(path: Any, box: Named) -> np.ndarray:
+        name, shape = path[-1].key, box.value.shape
+        noise = rng.standard_normal(shape).astype(np.float32)
+        if name == "kernel":
+            names = [axis for axis in box.names if axis != "layers"]
+            inputs = shape[len(shape) - len(names) :][: 2 if names[0] == "heads" else 1]
+            return noise * np.float32(math.prod(inputs) ** -0.5)
+        if name == "scale" or name.endswith("gate"):
             return 1 + 0.2 * noise
-        return noise if "embedding" in name else value + 0.3 * noise * (name in ("scale", "bias"))
+        return 0.3 * noise if name == "bias" else noise
 
-    return jax.tree_util.tree_map_with_path(leaf, plain)
+    return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=lambda x: isinstance(x, Named))
 
 
 def write_data(folder: Path, examples: int = 24) -> Path:

@@ -24,8 +24,6 @@ def some_features(seed=0):
 def model(config):
     module = PerceiverResampler(config, D, jnp.float32)
     params = random_params(module, some_features(), FRAMES)
-    if config.time_embeddings:
-        params["time_embeddings"] *= 50
     return jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs)[0]), params
 
 

@@ -24,18 +24,17 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
+def config_of(variant):
+    language, fusion = VARIANTS[variant]
+    config = tiny_model()
+    language = dataclasses.replace(config.language, **language)
+    return dataclasses.replace(config, language=language, fusion=dataclasses.replace(config.fusion, **fusion))
+
+
 @functools.cache
 def model(variant):
     """The model, random parameters, and the jitted full forward pass."""
-    language, fusion = VARIANTS[variant]
-    config = tiny_model()
-    module = VisionLanguageModel(
-        dataclasses.replace(
-            config,
-            language=dataclasses.replace(config.language, **language),
-            fusion=dataclasses.replace(config.fusion, **fusion),
-        )
-    )
+    module = VisionLanguageModel(config_of(variant))
     params = random_params(module, random_batch(1))
     return module, params, jax.jit(lambda batch: module.apply({"params": params}, batch))
 
@@ -49,9 +48,11 @@ def tokens_of(index):
     return np.random.default_rng(index).integers(1, VOCAB, len(SEQUENCES[index][0]))
 
 
-def rows_of(*rows, length=None):
-    """Rows of (number of padding tokens or sequence) -> a batch in which every row has all images."""
-    length = length or max(sum(item if pad else len(SEQUENCES[item][0]) for pad, item in row) for row in rows)
+LENGTH = 20
+
+
+def rows_of(*rows, length=LENGTH):
+    """Rows of (is it padding, number of padding tokens or sequence) -> a batch in which every row has all images."""
     fields = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments", "last", "first")}
     for r, row in enumerate(rows):
         at = segment = 0
@@ -81,29 +82,36 @@ SEQUENCE = lambda index: (False, index)
 
 
 @functools.cache
-def alone(variant, index):
-    """Logits [T, V] of a sequence in a row of its own."""
-    return np.asarray(model(variant)[2](rows_of([SEQUENCE(index)])))[0]
+def alone(variant):
+    """Logits of each sequence in a row of its own."""
+    logits = np.asarray(model(variant)[2](rows_of(*([SEQUENCE(index)] for index in range(4)))))
+    return [row[: len(last)] for row, (last, _) in zip(logits, SEQUENCES, strict=True)]
+
+
+def on_the_left():
+    return rows_of(*([PAD(LENGTH - len(last)), SEQUENCE(index)] for index, (last, _) in enumerate(SEQUENCES)))
+
+
+def test_padding_on_the_right_changes_nothing():
+    logits = model("rope")[2](rows_of([SEQUENCE(0)], length=len(SEQUENCES[0][0])))
+    np.testing.assert_allclose(logits[0], alone("rope")[0], **TOLERANCE)
 
 
 @variants
 def test_a_packed_row_is_each_sequence_alone(variant):
-    batch = rows_of([SEQUENCE(0), SEQUENCE(1), SEQUENCE(2), SEQUENCE(3), PAD(2)])
-    packed = np.asarray(model(variant)[2](batch))[0]
+    orders = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]]
+    batch = rows_of(*([SEQUENCE(index) for index in order] for order in orders))
+    packed = np.asarray(model(variant)[2](batch))
     assert np.isfinite(packed).all()
-    at = 0
-    for index in range(len(SEQUENCES)):
-        expected = alone(variant, index)
-        np.testing.assert_allclose(packed[at : at + len(expected)], expected, **TOLERANCE)
-        at += len(expected)
+    for row, order in zip(packed, orders, strict=True):
+        expected = np.concatenate([alone(variant)[index] for index in order])
+        np.testing.assert_allclose(row[: len(expected)], expected, **TOLERANCE)
 
 
 @variants
 def test_padding_on_the_left_changes_nothing(variant):
-    batch = rows_of(*([PAD(7 - len(SEQUENCES[index][0])), SEQUENCE(index)] for index in range(4)))
-    padded = np.asarray(model(variant)[2](batch))
-    for index, row in enumerate(padded):
-        expected = alone(variant, index)
+    padded = np.asarray(model(variant)[2](on_the_left()))
+    for row, expected in zip(padded, alone(variant), strict=True):
         np.testing.assert_allclose(row[-len(expected) :], expected, **TOLERANCE)
 
 
@@ -143,23 +151,22 @@ def in_pieces(variant, batch, sizes, spare=3):
 
 
 @variants
-def test_pieces_with_the_cache_are_the_whole_row(variant):
-    padded = rows_of([PAD(1), SEQUENCE(0)], [PAD(3), SEQUENCE(1)], [PAD(2), SEQUENCE(3)])
-    whole, there = np.asarray(model(variant)[2](padded)), padded.segments > 0
-    for sizes in ([4, 1, 1, 1], [1] * 7, [3, 3, 1]):
-        np.testing.assert_allclose(in_pieces(variant, padded, sizes)[there], whole[there], err_msg=str(sizes), **TOLERANCE)
+@pytest.mark.parametrize("sizes", [[LENGTH - 4, 1, 1, 1, 1], [1] * 16 + [4]], ids=["prefill and tokens", "tokens and a piece"])
+def test_pieces_with_the_cache_are_the_whole_row(variant, sizes):
+    for row, expected in zip(in_pieces(variant, on_the_left(), sizes), alone(variant), strict=True):
+        np.testing.assert_allclose(row[-len(expected) :], expected, **TOLERANCE)
 
 
 def test_a_window_hides_what_lies_further_back():
     module, params, forward = model("window")
-    batch = rows_of([SEQUENCE(3)])
+    batch = rows_of(*[[SEQUENCE(3)]] * 4)
     changed = dataclasses.replace(batch, tokens=batch.tokens.copy())
     changed.tokens[0, 0] += 1
     # Three layers of a window of 3 carry a token six places on; one layer two places.
-    assert np.any(np.asarray(forward(changed) - forward(batch)), axis=-1).all()
+    assert np.any(np.asarray(forward(changed) - forward(batch))[0, :5], axis=-1).all()
     language = dataclasses.replace(module.config.language, layers=1)
     first = params["language"] | {"layers": jax.tree.map(lambda p: p[:1], params["language"]["layers"])}
     one = VisionLanguageModel(dataclasses.replace(module.config, vision=None, connector=None, fusion=None, language=language))
     apply = jax.jit(lambda batch: one.apply({"params": {"language": first}}, batch))
     moved = np.any(np.asarray(apply(changed) - apply(batch)), axis=-1)
-    np.testing.assert_array_equal(moved[0], [True, True, True, False, False])
+    np.testing.assert_array_equal(moved[0, :5], [True, True, True, False, False])
