@@ -1,0 +1,17 @@
+"""The Flamingo of `flamingo_easyvqa.py` on pictures and texts of your own: JSON-lines files in a format of `data/jsonl.py`.
+
+    python train.py --config=configs/own_data.py --workdir=runs/mine \
+        --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
+"""
+
+import ml_collections
+
+from configs import flamingo_easyvqa
+from vlm_jax.config import JsonLinesConfig, to_config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = flamingo_easyvqa.get_config().unlock()
+    config.data.source = to_config_dict(JsonLinesConfig(train="", eval=""))
+    config.data.sequences_per_image = 0
+    return config.lock()
