@@ -329,11 +329,36 @@ def from_dict(cls: type, values: Any) -> Any:
     Raises:
       ValueError: an unknown, missing or mistyped field; the message names it.
     """
-    options = dacite.Config(strict=True, strict_unions_match=True, cast=[tuple], type_hooks={float: float})
+    options = dacite.Config(strict=True, strict_unions_match=True, cast=[tuple], type_hooks={float: _as_float})
     try:
-        return dacite.from_dict(cls, values, options)
+        config = dacite.from_dict(cls, values, options)
     except dacite.DaciteError as error:
         raise ValueError(f"config: {error}") from error
+    _refuse_missing(config, values, "")
+    return config
+
+
+def _as_float(value: Any) -> Any:
+    # A whole number is a float too, as JSON and the command line write it; anything else is left to dacite to refuse.
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _refuse_missing(config: Any, values: Any, path: str) -> None:
+    """dacite takes a missing field that may be None for None."""
+    for field in dataclasses.fields(config):
+        name, part = f"{path}{field.name}", getattr(config, field.name)
+        if field.name in values:
+            nested = values[field.name]
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f'config: missing value for field "{name}"')
+        else:
+            continue
+        if dataclasses.is_dataclass(part):
+            _refuse_missing(part, nested, f"{name}.")
+        elif isinstance(part, tuple):
+            for index, (item, item_values) in enumerate(zip(part, nested, strict=True)):
+                if dataclasses.is_dataclass(item):
+                    _refuse_missing(item, item_values, f"{name}[{index}].")
 
 
 def from_config_dict(cls: type, values: ml_collections.ConfigDict) -> Any:
