@@ -339,8 +339,10 @@ def from_dict(cls: type, values: Any) -> Any:
 
 
 def _as_float(value: Any) -> Any:
-    # A whole number is a float too, as JSON and the command line write it; anything else is left to dacite to refuse.
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    # A whole number is a float too, as JSON and the command line write it; a truth value is not, though Python says so.
+    if isinstance(value, bool):
+        raise dacite.WrongTypeError(field_type=float, value=value)
+    return float(value) if isinstance(value, int) else value
 
 
 def _refuse_missing(config: Any, values: Any, path: str) -> None:
