@@ -83,7 +83,7 @@ class Record:
             if number % 2:
                 parts.append(Text(answer.replace("{answer}", value.strip()), learn=True))
                 continue
-            leading, pieces = _split_markers(value)
+            leading, pieces = split_markers(value)
             before, after = prompt.split("{question}")
             pieces = [before + pieces[0], *pieces[1:]]
             pieces[-1] += after
@@ -116,7 +116,7 @@ class Record:
         return parts
 
 
-def _split_markers(value: str) -> tuple[int, list[str]]:
+def split_markers(value: str) -> tuple[int, list[str]]:
     """A human turn -> how many images stand before it, and the text around those that stand within."""
     if value.count(MARKER) == 1:  # LLaVA's data has it before or behind the question, and means the same
         return 1, [re.sub(rf"\s*{MARKER}\s*", " ", value).strip()]

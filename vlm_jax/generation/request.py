@@ -13,7 +13,7 @@ from PIL.Image import Image
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import ImageAt, Sequence, Text
 from vlm_jax.data.images import ImageError, blank_image, fit_image, read_image
-from vlm_jax.data.jsonl_record import _split_markers
+from vlm_jax.data.jsonl_record import split_markers
 
 MARKER = "<image>"
 
@@ -113,7 +113,7 @@ def ask(
                 f"{name} has {_count(markers, MARKER + ' marker')} and {_count(len(images), 'image')}: "
                 "give an image for every marker, or leave the markers out and all images come first"
             )
-        leading, texts = _split_markers(question if markers else MARKER * len(images) + question)
+        leading, texts = split_markers(question if markers else MARKER * len(images) + question)
         texts[0] = before + texts[0]
         texts[-1] += after
         for image in images[:leading]:

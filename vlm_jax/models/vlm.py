@@ -95,7 +95,8 @@ class VisionLanguageModel(nn.Module):
         """Some more tokens [B, T] of each row: hidden states [B, T, D], the cache, and where the tokens looked.
 
         Args:
-          images: of `keys_values`; None: no image in any row.
+          images: of `keys_values`; None: the language model alone, without the gated layers and their feed-forward. Rows
+            without an image in a model that sees take the keys and values of slots that no token may see.
           slots: M.
         """
         x = self.language.embed(tokens, positions)
