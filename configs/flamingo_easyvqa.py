@@ -78,20 +78,21 @@ def get_config() -> ml_collections.ConfigDict:
         answer=" {answer}",
         image_size=64,
         sequences_per_image=4,
-        rows=16,
-        tokens=128,
+        rows=8,
+        tokens=160,
         images=4,
-        augment=AugmentConfig(flip=True, shift=6),
+        augment=AugmentConfig(shift=6),
     )
     optimizer = OptimizerConfig(
         lr=1.5e-3,
         warmup_steps=100,
         schedule="cosine",
+        b2=0.99,
         weight_decay=0.05,
         rules=(
             ParamRule(pattern="connector", decay=0.0),
             ParamRule(pattern="(scale|bias|gate|embedding)$", decay=0.0),
         ),
     )
-    run = RunConfig(model=model, data=data, optimizer=optimizer, steps=2500, eval_every=500, save_every=500, eval_rows=64)
+    run = RunConfig(model=model, data=data, optimizer=optimizer, steps=1900, eval_every=500, save_every=500, eval_rows=64)
     return to_config_dict(run)
