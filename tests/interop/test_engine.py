@@ -120,5 +120,11 @@ def test_a_part_inside_a_larger_model():
     assert to_published(ours, inside).keys() == published.keys()
 
 
+def test_a_copy_is_compared_under_an_optional_prefix_too():
+    published = {f"model.{name}": tensor for name, tensor in state().items()} | {"head": state()["embed"] + 1}
+    with pytest.raises(ConversionError, match=r"not equal to their original.*\n    head and model\.embed"):
+        to_ours(published, TABLE.under("[model.]"), ABSTRACT)
+
+
 def test_written_names():
     assert written("[model.]layers.{}.qkv", 7) == "layers.7.qkv"

@@ -32,7 +32,7 @@ LLAMA3 = dict(
         dict(tie_word_embeddings=True, num_key_value_heads=1),
         dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=10_000.0)),
         dict(rope_parameters=LLAMA3, head_dim=12),
-        dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.1),
+        dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.1, pretraining_tp=2),
     ],
     ids=["gqa", "tied", "linear", "llama3", "biases"],
 )

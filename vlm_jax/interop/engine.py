@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -91,8 +92,9 @@ def to_ours(state: State, table: Table, abstract_params: Any) -> Any:
             if len(pieces) == (layers or 1):
                 params[path] = pieces[0][place] if layers is None else np.stack([piece[place] for piece in pieces])
     for copy in table.copies:
-        if copy.name in state and copy.of in state and not np.array_equal(state[copy.name], state[copy.of]):
-            problems.add(DIFFERENT, f"{copy.name} and {copy.of}")
+        for name, of in itertools.product(*([n for n in state if pattern(t).fullmatch(n)] for t in (copy.name, copy.of))):
+            if not np.array_equal(state[name], state[of]):
+                problems.add(DIFFERENT, f"{name} and {of}")
     problems.check()
     return unflatten_dict(params, sep="/")
 

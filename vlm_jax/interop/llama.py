@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import BlockConfig, DecoderConfig, NormConfig
-from vlm_jax.interop.hf_config import activation, require, rope
+from vlm_jax.interop.hf_config import activation, rope
 from vlm_jax.interop.table import Copy, Table, row
 
 LAYER = "model.layers.{}."
@@ -53,7 +53,6 @@ def head(config: DecoderConfig) -> Table:
 def config_from_hf(config: Any) -> DecoderConfig:
     """`LlamaConfig` or `MistralConfig` -> ours."""
     attention_bias = getattr(config, "attention_bias", False)
-    require(config, pretraining_tp=1)
     block = BlockConfig(
         width=config.hidden_size,
         heads=config.num_attention_heads,
