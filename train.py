@@ -15,7 +15,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vlm_jax import compilation_cache
-from vlm_jax.config import RunConfig, from_config_dict
+from vlm_jax.config import RunConfig
+from vlm_jax.config_dict import from_config_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: a file in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and metrics.")

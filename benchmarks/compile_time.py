@@ -25,11 +25,12 @@ from vlm_jax.sharding import make_mesh
 from vlm_jax.training.step import Trainer, zeros_batch
 
 
-def with_layers(model: ModelConfig, language: int, vision: int) -> ModelConfig:
+def with_layers(model: ModelConfig, layers: int) -> ModelConfig:
+    """As many in the vision tower as in the language model."""
     return dataclasses.replace(
         model,
-        language=dataclasses.replace(model.language, layers=language),
-        vision=dataclasses.replace(model.vision, layers=vision),
+        language=dataclasses.replace(model.language, layers=layers),
+        vision=dataclasses.replace(model.vision, layers=layers),
     )
 
 
@@ -58,24 +59,18 @@ def main() -> None:
     size = SIZES[args.size]
     model = idefics.config_from_hf(IdeficsConfig(**size.config))
     shallow, deep = args.layers
-    compile_seconds(with_layers(model, 1, 1), size.rows, size.tokens)  # what only the first compilation does
-    depths = {
-        f"language {shallow}, vision {shallow}": (shallow, shallow),
-        f"language {deep}, vision {shallow}": (deep, shallow),
-        f"language {shallow}, vision {deep}": (shallow, deep),
-        f"language {deep}, vision {deep}": (deep, deep),
-    }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in depths}
+    compile_seconds(with_layers(model, 1), size.rows, size.tokens)  # what only the first compilation does
+    found: dict[int, list[tuple[float, float]]] = {shallow: [], deep: []}
     for _ in range(args.repeats):
-        for name, layers in depths.items():
-            found[name].append(compile_seconds(with_layers(model, *layers), size.rows, size.tokens))
-    base = [sum(pair) for pair in found[next(iter(depths))]]
+        for layers in found:
+            found[layers].append(compile_seconds(with_layers(model, layers), size.rows, size.tokens))
+    base = [sum(pair) for pair in found[shallow]]
     lines = []
-    for name, pairs in found.items():
+    for layers, pairs in found.items():
         totals = [sum(pair) for pair in pairs]
         ratios = [total / first for total, first in zip(totals, base, strict=True)]
         medians = [f"{statistics.median(side):.2f}" for side in (*zip(*pairs, strict=True), totals)]
-        lines.append((name, *medians, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"))
+        lines.append((str(layers), *medians, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"))
     print(table(("layers", "lower s", "compile s", "both s", "ratio"), lines))
 
 

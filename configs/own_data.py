@@ -7,11 +7,12 @@
 import ml_collections
 
 from configs import flamingo_easyvqa
-from vlm_jax.config import JsonLinesConfig, to_config_dict
+from vlm_jax.config import JsonLinesConfig
+from vlm_jax.config_dict import to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = flamingo_easyvqa.get_config().unlock()
     config.data.source = to_config_dict(JsonLinesConfig(train="", eval=""))
-    config.data.sequences_per_image = 0
+    config.data.sampling = ()
     return config.lock()

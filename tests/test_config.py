@@ -14,11 +14,8 @@ from vlm_jax.config import (
     ParamRule,
     RopeConfig,
     RunConfig,
-    from_config_dict,
-    from_dict,
-    to_config_dict,
-    to_dict,
 )
+from vlm_jax.config_dict import from_config_dict, from_dict, to_config_dict, to_dict
 
 RULES = (ParamRule(pattern="^vision", frozen=True, frozen_dtype="bfloat16"), ParamRule(pattern="norm", decay=0.0))
 

@@ -28,8 +28,8 @@ from vlm_jax.config import (
     PerceiverConfig,
     RopeConfig,
     RunConfig,
-    to_config_dict,
 )
+from vlm_jax.config_dict import to_config_dict
 from vlm_jax.data.batch import Batch
 from vlm_jax.sharding import Named, make_mesh
 

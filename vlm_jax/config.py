@@ -1,7 +1,7 @@
 """Every size and choice of a model, a data set and a run, as frozen dataclasses.
 
-A recipe in `configs/` returns `to_config_dict(RunConfig(...))`; `train.py` lets the command line override any leaf
-(`--config.optimizer.lr=3e-4`) and turns it back with `from_config_dict`, which refuses unknown names and wrong types.
+A recipe in `configs/` returns `to_config_dict(RunConfig(...))` of `config_dict.py`; `train.py` lets the command line override
+any leaf (`--config.optimizer.lr=3e-4`) and turns it back, refusing unknown names and wrong types.
 
 Where a part can be one of several kinds, its dataclass has a `kind` field that tells them apart.
 """
@@ -9,10 +9,7 @@ Where a part can be one of several kinds, its dataclass has a `kind` field that 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
-
-import dacite
-import ml_collections
+from typing import Literal
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu", "silu"]
 
@@ -21,9 +18,7 @@ def _frozen(cls):
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Transformer blocks ------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -54,11 +49,10 @@ class BlockConfig:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    query_init: float = 1.0  # times LeCun's deviation: above 1, attention from scratch is choosy from its first step
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision encoders
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Vision encoders ---------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -72,14 +66,13 @@ class ClipVitConfig:
     block: BlockConfig
     feature_layer: int = -1  # which hidden state leaves: -1 the last, -2 the one before (LLaVA), 0 the embeddings
     post_norm: bool = True  # `post_layernorm` on the features; OpenFlamingo and LLaVA take them before it
+    position_init: float | None = None  # deviation the positions start with; None: width ** -0.5, as CLIP's
     class_token: bool = False  # whether the class token is among the features
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Connectors
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Connectors --------------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -98,9 +91,7 @@ class PerceiverConfig:
     time_embeddings: int = 0  # frames with a learned time embedding; 0: none (OpenFlamingo, IDEFICS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fusions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Fusions -----------------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -124,9 +115,7 @@ class GatedCrossAttentionConfig:
     media: Literal["last", "all_previous"] = "last"  # which images a token sees
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Language models
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Language models ---------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -196,9 +185,7 @@ class ModelConfig:
     language: DecoderConfig
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Data --------------------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -226,6 +213,17 @@ class AugmentConfig:
 
 
 @_frozen
+class SampleRule:
+    """How often a kind of sequence is trained on.
+
+    The first rule whose `pattern` (a regex, searched in the sequence's text) matches counts.
+    """
+
+    pattern: str
+    share: float  # above 0, at most 1: the chance of a matching sequence to be in an epoch
+
+
+@_frozen
 class DataConfig:
     source: EasyVqaConfig | JsonLinesConfig
     tokenizer: str  # "train": a byte-level BPE made from the training text; else a folder or a hub name
@@ -239,14 +237,13 @@ class DataConfig:
     tokens: int  # T of a row
     images: int  # M of a row
     frames: int = 1  # F of a slot
+    sampling: tuple[SampleRule, ...] = ()  # of training; an evaluation takes every sequence
     augment: AugmentConfig = AugmentConfig()
     blank_images: bool = False  # the control experiment: every picture grey
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The run -----------------------------------------------------------------------------------------------------------
 
 
 @_frozen
@@ -305,64 +302,3 @@ class RunConfig:
     keep_last: int = 2
     keep_best: int = 1
     init_from: str = ""  # a checkpoint to take the parameters from
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dataclass <-> ConfigDict
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def to_dict(config: Any) -> Any:
-    """Nested dataclasses -> nested plain dicts (tuples kept)."""
-    return dataclasses.asdict(config)
-
-
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """Nested dataclasses -> a locked `ConfigDict`, whose leaves the command line can override."""
-    as_dict = to_dict(config)
-    return ml_collections.ConfigDict(as_dict, convert_dict=True).lock()
-
-
-def from_dict(cls: type, values: Any) -> Any:
-    """The inverse of `to_dict`.
-
-    Raises:
-      ValueError: an unknown, missing or mistyped field; the message names it.
-    """
-    options = dacite.Config(strict=True, strict_unions_match=True, cast=[tuple], type_hooks={float: _as_float})
-    try:
-        config = dacite.from_dict(cls, values, options)
-    except dacite.DaciteError as error:
-        raise ValueError(f"config: {error}") from error
-    _refuse_missing(config, values, "")
-    return config
-
-
-def _as_float(value: Any) -> Any:
-    # A whole number is a float too, as JSON and the command line write it; a truth value is not, though Python says so.
-    if isinstance(value, bool):
-        raise dacite.WrongTypeError(field_type=float, value=value)
-    return float(value) if isinstance(value, int) else value
-
-
-def _refuse_missing(config: Any, values: Any, path: str) -> None:
-    """dacite takes a missing field that may be None for None."""
-    for field in dataclasses.fields(config):
-        name, part = f"{path}{field.name}", getattr(config, field.name)
-        if field.name in values:
-            nested = values[field.name]
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(f'config: missing value for field "{name}"')
-        else:
-            continue
-        if dataclasses.is_dataclass(part):
-            _refuse_missing(part, nested, f"{name}.")
-        elif isinstance(part, tuple):
-            for index, (item, item_values) in enumerate(zip(part, nested, strict=True)):
-                if dataclasses.is_dataclass(item):
-                    _refuse_missing(item, item_values, f"{name}[{index}].")
-
-
-def from_config_dict(cls: type, values: ml_collections.ConfigDict) -> Any:
-    """The inverse of `to_config_dict`."""
-    return from_dict(cls, values.to_dict())

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import time
 
@@ -113,3 +114,24 @@ def test_it_is_quick():
     began = time.perf_counter()
     plan_epoch(lengths, 128, 8, 4)
     assert time.perf_counter() - began < 2.0
+
+
+def test_a_sequence_of_a_share_is_in_that_share_of_the_epochs():
+    plain = lengths_of(300)
+    share = np.where(np.arange(len(plain.tokens)) % 2, 0.25, 1.0).astype(np.float32)
+    lengths = dataclasses.replace(plain, share=share)
+    seen = np.zeros(len(share))
+    for epoch in range(20):
+        chosen = np.sort(plan_epoch(lengths, 64, 4, 3, 0, epoch).sequences)
+        assert (np.diff(chosen) > 0).all()
+        seen[chosen] += 1
+    assert (seen[::2] == 20).all()
+    assert abs(seen[1::2].mean() / 20 - 0.25) < 0.02 and seen[1::2].max() < 15
+    check(plan_epoch(lengths, 64, 4, shuffle=False), lengths, 64, 4, 0)
+
+
+def test_shares_of_one_change_nothing():
+    plain = lengths_of(50)
+    shared = dataclasses.replace(plain, share=np.ones(len(plain.tokens), np.float32))
+    for name in ("rows", "units", "sequences"):
+        np.testing.assert_array_equal(getattr(plan_epoch(plain, 64, 4), name), getattr(plan_epoch(shared, 64, 4), name))

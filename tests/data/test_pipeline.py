@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data_helpers import parts, picture, run_config, write_lines
 
-from vlm_jax.config import AugmentConfig, DataConfig, JsonLinesConfig
+from vlm_jax.config import AugmentConfig, DataConfig, JsonLinesConfig, SampleRule
 from vlm_jax.data.batch import Batch
 from vlm_jax.data.encode import encode_sequence
 from vlm_jax.data.example import DataError
@@ -258,3 +258,31 @@ def test_the_tokenizer_is_kept(jsonl_config, tmp_path):
     assert build_tokenizer(replace(jsonl_config, vocab_size=270), source).vocab_size == 270
     loaded = build_tokenizer(replace(jsonl_config, tokenizer=str(tmp_path / "kept")), source)
     assert loaded.encode("what 3") == first.encode("what 3")
+
+
+def test_sampling_thins_the_training_and_not_the_evaluation(jsonl_config):
+    """The first rule that matches a sequence's text counts: 10 and 11 are met by the first, 1 by the second alone."""
+    rules = (SampleRule(pattern=r"what 1\d", share=1.0), SampleRule(pattern=r"what 1", share=1e-6))
+    thinned = replace(jsonl_config, sampling=rules, augment=AugmentConfig(), workers=0)
+    tokenizer, source = parts(thinned)
+
+    def texts(batches):
+        return {tokenizer.decode(segment["tokens"].tolist()) for b in batches for segment in segments_of(b)}
+
+    everything = texts(eval_batches(thinned, tokenizer, source))
+    missing = everything - texts(train(thinned, steps=12))
+    assert [text.count("what 1 ") > 0 for text in missing] == [True]
+    assert everything == texts(eval_batches(jsonl_config, tokenizer, source)) == texts(train(jsonl_config, steps=12))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (SampleRule(pattern="(", share=0.5), r"data\.sampling: pattern '\(': missing \)"),
+        (SampleRule(pattern="x", share=0.0), r"data\.sampling: share 0\.0 of 'x': expected above 0 and at most 1"),
+        (SampleRule(pattern="x", share=1.5), r"data\.sampling: share 1\.5"),
+    ],
+)
+def test_a_sampling_rule_that_is_none(jsonl_config, rule, message):
+    with pytest.raises(DataError, match=message):
+        train(replace(jsonl_config, sampling=(rule,)))

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +75,18 @@ def test_larger_and_oblong_pictures_get_interpolated_positions():
     assert features(wide).shape == (1, 1 + 2 * 4, 16)
     with pytest.raises(ValueError, match="20x16 pixels"):
         features(np.zeros((1, 20, 16, 3), np.uint8))
+
+
+def test_initial_deviations_are_those_of_the_configuration():
+    def deviations(config):
+        params = ClipVit(config, jnp.float32).init(jax.random.key(0), IMAGES)["params"]
+        flat = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
+        return {jax.tree_util.keystr(path): float(jnp.std(leaf)) for path, leaf in flat}
+
+    choosy = dataclasses.replace(CONFIG, position_init=0.5, block=dataclasses.replace(CONFIG.block, query_init=3.0))
+    before, after = deviations(CONFIG), deviations(choosy)
+    changed = {path: after[path] / before[path] for path in before if before[path] != after[path]}
+    assert changed == {
+        "['layers']['attention']['query']['kernel']": pytest.approx(3),
+        "['position_embedding']": pytest.approx(0.5 * CONFIG.block.width**0.5),
+    }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import mesh_of, tiny_run
-from vlm_jax.config import to_dict
+from vlm_jax.config_dict import to_dict
 from vlm_jax.training.checkpoint import CheckpointError, Checkpoints, claim, differences, fingerprint, load_run
 from vlm_jax.training.step import Trainer
 

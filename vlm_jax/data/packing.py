@@ -2,7 +2,7 @@
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
 whole. Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of
-every example is in exactly one row of an epoch.
+every example is in exactly one row of an epoch, or in none if it has a share below 1 and the dice say so.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -27,6 +27,7 @@ class Lengths:
     tokens: np.ndarray  # [N] int32, of a sequence
     example: np.ndarray  # [N] int32, the example it belongs to, ascending
     images: np.ndarray  # [E] int32, pictures of an example
+    share: np.ndarray | None = None  # [N] float32, the chance to be in an epoch; None: all are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +68,20 @@ def plan_epoch(
     Args:
       tokens: T of a row. images: M of a row.
       per_image: at most so many sequences of a unit; 0: as many as the row takes.
-      shuffle: False keeps the order of the data set (an evaluation).
+      shuffle: False keeps the order of the data set, and all of it (an evaluation).
 
     Raises:
       ValueError: a sequence or an example that no row can take (`check_fits` says so in the user's words).
     """
-    count = len(lengths.tokens)
-    if count and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
+    if len(lengths.tokens) and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
         raise ValueError("a sequence longer than a row, or an example of more images than a row has")
-    index = np.arange(count)
+    index = np.arange(len(lengths.tokens))
     if shuffle:
+        if lengths.share is not None:
+            index = index[(mix(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < lengths.share]
         # Within an example by hash; the examples themselves stay together.
-        index = np.lexsort((mix(seed, epoch, 1, index), lengths.example))
+        index = index[np.lexsort((mix(seed, epoch, 1, index), lengths.example[index]))]
+    count = len(index)
     starts = _cut(lengths.tokens[index], lengths.example[index], tokens, per_image)
     bounds = np.append(starts, count)
     order = np.argsort(mix(seed, epoch, 2, np.arange(len(starts))), kind="stable") if shuffle else np.arange(len(starts))

@@ -85,11 +85,11 @@ def _texts(source: Source) -> Iterator[str]:
 
 def _tokens(config: DataConfig, tokenizer: Tokenizer, source: Source) -> Tokens:
     """`tokenize`, once for a source: a run evaluates many times."""
-    key = (tokenizer, config.tokens, config.images, config.frames)
+    key = (tokenizer, config.tokens, config.images, config.frames, config.sampling)
     known = _TOKENIZED.get(source)
     if known is None or known[0] != key:
         skip = getattr(config.source, "bad_lines", "error") == "skip"
-        tokens = tokenize(source, tokenizer, config.tokens, config.images, config.frames, skip)
+        tokens = tokenize(source, *key, skip)
         if isinstance(source, EasyVqaSource):
             source.check(len(tokens.example))
         known = (key, tokens)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 
 import numpy as np
 
+from vlm_jax.config import SampleRule
 from vlm_jax.data.encode import Laid, lay_out, media_of
-from vlm_jax.data.example import DataError, Example, Source
+from vlm_jax.data.example import DataError, Example, Sequence, Source, Text
 from vlm_jax.data.packing import Lengths
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -29,13 +31,15 @@ class Tokens:
     first_slot: np.ndarray  # [N] int32, of the sequence's images within its example
     example: np.ndarray  # [N] int32
     images: np.ndarray  # [E] int32
+    share: np.ndarray  # [N] float32, the chance to be in an epoch
     image_id: int
     skipped: int  # examples left out because they fit in no row
 
     @property
     def lengths(self) -> Lengths:
         """What packing plans with. The last token of a sequence is only a target and takes no place in a row."""
-        return Lengths((np.diff(self.offsets) - 1).astype(np.int32), self.example, self.images)
+        share = None if np.all(self.share == 1) else self.share
+        return Lengths((np.diff(self.offsets) - 1).astype(np.int32), self.example, self.images, share)
 
     def write(self, sequences: np.ndarray, slots: np.ndarray, row: dict[str, np.ndarray]) -> None:
         """Writes sequences into a row, one after the other.
@@ -61,21 +65,33 @@ class Tokens:
         row["media_first"][:total] = first
 
 
-def tokenize(source: Source, tokenizer: Tokenizer, tokens: int, images: int, frames: int, skip: bool = False) -> Tokens:
+def tokenize(
+    source: Source,
+    tokenizer: Tokenizer,
+    tokens: int,
+    images: int,
+    frames: int,
+    sampling: tuple[SampleRule, ...] = (),
+    skip: bool = False,
+) -> Tokens:
     """Tokenises every text of the source.
 
     Args:
       tokens, images, frames: T, M and F of a row.
+      sampling: which sequences are seen less often.
       skip: leave out, count and report examples that no row can take, instead of raising.
 
     Raises:
-      DataError: an example has no sequence, or needs more tokens, images or frames than there are.
+      DataError: an example has no sequence, or needs more tokens, images or frames than there are; a sampling rule that is
+        no regex or whose share is no chance.
     """
+    rules = [_compiled(rule) for rule in sampling]
     ids: list[np.ndarray] = []
     learned: list[np.ndarray] = []
     sizes: list[int] = []
     first_slot: list[int] = []
     of_example: list[int] = []
+    shares: list[float] = []
     pictures = np.zeros(len(source), np.int32)
     refused: list[str] = []
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
@@ -92,12 +108,13 @@ def tokenize(source: Source, tokenizer: Tokenizer, tokens: int, images: int, fra
                 refused.append(f"{example.id}: {problem}")
                 continue
             pictures[index] = len(example.images)
-            for one in own:
+            for one, sequence in zip(own, example.sequences, strict=True):
                 ids.append(np.asarray(one.tokens, kind))
                 learned.append(np.asarray(one.learned, bool))
                 sizes.append(len(one.tokens))
                 first_slot.append(one.first_slot)
                 of_example.append(index)
+                shares.append(_share(sequence, rules))
         if time.perf_counter() - reported > REPORT_S:
             reported = time.perf_counter()
             log.info("tokenising: %d of %d examples, %.0f s", start + len(examples), len(source), reported - began)
@@ -112,9 +129,25 @@ def tokenize(source: Source, tokenizer: Tokenizer, tokens: int, images: int, fra
         np.asarray(first_slot, np.int32),
         np.asarray(of_example, np.int32),
         pictures,
+        np.asarray(shares, np.float32),
         tokenizer.image_id,
         len(refused),
     )
+
+
+def _compiled(rule: SampleRule) -> tuple[re.Pattern[str], float]:
+    try:
+        pattern = re.compile(rule.pattern)
+    except re.error as error:
+        raise DataError(f"data.sampling: pattern {rule.pattern!r}: {error}") from error
+    if not 0 < rule.share <= 1:
+        raise DataError(f"data.sampling: share {rule.share} of {rule.pattern!r}: expected above 0 and at most 1")
+    return pattern, rule.share
+
+
+def _share(sequence: Sequence, rules: list[tuple[re.Pattern[str], float]]) -> float:
+    text = "".join(part.text for part in sequence if isinstance(part, Text))
+    return next((share for pattern, share in rules if pattern.search(text)), 1.0)
 
 
 def _problem(example: Example, laid: list[Laid], tokens: int, images: int, frames: int) -> str:

@@ -38,11 +38,12 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: NormConfig | None = None  # over the head width
+    query_init: float = 1.0
 
     def setup(self) -> None:
         head = {"head": self.head_width}
-        make = lambda inputs, outputs, bias: Linear(inputs, outputs, bias, self.dtype)
-        self.query = make({"embed": self.width}, {"heads": self.heads} | head, self.qkv_bias)
+        make = lambda inputs, outputs, bias, gain=1.0: Linear(inputs, outputs, bias, self.dtype, gain)
+        self.query = make({"embed": self.width}, {"heads": self.heads} | head, self.qkv_bias, self.query_init)
         self.key = make({"embed": self.kv_width}, {"kv_heads": self.kv_heads} | head, self.qkv_bias)
         self.value = make({"embed": self.kv_width}, {"kv_heads": self.kv_heads} | head, self.qkv_bias)
         self.out = make({"heads": self.heads} | head, {"embed": self.width}, self.out_bias)
@@ -116,6 +117,7 @@ class Block(nn.Module):
             self.dtype,
             config.qkv_bias,
             config.out_bias,
+            query_init=config.query_init,
             name="attention",
         )
         mlp = Mlp(

@@ -28,12 +28,14 @@ class Linear(nn.Module):
     outputs: Mapping[str, int]
     bias: bool
     dtype: Dtype
+    init_gain: float = 1.0  # times LeCun's deviation
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         inputs, outputs = tuple(self.inputs.values()), tuple(self.outputs.values())
         rank = len(inputs) + len(outputs)
-        init = jax.nn.initializers.lecun_normal(range(len(inputs)), range(len(inputs), rank))
+        axes = range(len(inputs)), range(len(inputs), rank)
+        init = nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal", *axes)
         kernel = self.param("kernel", named(init, *self.inputs, *self.outputs), inputs + outputs)
         # One plain matrix product: the form every backend has its best kernel for.
         matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))

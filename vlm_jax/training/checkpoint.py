@@ -21,7 +21,8 @@ from absl import logging
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from vlm_jax.config import RunConfig, from_dict, to_dict
+from vlm_jax.config import RunConfig
+from vlm_jax.config_dict import from_dict, to_dict
 from vlm_jax.training.step import Trainer, TrainState
 
 # What may change between a start and its continuation: nothing that changes the numbers.

@@ -1,0 +1,65 @@
+"""Configurations as dataclasses, as plain dicts, and as the `ConfigDict` that the command line overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import dacite
+import ml_collections
+
+
+def to_dict(config: Any) -> Any:
+    """Nested dataclasses -> nested plain dicts (tuples kept)."""
+    return dataclasses.asdict(config)
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """Nested dataclasses -> a locked `ConfigDict`, whose leaves the command line can override."""
+    as_dict = to_dict(config)
+    return ml_collections.ConfigDict(as_dict, convert_dict=True).lock()
+
+
+def from_dict(cls: type, values: Any) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: an unknown, missing or mistyped field; the message names it.
+    """
+    options = dacite.Config(strict=True, strict_unions_match=True, cast=[tuple], type_hooks={float: _as_float})
+    try:
+        config = dacite.from_dict(cls, values, options)
+    except dacite.DaciteError as error:
+        raise ValueError(f"config: {error}") from error
+    _refuse_missing(config, values, "")
+    return config
+
+
+def _as_float(value: Any) -> Any:
+    # A whole number is a float too, as JSON and the command line write it; a truth value is not, though Python says so.
+    if isinstance(value, bool):
+        raise dacite.WrongTypeError(field_type=float, value=value)
+    return float(value) if isinstance(value, int) else value
+
+
+def _refuse_missing(config: Any, values: Any, path: str) -> None:
+    """dacite takes a missing field that may be None for None."""
+    for field in dataclasses.fields(config):
+        name, part = f"{path}{field.name}", getattr(config, field.name)
+        if field.name in values:
+            nested = values[field.name]
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f'config: missing value for field "{name}"')
+        else:
+            continue
+        if dataclasses.is_dataclass(part):
+            _refuse_missing(part, nested, f"{name}.")
+        elif isinstance(part, tuple):
+            for index, (item, item_values) in enumerate(zip(part, nested, strict=True)):
+                if dataclasses.is_dataclass(item):
+                    _refuse_missing(item, item_values, f"{name}[{index}].")
+
+
+def from_config_dict(cls: type, values: ml_collections.ConfigDict) -> Any:
+    """The inverse of `to_config_dict`."""
+    return from_dict(cls, values.to_dict())
