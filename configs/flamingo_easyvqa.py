@@ -1,7 +1,7 @@
 """A Flamingo from scratch on easy-VQA, on two CPU cores in ten minutes.
 
     python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/flamingo
-    python infer.py --checkpoint=runs/flamingo --image=picture.png --prompt="what color is the shape?"
+    python infer.py --checkpoint=runs/flamingo --image=docs/blue_triangle.png --prompt="what is the blue shape?"
 
 The control experiment, which sees grey instead of every picture:
 

@@ -78,7 +78,7 @@ def draw(maps: AttentionMaps, path: str | Path) -> None:
     scale = ScalarMappable(Normalize(-span, span), "coolwarm")
     bar = figure.colorbar(scale, ax=axes, ticks=[-span, 0, span], fraction=0.02)
     bar.ax.set_yticklabels([f"{2**-span:.2g} x", "even", f"{2**span:.2g} x"])
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _plain(word: str) -> str:
