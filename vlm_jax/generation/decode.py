@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vlm_jax.generation.sampling import Sampling, sample
 from vlm_jax.generation.streaming import deliver
-from vlm_jax.layers.decoder import Cache, empty_cache
+from vlm_jax.layers.decoder import CACHE_AXES, Cache, empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import constrain
 
@@ -135,7 +135,7 @@ def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[
 
 def _lay(cache: Cache) -> Cache:
     """The cache keeps its place on the mesh from step to step."""
-    keys, values = (constrain(x, "layers", "batch", "length", "kv_heads", "head") for x in (cache.keys, cache.values))
+    keys, values = (constrain(x, *CACHE_AXES) for x in (cache.keys, cache.values))
     return dataclasses.replace(cache, keys=keys, values=values)
 
 

@@ -28,21 +28,27 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far. A slot with segment 0 is empty or padding, and nothing sees it."""
+    """Keys and values of the tokens so far. A slot with segment 0 is empty or padding, and nothing sees it.
 
-    keys: Array  # [L, B, S, K, H]
-    values: Array  # [L, B, S, K, H]
+    The heads stand before the slots: attention multiplies a matrix a head, and takes each as it lies.
+    """
+
+    keys: Array  # [L, B, K, S, H]
+    values: Array  # [L, B, K, S, H]
     positions: Array  # [B, S] int32
     segments: Array  # [B, S] int32
     used: Array  # [] int32, slots filled so far, the same for all rows
 
 
+CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head")
+
+
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
     """A cache for `slots` tokens of each of `rows` rows."""
     block = config.block
-    shape = (config.layers, rows, slots, block.kv_heads, block.head_width)
+    shape = (config.layers, rows, block.kv_heads, slots, block.head_width)
     blank = jnp.zeros((rows, slots), jnp.int32)
-    empty = constrain(jnp.zeros(shape, dtype), "layers", "batch", "length", "kv_heads", "head")
+    empty = constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
     return Cache(empty, empty, blank, blank, jnp.zeros((), jnp.int32))
 
 
@@ -134,9 +140,9 @@ class Decoder(nn.Module):
                 if kv is None:
                     return attend(q, k, v, mask, bias), None
                 # The whole cache is carried and one place of it written, so that XLA updates it in place.
-                write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (index, 0, cache.used, 0, 0))
-                new = tuple(write(old, part.astype(old.dtype)) for old, part in zip(kv, (k, v), strict=True))
-                return attend(q, *(part[index].astype(q.dtype) for part in new), mask, bias), new
+                write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (index, 0, 0, cache.used, 0))
+                new = tuple(write(old, part.astype(old.dtype).swapaxes(1, 2)) for old, part in zip(kv, (k, v), strict=True))
+                return attend(q, *(part[index].astype(q.dtype).swapaxes(1, 2) for part in new), mask, bias), new
 
             x, kv = self.block.apply({"params": params}, x, attention_of)
             return (constrain(x, "batch", "length", None), kv), None
@@ -158,7 +164,7 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
     length = jax.tree.leaves(layers)[0].shape[0]
     indexed = (jnp.arange(length), layers)
     part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
-    scan = lambda carry, xs: jax.lax.scan(rematerialised(layer, remat), carry, xs)[0]
+    scan = lambda carry, xs, unroll=1: jax.lax.scan(rematerialised(layer, remat), carry, xs, unroll=unroll)[0]
     if between is None:
         return scan(carry, indexed), None
     every, offset = between.every, between.offset
@@ -166,9 +172,9 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
 
     def group(carry: Any, xs: Any) -> tuple[Any, Any]:
         layers, one = xs
-        carry = scan(carry, part(layers, 0, offset)) if offset else carry
+        carry = scan(carry, part(layers, 0, offset), True) if offset else carry
         x, collected = cross(carry[0], one)
-        return scan((x, carry[1]), part(layers, offset, None)), collected
+        return scan((x, carry[1]), part(layers, offset, None), True), collected
 
     groups, rest = divmod(length, every)
     collected = []

@@ -133,11 +133,13 @@ class Trainer:
         return TrainState(replicated, trained, frozen, opt_state, replicated, replicated)
 
     def gradients(self, trained: Params, frozen: Params, batch: Batch) -> tuple[dict[str, Array], Params]:
-        """Sums over the batch, and the gradient of the summed loss, in `accumulate` micro-batches."""
+        """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches."""
+        weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
         def loss(trained: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
             sums = self.loss_sums(merge(trained, frozen), part)
-            return sums["loss"], sums
+            # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
+            return sums["loss"] / weight, sums
 
         grad = jax.grad(loss, has_aux=True)
         micro = self.config.optimizer.accumulate
@@ -157,7 +159,6 @@ class Trainer:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         sums, gradients = self.gradients(state.trained, state.frozen, batch)
-        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), gradients)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
