@@ -65,3 +65,15 @@ def test_no_worker_outlives_the_trainer(jsonl_config, tmp_path, sent):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, workers))
+
+
+def test_the_end_of_the_data_leaves_no_shared_memory(jsonl_config, tmp_path):
+    data = dataclasses.replace(jsonl_config, workers=1)
+    (tmp_path / "args").write_bytes(pickle.dumps((run_config(data, steps=3), *parts(data))))
+    script = SCRIPT.split("    batches =")[0] + (
+        "    for batch in TrainBatches(*pickle.load(open(sys.argv[1], 'rb'))):\n        del batch\n    time.sleep(0.5)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "args")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=os.getcwd())
+    assert ended.returncode == 0 and "leaked" not in ended.stderr, ended.stderr

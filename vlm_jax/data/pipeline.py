@@ -197,7 +197,9 @@ class TrainBatches:
             raise StopIteration
         arrays = next(self._held[0]) if self._started else self._first()
         self.position += 1
-        return to_batch(arrays)
+        batch = to_batch(arrays)
+        arrays.clear()  # Grain keeps the last dict to the very end; arrays shared with a worker would then stay unfreed
+        return batch
 
     def _first(self) -> Arrays:
         """The workers are started by the first call. They inherit a blocked SIGINT, for the time until they ignore it."""

@@ -104,7 +104,7 @@ class _Run:
         try:
             for batch in data:
                 state, stepped = update(state, self.trainer.put(batch))
-                del batch  # shared with a worker: held to the very end, nobody would be left to free it
+                del batch  # on a CPU the device arrays may be a worker's memory: the last must not outlive the loop
                 step += 1
                 self.pending.append(stepped)
                 last, logs = step == config.steps, step % config.log_every == 0
