@@ -157,7 +157,8 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
     """Scans `layer` over `layers`, and `between` in its places.
 
     The layers fall into groups of `between.every`; whole groups are scanned, so that compile time does not grow with depth,
-    and the rest, fewer than a group, follows. Layers given as a tuple run one after the other.
+    and the rest, fewer than a group, follows. Within a group nothing is scanned: a loop in a loop would copy weights and
+    gradients out of and into their stacks twice. Layers given as a tuple run one after the other.
     """
     if isinstance(layers, tuple):
         return _run_each(carry, layers, layer, between)
