@@ -153,12 +153,16 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache, collected
 
 
+# Layers of a scanned group that stand in its body one after the other: a loop in a loop copies weights out of their stacks, and
+# gradients into them, twice. More would let the compile time of a sparse placement grow with depth.
+UNROLL = 8
+
+
 def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, remat: str) -> tuple[Any, Any]:
     """Scans `layer` over `layers`, and `between` in its places.
 
     The layers fall into groups of `between.every`; whole groups are scanned, so that compile time does not grow with depth,
-    and the rest, fewer than a group, follows. Within a group nothing is scanned: a loop in a loop would copy weights and
-    gradients out of and into their stacks twice. Layers given as a tuple run one after the other.
+    and the rest, fewer than a group, follows. Layers given as a tuple run one after the other.
     """
     if isinstance(layers, tuple):
         return _run_each(carry, layers, layer, between)
@@ -171,11 +175,11 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
     every, offset = between.every, between.offset
     cross = rematerialised(between.apply, remat)
 
-    def group(carry: Any, xs: Any) -> tuple[Any, Any]:
+    def group(carry: Any, xs: Any, unroll: int = UNROLL) -> tuple[Any, Any]:
         layers, one = xs
-        carry = scan(carry, part(layers, 0, offset), True) if offset else carry
+        carry = scan(carry, part(layers, 0, offset), unroll) if offset else carry
         x, collected = cross(carry[0], one)
-        return scan((x, carry[1]), part(layers, offset, None), True), collected
+        return scan((x, carry[1]), part(layers, offset, None), unroll), collected
 
     groups, rest = divmod(length, every)
     collected = []
@@ -186,7 +190,7 @@ def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, rema
     if rest:
         last = part(indexed, groups * every, None)
         if offset < rest:
-            carry, seen = group(carry, (last, jax.tree.map(lambda p: p[groups], between.layers)))
+            carry, seen = group(carry, (last, jax.tree.map(lambda p: p[groups], between.layers)), unroll=1)
             collected.append(jax.tree.map(lambda s: s[None], seen))
         else:
             carry = scan(carry, last)
