@@ -12,17 +12,35 @@ from pathlib import Path
 import pytest
 from data_helpers import parts, run_config
 
+from vlm_jax.config import DataConfig
+
 SCRIPT = """
 import pickle, sys, time
 from vlm_jax.data.pipeline import TrainBatches
 if __name__ == "__main__":
     batches = TrainBatches(*pickle.load(open(sys.argv[1], "rb")))
+"""
+ENDLESS = """
     next(batches)
     print("started", flush=True)
     while True:
         next(batches)
         time.sleep(0.01)
 """
+
+
+TO_THE_END = """
+    for batch in batches:
+        del batch
+    time.sleep(0.5)
+"""
+
+
+def command(folder: Path, data: DataConfig, steps: int, body: str) -> list[str]:
+    """Runs `body` in a process of its own that has `batches`."""
+    (folder / "args").write_bytes(pickle.dumps((run_config(data, steps=steps), *parts(data))))
+    (folder / "script.py").write_text(SCRIPT + body)
+    return [sys.executable, str(folder / "script.py"), str(folder / "args")]
 
 
 def descendants(pid: int) -> list[int]:
@@ -44,12 +62,13 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGKILL"])
 def test_no_worker_outlives_the_trainer(jsonl_config, tmp_path, sent):
     data = dataclasses.replace(jsonl_config, workers=1 if sent == "SIGKILL" else 2)
-    config = run_config(data, steps=10**6)
-    (tmp_path / "args").write_bytes(pickle.dumps((config, *parts(data))))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "args")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=os.getcwd()
+        command(tmp_path, data, 10**6, ENDLESS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=os.getcwd(),
     )
     assert process.stdout.readline() == "started\n", process.stderr.read()
     workers = descendants(process.pid)
@@ -69,11 +88,6 @@ def test_no_worker_outlives_the_trainer(jsonl_config, tmp_path, sent):
 
 def test_the_end_of_the_data_leaves_no_shared_memory(jsonl_config, tmp_path):
     data = dataclasses.replace(jsonl_config, workers=1)
-    (tmp_path / "args").write_bytes(pickle.dumps((run_config(data, steps=3), *parts(data))))
-    script = SCRIPT.split("    batches =")[0] + (
-        "    for batch in TrainBatches(*pickle.load(open(sys.argv[1], 'rb'))):\n        del batch\n    time.sleep(0.5)\n"
-    )
-    (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "args")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=os.getcwd())
+    run = command(tmp_path, data, 3, TO_THE_END)
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=os.getcwd())
     assert ended.returncode == 0 and "leaked" not in ended.stderr, ended.stderr

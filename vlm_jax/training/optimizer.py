@@ -32,7 +32,7 @@ def make_optimizer(config: OptimizerConfig, rules: dict[str, ParamRule], steps: 
     def clip(updates: Params, params: Params) -> Params:
         # One factor times each gradient, which XLA fuses into what follows; `optax.clip_by_global_norm` divides each and
         # multiplies it, which is stored in between.
-        factor = config.clip_norm / jnp.maximum(optax.tree.norm(updates), config.clip_norm)
+        factor = config.clip_norm / jnp.maximum(optax.global_norm(updates), config.clip_norm)
         return jax.tree.map(lambda update: update * factor, updates)
 
     def decay(updates: Params, params: Params) -> Params:
