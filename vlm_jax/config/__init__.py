@@ -1,0 +1,41 @@
+"""Every size and choice of a model, a data set and a run, as frozen dataclasses.
+
+A recipe in `configs/` returns `to_config_dict(RunConfig(...))` of `config_dict.py`; `train.py` lets the command line override
+any leaf (`--config.optimizer.lr=3e-4`) and turns it back, refusing unknown names and wrong types.
+
+Where a part can be one of several kinds, its dataclass has a `kind` field that tells them apart.
+"""
+
+from vlm_jax.config.block import Activation, BlockConfig, NormConfig
+from vlm_jax.config.connector import PerceiverConfig
+from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
+from vlm_jax.config.fusion import GatedCrossAttentionConfig
+from vlm_jax.config.language import AlibiConfig, DecoderConfig, LearnedPositionsConfig, LinearScaling, Llama3Scaling, RopeConfig
+from vlm_jax.config.model import ModelConfig
+from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, RunConfig
+from vlm_jax.config.vision import ClipVitConfig
+
+__all__ = [
+    "Activation",
+    "AlibiConfig",
+    "AugmentConfig",
+    "BlockConfig",
+    "ClipVitConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "EasyVqaConfig",
+    "GatedCrossAttentionConfig",
+    "JsonLinesConfig",
+    "LearnedPositionsConfig",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MeshConfig",
+    "ModelConfig",
+    "NormConfig",
+    "OptimizerConfig",
+    "ParamRule",
+    "PerceiverConfig",
+    "RopeConfig",
+    "RunConfig",
+    "SampleRule",
+]

@@ -1,0 +1,40 @@
+"""Transformer blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vlm_jax.config.frozen import frozen
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu", "silu"]
+
+
+@frozen
+class NormConfig:
+    """Layer normalisation (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
+
+    kind: Literal["layer", "rms"]
+    eps: float
+    bias: bool = True  # layer norm only; MPT has none
+    plus_one: bool = False  # Gemma stores the scale minus one
+
+
+@frozen
+class BlockConfig:
+    """One pre-norm transformer block: attention and a feed-forward, each added to the stream.
+
+    CLIP, LLaMA, Mistral, OPT, MPT and Gemma blocks are all settings of it.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int  # fewer than `heads`: grouped-query attention (Ainslie et al. 2023)
+    head_width: int
+    mlp_width: int
+    activation: Activation
+    gated_mlp: bool  # SwiGLU / GeGLU (Shazeer 2020)
+    norm: NormConfig
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    query_init: float = 1.0  # times LeCun's deviation: above 1, attention from scratch is choosy from its first step

@@ -1,0 +1,29 @@
+"""Fusions: how the language model reads visual tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vlm_jax.config.block import Activation, NormConfig
+from vlm_jax.config.frozen import frozen
+
+
+@frozen
+class GatedCrossAttentionConfig:
+    """Flamingo's gated cross-attention dense layers (Alayrac et al. 2022, section 3.2).
+
+    A gated block stands before language layer `i` where `i % every == offset`: offset 0 is the paper's and IDEFICS's
+    placement, `every - 1` OpenFlamingo's, and `every=layers, offset=layers // 2` the ablation's "single in the middle".
+    """
+
+    kind: Literal["gated_cross_attention"] = "gated_cross_attention"
+    every: int
+    offset: int
+    heads: int
+    head_width: int
+    mlp_width: int
+    activation: Activation = "squared_relu"  # OpenFlamingo: gelu; IDEFICS: silu, gated
+    gated_mlp: bool = False
+    norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
+    qk_norm: bool = False  # IDEFICS
+    media: Literal["last", "all_previous"] = "last"  # which images a token sees

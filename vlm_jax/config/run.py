@@ -1,0 +1,67 @@
+"""A run of train.py."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vlm_jax.config.data import DataConfig
+from vlm_jax.config.frozen import frozen
+from vlm_jax.config.model import ModelConfig
+
+
+@frozen
+class ParamRule:
+    """What happens to the parameters whose path matches `pattern` (a regex, searched). The first match counts."""
+
+    pattern: str
+    frozen: bool = False
+    lr: float = 1.0  # times the schedule
+    decay: float = 1.0  # times `weight_decay`
+    rows_from: int = 0  # only rows from here on are trained (new tokens of an embedding)
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen parameter is held
+
+
+@frozen
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with warm-up."""
+
+    lr: float
+    warmup_steps: int
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    final_lr: float = 0.0  # share of `lr` at the end of cosine and linear
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global gradient norm
+    accumulate: int = 1  # micro-batches of an update
+    rules: tuple[ParamRule, ...] = ()
+    max_bad_steps: int = 10  # so many non-finite updates in a row stop the run
+
+
+@frozen
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: what is left of the devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@frozen
+class RunConfig:
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    steps: int
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on GPU and TPU
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    log_every: int = 20
+    eval_every: int = 500
+    eval_rows: int = 0  # rows of a held-out evaluation on the way; 0: all. The last evaluation is always whole
+    save_every: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+    init_from: str = ""  # a checkpoint to take the parameters from
