@@ -11,7 +11,8 @@ from torch_helpers import compare, converted, randomised, state_of
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vlm_jax.interop import clip_vit
-from vlm_jax.interop.engine import ConversionError, to_ours
+from vlm_jax.interop.engine import to_ours
+from vlm_jax.interop.plan import ConversionError
 from vlm_jax.layers.vit import ClipVit
 from vlm_jax.sharding import Named
 

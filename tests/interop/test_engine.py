@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.interop.engine import ConversionError, to_ours, to_published
+from vlm_jax.interop.engine import to_ours, to_published
+from vlm_jax.interop.plan import ConversionError
 from vlm_jax.interop.table import Copy, Table, row, written
 
 TABLE = Table(
     (
         row("embed", "embedding", "V D -> V D"),
-        row("[model.]layers.{}.qkv", ("layers/q", "layers/k"), "(N H) D -> D N H"),
+        row("[model.]layers.{}.qkv", ("layers/q", "layers/k"), "(N J H) D -> D N H"),
         row("layers.{}.gate", "layers/gate", "() ->"),
         row(("table.a", "table.b"), "table", "T D -> D T", split=(2, 1)),
         row("patch", "patch", "D C Y X -> (Y X C) D", C=3, Y=2, X=2),
@@ -22,7 +23,7 @@ ABSTRACT = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
     {
         "embedding": (5, 4),
-        "layers": {"q": (2, 4, 3, 2), "k": (2, 4, 1, 2), "gate": (2,)},
+        "layers": {"q": (2, 4, 3, 2), "k": (2, 4, 3, 2), "gate": (2,)},
         "table": (4, 3),
         "patch": (12, 4),
     },
@@ -33,16 +34,16 @@ ABSTRACT = jax.tree.map(
 def state() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {"embed": (5, 4), "table.a": (2, 4), "table.b": (1, 4), "patch": (4, 3, 2, 2)}
-    shapes |= {f"layers.{i}.qkv": (8, 4) for i in range(2)} | {f"layers.{i}.gate": (1,) for i in range(2)}
+    shapes |= {f"layers.{i}.qkv": (12, 4) for i in range(2)} | {f"layers.{i}.gate": (1,) for i in range(2)}
     return {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
 
 
 def test_values_go_where_the_axes_say():
     published = state()
     ours = to_ours(published, TABLE, ABSTRACT)
-    # Head 2, place 1 of layer 1's query is row 5 of the fused matrix; the key's rows follow from 6 on.
-    np.testing.assert_array_equal(ours["layers"]["q"][1, :, 2, 1], published["layers.1.qkv"][5])
-    np.testing.assert_array_equal(ours["layers"]["k"][0, :, 0, 1], published["layers.0.qkv"][7])
+    # In the fused matrix each head has its query's two rows and its key's two.
+    np.testing.assert_array_equal(ours["layers"]["q"][1, :, 2, 1], published["layers.1.qkv"][9])
+    np.testing.assert_array_equal(ours["layers"]["k"][0, :, 2, 1], published["layers.0.qkv"][11])
     np.testing.assert_array_equal(ours["layers"]["gate"], [published[f"layers.{i}.gate"][0] for i in range(2)])
     np.testing.assert_array_equal(ours["table"][:, 2], published["table.b"][0])
     # Row 1, column 0, colour 2 of a patch.
@@ -127,4 +128,4 @@ def test_a_copy_is_compared_under_an_optional_prefix_too():
 
 
 def test_written_names():
-    assert written("[model.]layers.{}.qkv", 7) == "layers.7.qkv"
+    assert written("[model.]layers.{}.qkv", (7,)) == "layers.7.qkv"

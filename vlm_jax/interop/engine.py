@@ -1,102 +1,102 @@
-"""Published weights <-> our parameters, by a table (`table.py`); every name is accounted for in both directions."""
+"""Published weights <-> our parameters, by a table (`table.py`); every name is accounted for in both directions.
+
+Reading, each parameter is made shard by shard on the devices that hold it, from the bytes of the published tensors that those
+shards are made of: the host never holds more than a parameter's shards of one process at a time.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from vlm_jax.data.batch import Batch
-from vlm_jax.interop.table import Axes, Row, Shape, Table, axes_of, pattern, written
+from vlm_jax.interop.plan import Problems, plan, resolve
+from vlm_jax.interop.source import Arrays, Source
+from vlm_jax.interop.table import Index, Shape, Table, written
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.sharding import Named
+from vlm_jax.sharding import Named, place_tree, shardings_of
+from vlm_jax.training.params import by_path, nested
 
 State = dict[str, np.ndarray]
 
 
-class ConversionError(ValueError):
-    """Names or shapes that do not fit; the message lists all of them."""
-
-
-class _Problems:
-    """What is wrong, gathered by kind so that one error can tell everything."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, kind: str, what: str) -> None:
-        self.found[kind].append(what)
-
-    def check(self) -> None:
-        if self.found:
-            lines = [
-                f"{kind} ({len(found)}):\n" + "\n".join(f"    {what}" for what in found) for kind, found in self.found.items()
-            ]
-            raise ConversionError("the weights do not fit the model:\n  " + "\n  ".join(lines))
-
-
-UNMATCHED = "published names that no row of the table knows; add a row, or an `ignored` one"
-DOUBLE = "published names that are matched more than once; leave one out"
-MISSING = "published names that the model needs and the weights do not have"
-UNUSED = "published layers that the model does not have; check the number of layers in its config"
-SHAPE = "wrong shapes; check the widths in the model's config"
-DIFFERENT = "published copies that are not equal to their original; set tied_head=False in the model's config"
-NO_PARAMETER = "rows whose parameter the model does not have; use the table of this model's config"
-NO_ROW = "parameters that no row of the table makes; use the table of this model's config"
-
-
-def abstract_params(model: VisionLanguageModel) -> Any:
-    """Shapes and types of a model's parameters; nothing is computed."""
+def boxed_params(model: VisionLanguageModel) -> Any:
+    """Shapes, types and axis names of a model's parameters; nothing is computed."""
     vision = model.config.vision
     side = vision.image_size if vision else 1
     row = lambda dtype: np.zeros((1, 1), dtype)
     images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
     batch = Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32))
-    boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    return jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: isinstance(x, Named))
+    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+
+def abstract_params(model: VisionLanguageModel) -> Any:
+    """Shapes and types of a model's parameters; nothing is computed."""
+    return jax.tree.map(lambda box: box.value, boxed_params(model), is_leaf=lambda x: isinstance(x, Named))
 
 
 def to_ours(state: State, table: Table, abstract_params: Any) -> Any:
-    """Published weights -> our parameters, in the type they come in.
+    """Published weights in memory -> our parameters as NumPy arrays, in the type they come in.
 
     Args:
       abstract_params: our parameters or their shapes.
 
     Raises:
-      ConversionError: a name or a shape does not fit; it lists all of them.
+      ConversionError: a name, a shape or a value does not fit.
     """
-    problems = _Problems()
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract_params, sep="/").items()}
-    names = _match(state, table, problems)
-    params: dict[str, np.ndarray] = {}
-    for number, row, axes, layers in _resolved(table, shapes, problems):
-        for (other, _, layer), name in names.items():
-            if other == number and layer is not None and layer >= layers:
-                problems.add(UNUSED, f"{name}: the model has {layers} layers")
-        pieces: list[list[np.ndarray]] = []
-        for layer in [None] if layers is None else range(layers):
-            parts = []
-            for part, template in enumerate(row.published):
-                name = names.get((number, part, layer))
-                if name is None:
-                    problems.add(MISSING, f"{written(template, layer)} (for {', '.join(row.ours)})")
-                elif _fits(name, state[name].shape, _expected(row, axes, part), problems):
-                    parts.append(np.asarray(state[name]))
-            if len(parts) == len(row.published):
-                pieces.append(_convert(parts, axes))
-        for place, path in enumerate(row.ours):
-            if len(pieces) == (layers or 1):
-                params[path] = pieces[0][place] if layers is None else np.stack([piece[place] for piece in pieces])
-    for copy in table.copies:
-        for name, of in itertools.product(*([n for n in state if pattern(t).fullmatch(n)] for t in (copy.name, copy.of))):
-            if not np.array_equal(state[name], state[of]):
-                problems.add(DIFFERENT, f"{name} and {of}")
-    problems.check()
-    return unflatten_dict(params, sep="/")
+    source = Arrays(state)
+    shapes = _shapes(abstract_params)
+    parameters = plan(table, source, shapes)
+    whole = lambda shape: tuple(slice(0, size) for size in shape)
+    return nested({path: parameters[path].read(source, whole(shape)) for path, shape in shapes.items()})
+
+
+def load_params(
+    source: Source,
+    table: Table,
+    boxed: Any,
+    mesh: Mesh,
+    dtype: Any = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Any:
+    """Published weights -> our parameters on the mesh.
+
+    Args:
+      boxed: shapes and axis names of our parameters (`boxed_params`).
+      dtype: to hold them in; None: the type they come in.
+      tell: called with the bytes read so far and in all.
+
+    Raises:
+      ConversionError: a name, a shape or a value does not fit; CheckpointError: a tensor cannot be read.
+    """
+    is_box = lambda x: isinstance(x, Named)
+    shapes = _shapes(jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box))
+    parameters = plan(table, source, shapes)
+    shardings = by_path(shardings_of(place_tree(boxed, mesh), mesh))
+    total = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in source.tensors.values())
+    params, done = {}, 0
+    for path, parameter in parameters.items():
+        shape = shapes[path]
+        shards: dict[Index, np.ndarray] = {}  # replicas are read once
+
+        def shard(index: Index, parameter=parameter, shape=shape, shards=shards) -> np.ndarray:
+            bounded = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+            key = tuple((part.start, part.stop) for part in bounded)
+            if key not in shards:
+                shards[key] = parameter.read(source, bounded, dtype)
+            return shards[key]
+
+        params[path] = jax.make_array_from_callback(shape, shardings[path], shard)
+        # Waiting keeps the arrays of one parameter, not of all, alive on the host.
+        params[path].block_until_ready()
+        done += params[path].nbytes
+        tell(min(done, total), total)
+    return nested(params)
 
 
 def to_published(params: Any, table: Table) -> State:
@@ -105,87 +105,23 @@ def to_published(params: Any, table: Table) -> State:
     Raises:
       ConversionError: a parameter has no row or a row no parameter; it lists all of them.
     """
-    problems = _Problems()
-    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    state: State = {}
-    for _, row, axes, layers in _resolved(table, {path: leaf.shape for path, leaf in flat.items()}, problems):
-        for layer in [None] if layers is None else range(layers):
-            ours = [flat[path] if layer is None else flat[path][layer] for path in row.ours]
-            whole = [a.to_published(x) for a, x in zip(axes, ours, strict=True)]
-            joined = whole[0] if len(whole) == 1 else np.concatenate(whole)
-            for part, template in enumerate(row.published):
-                start, stop = (sum(row.split[:end]) for end in (part, part + 1)) if row.split else (0, None)
-                state[written(template, layer)] = joined[start:stop] if row.split else joined
+    return dict(published_tensors(params, table))
+
+
+def published_tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and tensor, one by one, so that the host holds one of them at a time. Raises as `to_published`."""
+    problems = Problems()
+    flat = by_path(params)
+    resolved = resolve(table, {path: tuple(leaf.shape) for path, leaf in flat.items()}, problems)
     problems.check()
-    return state
+    for one in resolved:
+        for numbers in one.places():
+            whole = one.axes.joined([np.asarray(flat[path][numbers]) for path in one.row.ours])
+            ends = list(itertools.accumulate(one.row.split))
+            parts = np.split(whole, ends[:-1]) if ends else [whole]
+            for template, part in zip(one.row.published, parts, strict=True):
+                yield written(template, numbers), np.ascontiguousarray(part)
 
 
-def _match(state: State, table: Table, problems: _Problems) -> dict[tuple[int, int, int | None], str]:
-    """(row, which of its published tensors, layer) -> name."""
-    rows = [(pattern(name), (r, p)) for r, row in enumerate(table.rows) for p, name in enumerate(row.published)]
-    left_out = [pattern(name) for name in (*table.ignored, *(copy.name for copy in table.copies))]
-    names: dict[tuple[int, int, int | None], str] = {}
-    for name in sorted(state):
-        hits = [(match, place) for regex, place in rows if (match := regex.fullmatch(name))]
-        skipped = sum(regex.fullmatch(name) is not None for regex in left_out)
-        if len(hits) + skipped != 1:
-            problems.add(DOUBLE if hits or skipped else UNMATCHED, f"{name} {state[name].shape}")
-        elif hits:
-            match, place = hits[0]
-            key = (*place, int(match[1]) if match.groups() else None)
-            if key in names:
-                problems.add(DOUBLE, f"{names[key]} and {name}")
-            names[key] = name
-    return names
-
-
-def _resolved(table: Table, shapes: dict[str, Shape], problems: _Problems) -> list[tuple[int, Row, list[Axes], int | None]]:
-    """The rows with the sizes of their axes and the number of layers (None: not stacked)."""
-    resolved = []
-    made: dict[str, int] = defaultdict(int)
-    for number, row in enumerate(table.rows):
-        stacked = "{}" in row.published[0]
-        for path in row.ours:
-            made[path] += 1
-            if path not in shapes:
-                problems.add(NO_PARAMETER, path)
-        known = [shapes[path] for path in row.ours if path in shapes]
-        if len(known) < len(row.ours):
-            continue
-        try:
-            axes = [axes_of(row.axes, shape[1:] if stacked else shape, row.sizes) for shape in known]
-        except ValueError as error:
-            problems.add(SHAPE, f"{', '.join(row.ours)}: {error}")
-            continue
-        total = sum(a.shape[0] for a in axes) if row.split else 0
-        if total != sum(row.split):
-            problems.add(SHAPE, f"{', '.join(row.ours)}: {total} rows, and the table splits them into {row.split}")
-            continue
-        resolved.append((number, row, axes, known[0][0] if stacked else None))
-    for path in shapes:
-        if not made[path]:
-            problems.add(NO_ROW, path)
-        elif made[path] > 1:
-            problems.add(DOUBLE, f"our {path}, by {made[path]} rows")
-    return resolved
-
-
-def _expected(row: Row, axes: list[Axes], part: int) -> Shape:
-    """The shape of one published tensor of a row."""
-    first = row.split[part] if row.split else sum(a.shape[0] for a in axes) if axes[0].shape else None
-    return () if first is None else (first, *axes[0].shape[1:])
-
-
-def _fits(name: str, found: Shape, expected: Shape, problems: _Problems) -> bool:
-    if tuple(found) != expected:
-        problems.add(SHAPE, f"{name}: found {tuple(found)}, expected {expected}")
-    return tuple(found) == expected
-
-
-def _convert(parts: list[np.ndarray], axes: list[Axes]) -> list[np.ndarray]:
-    """The published tensors of one layer of a row -> ours."""
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if len(axes) == 1:
-        return [axes[0].to_ours(whole)]
-    ends = np.cumsum([a.shape[0] for a in axes])[:-1]
-    return [a.to_ours(piece) for a, piece in zip(axes, np.split(whole, ends), strict=True)]
+def _shapes(params: Any) -> Mapping[str, Shape]:
+    return {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}

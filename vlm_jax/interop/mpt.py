@@ -23,7 +23,7 @@ def table(config: DecoderConfig) -> Table:
     query_key_value = tuple(f"{attention}{name}/kernel" for name in ("query", "key", "value"))
     rows = (
         row(f"{MODEL}wte.weight", "embedding", "V D -> V D"),
-        row(f"{LAYER}attn.Wqkv.weight", query_key_value, "(N H) D -> D N H"),
+        row(f"{LAYER}attn.Wqkv.weight", query_key_value, "(J N H) D -> D N H"),
         row(f"{LAYER}attn.out_proj.weight", f"{attention}out/kernel", "D (N H) -> N H D"),
         row(f"{LAYER}ffn.up_proj.weight", "layers/mlp/up/kernel", "F D -> D F"),
         row(f"{LAYER}ffn.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),

@@ -1,7 +1,7 @@
 """What a conversion table is made of: rows of published name <-> our path <-> how the axes lie.
 
 Axis letters: N query heads, K key/value heads, H head width, D width, F hidden width, V vocabulary, T positions, R latents,
-Y x X pixels of a patch, C colours.
+E experts, Y x X pixels of a patch, C colours, J which of our parameters where a published tensor holds several.
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 Shape = tuple[int, ...]
+Index = tuple[slice, ...]  # with bounds, no steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Some published tensors that are some of our parameters.
 
-    Most often it is one and one. The several of either side lie one after the other along the first published axis: a fused
-    `Wqkv` is our query, key and value, and IDEFICS's two embeddings are our one.
+    Most often it is one and one. A published tensor that holds several of ours has an axis J: a fused `Wqkv` of our query, key
+    and value is "(J N H) D -> D N H". Several published tensors that are one of ours lie one after the other along their first
+    axis, as IDEFICS's two embeddings.
     """
 
-    published: tuple[str, ...]  # `{}` is the number of the layer, `[...]` an optional part that is not written
-    ours: tuple[str, ...]  # paths; with `{}` in the published name their first axis is the layers
+    published: tuple[str, ...]  # `{}` is the number of a layer (or of an expert in it), `[...]` an optional part, not written
+    ours: tuple[str, ...]  # paths; their first axes are those that the published name counts with `{}`
     axes: str  # published -> ours: "(N H) D -> D N H"; `()` is an axis of size 1
     sizes: Mapping[str, int]  # of the letters that our shape does not tell
     split: Shape  # first-axis sizes of the published tensors where there are several
+
+    @property
+    def counted(self) -> int:
+        """How many leading axes of ours the published name counts."""
+        return self.published[0].count("{}")
 
 
 def row(published: str | tuple[str, ...], ours: str | tuple[str, ...], axes: str, split: Shape = (), **sizes: int) -> Row:
@@ -64,20 +73,19 @@ class Table:
 
 
 def pattern(name: str) -> re.Pattern[str]:
-    """A published name of a row as a regex, with a group for the layer."""
+    """A published name of a row as a regex, with a group for every number."""
     escaped = re.escape(name).replace(r"\{\}", r"(\d+)")
     return re.compile(re.sub(r"\\\[(.*?)\\\]", r"(?:\1)?", escaped))
 
 
-def written(name: str, layer: int | None) -> str:
-    """A published name of a row as it is written for `layer`."""
-    name = re.sub(r"\[.*?\]", "", name)
-    return name if layer is None else name.format(layer)
+def written(name: str, numbers: Shape) -> str:
+    """A published name of a row as it is written for a layer (and an expert)."""
+    return re.sub(r"\[.*?\]", "", name).format(*numbers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """One row's `axes` with the size of every letter."""
+    """One row's `axes` with the size of every letter; the groups of letters of each side."""
 
     published: list[list[str]]
     ours: list[list[str]]
@@ -88,32 +96,71 @@ class Axes:
         """Of the published tensor."""
         return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.published)
 
-    def to_ours(self, x):
-        return self._move(x, self.published, self.ours)
+    def take(self, read: Callable[[Index], np.ndarray], wanted: Index, place: int) -> np.ndarray:
+        """The part `wanted` of one of our parameters, reading little more of the published tensor than it is made of.
 
-    def to_published(self, x):
-        return self._move(x, self.ours, self.published)
+        Args:
+          read: gives a part of the published tensor.
+          wanted: of our axes, a slice with bounds for each.
+          place: along J, which of our parameters.
+        """
+        ranges = {letter: (0, size) for letter, size in self.sizes.items()} | {"J": (place, place + 1)}
+        for group, part in zip(self.ours, wanted, strict=True):
+            if len(group) == 1:
+                ranges[group[0]] = (part.start, part.stop)
+        index, shape, cut = [], [], []
+        for group in self.published:
+            stride = math.prod(self.sizes[letter] for letter in group)
+            begin, end, whole = 0, stride, False
+            for letter in group:
+                low, high = ranges[letter]
+                stride //= self.sizes[letter]
+                if whole:
+                    shape.append(self.sizes[letter])
+                    cut.append(slice(low, high))
+                else:
+                    begin, end = begin + low * stride, begin + high * stride
+                    shape.append(high - low)
+                    cut.append(slice(None))
+                    whole = high - low > 1  # what lies within several places of this letter is read whole and cut
+            index.append(slice(begin, end))
+        x = read(tuple(index)).reshape(shape)[tuple(cut)]
+        letters = [letter for group in self.published for letter in group]
+        # An axis of ours that is made of several letters was made whole.
+        rest = tuple(slice(None) if len(group) == 1 else part for group, part in zip(self.ours, wanted, strict=True))
+        return _arranged(x, letters, self.ours)[rest]
 
-    def _move(self, x, source: list[list[str]], target: list[list[str]]):
-        before, after = ([letter for group in side for letter in group] for side in (source, target))
-        x = x.reshape([self.sizes[letter] for letter in before]).transpose([before.index(letter) for letter in after])
-        return x.reshape([math.prod(self.sizes[letter] for letter in group) for group in target])
+    def joined(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Our parameters of one row -> the published tensor."""
+        letters = [letter for group in self.ours for letter in group]
+        parts = [x.reshape([self.sizes[letter] for letter in letters]) for x in ours]
+        x, letters = (parts[0], letters) if len(parts) == 1 else (np.stack(parts), ["J", *letters])
+        return _arranged(x, letters, self.published)
 
 
-def axes_of(axes: str, ours_shape: Shape, sizes: Mapping[str, int]) -> Axes:
-    """
+def _arranged(x: np.ndarray, letters: list[str], groups: list[list[str]]) -> np.ndarray:
+    """Axes named by `letters` -> axes that are groups of letters. A letter in no group has size 1 and goes."""
+    after = [letter for group in groups for letter in group]
+    order = [letters.index(letter) for letter in (*(set(letters) - set(after)), *after)]
+    size = dict(zip(letters, x.shape, strict=True))
+    return x.transpose(order).reshape([math.prod(size[letter] for letter in group) for group in groups])
+
+
+def axes_of(row: Row, shape: Shape) -> Axes:
+    """The axes of a row whose parameters have `shape`, the counted axes left out.
+
     Raises:
-      ValueError: our shape is not what `axes` and `sizes` say.
+      ValueError: our shape is not what the row says.
     """
-    published, ours = (_groups(side) for side in axes.split("->"))
-    sizes = dict(sizes)
-    if len(ours) == len(ours_shape):
-        for group, size in zip(ours, ours_shape, strict=True):
+    published, ours = (_groups(side) for side in row.axes.split("->"))
+    sizes = dict(row.sizes) | ({"J": len(row.ours)} if len(row.ours) > 1 else {})
+    if len(ours) == len(shape):
+        for group, size in zip(ours, shape, strict=True):
             if len(group) == 1:
                 sizes.setdefault(group[0], size)
-        if tuple(math.prod(sizes[letter] for letter in group) for group in ours) == ours_shape:
+        if tuple(math.prod(sizes[letter] for letter in group) for group in ours) == shape:
             return Axes(published, ours, sizes)
-    raise ValueError(f"our shape {ours_shape} is not {axes.split('->')[1].strip()} with {sizes}")
+    raise ValueError(f"our shape {shape} is not {row.axes.split('->')[1].strip()} with {sizes}")
 
 
 def _groups(side: str) -> list[list[str]]:
