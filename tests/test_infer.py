@@ -85,8 +85,8 @@ def test_shots_come_before_the_question(run):
     vlm = load(str(run), None, None, None, 16)
     picture = run / "data" / "1.png"
     request = vlm.request("which?", [picture], [([picture], "what?", "red"), ([], "and?", "blue")])
-    tokens = vlm.generator.prompt(request, 0, api.Settings()).tokens
-    assert vlm.generator.tokenizer.decode(tokens) == "<BOS><image>what? red<EOC>and? blue<EOC><image>which?"
+    tokens = vlm.generator.prompt(request, 0, api.Settings()).layout.tokens
+    assert vlm.generator.processor.tokenizer.decode(tokens) == "<BOS><image>what? red<EOC>and? blue<EOC><image>which?"
 
 
 @pytest.mark.parametrize(

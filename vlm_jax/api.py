@@ -18,7 +18,8 @@ from vlm_jax.config import MeshConfig, RunConfig
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
-from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot, ask
+from vlm_jax.generation.processor import RunProcessor
+from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import load_run, read_config
@@ -75,7 +76,7 @@ class Vlm:
         if isinstance(images, str | Path | bytes):
             raise RequestError(f"images={images!r}: expected a list of pictures; put it in brackets")
         shots = [shot if isinstance(shot, Shot) else Shot(*shot) for shot in examples]
-        return ask(self.config.data, prompt, list(images), shots, seed)
+        return self.generator.processor.ask(prompt, list(images), shots, seed)
 
 
 def load(path: str | Path, mesh: str | None = None, dtype: str | None = None, step: int | None = None, rows: int = 16) -> Vlm:
@@ -97,7 +98,8 @@ def load(path: str | Path, mesh: str | None = None, dtype: str | None = None, st
     with jax.set_mesh(placed):
         run = load_run(path, placed, dtype=compute if compute != "float32" or dtype else None, step=step)
     model = VisionLanguageModel(run.config.model, compute)
-    generator = Generator(model, run.params, load_tokenizer(run.tokenizer), run.config.data, placed, rows)
+    processor = RunProcessor(load_tokenizer(run.tokenizer), run.config.data)
+    generator = Generator(model, run.params, processor, placed, rows)
     return Vlm(run.config, generator, run.step)
 
 

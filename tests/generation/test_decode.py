@@ -47,7 +47,7 @@ def reference(config, request: Request, new: int = NEW) -> tuple[list[int], list
         token = int(np.argmax(np.where(allowed, logits, -np.inf)))
         chosen.append(token)
         scores.append(float(jax.nn.log_softmax(logits)[token]))
-        if token in generator.ends:
+        if token in generator.processor.ends:
             break
         tokens, last, first = [*tokens, token], [*last, last[-1]], [*first, first[-1]]
     return chosen, scores
@@ -193,7 +193,7 @@ def test_end_tokens_end_a_row_alone():
     free = tiny.generator(config).generate(asked, Settings(max_new_tokens=NEW))
     # The third token of the first answer is made an end token.
     generator, end = copy.copy(tiny.generator(config)), free[0].tokens[2]
-    generator.ends = {generator.tokenizer.eoc_id, end}
+    generator.processor.ends = {generator.processor.tokenizer.eoc_id, end}
     for answer, before in zip(generator.generate(asked, Settings(max_new_tokens=NEW)), free, strict=True):
         place = before.tokens.index(end) + 1 if end in before.tokens else NEW
         assert answer.tokens == before.tokens[:place]

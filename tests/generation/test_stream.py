@@ -46,7 +46,7 @@ def test_an_error_in_a_callback_reaches_the_caller(monkeypatch):
 def test_several_devices_cannot_stream():
     one = tiny.generator()
     mesh = make_mesh(MeshConfig(), jax.devices())
-    several = tiny.Generator(one.model, one.params, one.tokenizer, one.data, mesh)
+    several = tiny.Generator(one.model, one.params, one.processor, mesh)
     with pytest.raises(RequestError, match="8"):
         next(several.stream(question()))
 
@@ -54,7 +54,7 @@ def test_several_devices_cannot_stream():
 def test_stop_strings_cut_the_text_and_end_the_loop():
     generator = tiny.generator()
     free = generator.generate([question()], Settings(max_new_tokens=NEW))[0]
-    decode = lambda ids: generator.tokenizer.decode(ids, special=False)
+    decode = lambda ids: generator.processor.tokenizer.decode(ids, special=False)
     text = decode(free.tokens)
     # From the middle of a token, if one of several characters is there, over the next ones.
     begin = len(decode(free.tokens[:4])) + len(decode(free.tokens[4:5])) // 2

@@ -126,8 +126,8 @@ def stepper(variant):
 
     @jax.jit
     def step(tokens, positions, segments, first, last, cache, images):
-        def some(module, *inputs):
-            hidden, cache, _ = module.step(*inputs, SLOTS)
+        def some(module, tokens, positions, *inputs):
+            hidden, cache, _ = module.step(module.embed(tokens, positions), positions, *inputs, SLOTS)
             return module.logits(hidden), cache
 
         return module.apply({"params": params}, tokens, positions, segments, first, last, cache, images, method=some)

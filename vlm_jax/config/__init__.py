@@ -7,9 +7,9 @@ Where a part can be one of several kinds, its dataclass has a `kind` field that 
 """
 
 from vlm_jax.config.block import Activation, BlockConfig, NormConfig
-from vlm_jax.config.connector import PerceiverConfig
+from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
-from vlm_jax.config.fusion import GatedCrossAttentionConfig
+from vlm_jax.config.fusion import GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import AlibiConfig, DecoderConfig, LearnedPositionsConfig, LinearScaling, Llama3Scaling, RopeConfig
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, RunConfig
@@ -25,11 +25,13 @@ __all__ = [
     "DecoderConfig",
     "EasyVqaConfig",
     "GatedCrossAttentionConfig",
+    "InSequenceConfig",
     "JsonLinesConfig",
     "LearnedPositionsConfig",
     "LinearScaling",
     "Llama3Scaling",
     "MeshConfig",
+    "MlpProjectorConfig",
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",

@@ -22,3 +22,14 @@ class PerceiverConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = False  # IDEFICS
     time_embeddings: int = 0  # frames with a learned time embedding; 0: none (OpenFlamingo, IDEFICS)
+
+
+@frozen
+class MlpProjectorConfig:
+    """Linear maps with an activation between them: LLaVA (Liu et al. 2023) has one, LLaVA-1.5 two, PaliGemma one."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int  # of the visual tokens: the language model's
+    layers: int = 2
+    activation: Activation = "gelu"
+    bias: bool = True

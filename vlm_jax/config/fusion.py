@@ -27,3 +27,11 @@ class GatedCrossAttentionConfig:
     norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
     qk_norm: bool = False  # IDEFICS
     media: Literal["last", "all_previous"] = "last"  # which images a token sees
+
+
+@frozen
+class InSequenceConfig:
+    """Visual tokens take the places of `<image>` tokens in the sequence (LLaVA, Liu et al. 2023)."""
+
+    kind: Literal["in_sequence"] = "in_sequence"
+    newline: bool = False  # LLaVA-NeXT's learned token, which may stand anywhere between the visual ones

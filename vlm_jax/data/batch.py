@@ -41,3 +41,4 @@ class Batch:
     media_first: Array  # [B, T] int32, the first slot of its segment's images
     targets: Array  # [B, T] int32, the token to predict at this place
     weights: Array  # [B, T] float32, the weight of that prediction in the loss
+    visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.generation.decode import Prompts
+from vlm_jax.generation.processor import Layout
 from vlm_jax.generation.request import Request, RequestError, Settings
 from vlm_jax.models.vlm import VisionLanguageModel
 
@@ -66,7 +67,8 @@ def look(model: VisionLanguageModel, params: Any, prompts: Prompts) -> Array:
     keys_values = apply("keys_values", visual)
     slots, latents = visual.shape[1:3]
     media = prompts.media_first, prompts.media_last
-    inputs = (prompts.tokens, prompts.positions, prompts.segments, *media, None, keys_values, slots, True)
+    x = apply("embed", prompts.tokens, prompts.positions)
+    inputs = (x, prompts.positions, prompts.segments, *media, None, keys_values, slots, True)
     gated = apply("step", *inputs)[2]
     layers = params["fusion"]["layers"]
     gates = jnp.stack([p["attention_gate"] for p in layers]) if isinstance(layers, tuple) else layers["attention_gate"]
@@ -91,7 +93,9 @@ def check_visible(generator: Generator, request: Request) -> None:
     """
     if not request.images:
         raise RequestError("an attention map needs a picture, and the request has none")
-    if generator.data.blank_images:
+    if not generator.model.crosses:
+        raise RequestError("attention maps are drawn of gated cross-attention, and this model has none")
+    if generator.processor.blind:
         raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
 
 
@@ -105,25 +109,27 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
     """
     check_visible(generator, request)
     prompt = generator.prompt(request, 0, Settings())
-    ids = [token for token in answer.tokens if token not in generator.ends]
+    ids = [token for token in answer.tokens if token not in generator.processor.ends]
+    layout = prompt.layout
     extend = lambda media: np.append(media, np.repeat(media[-1:], len(ids)))
-    whole = dataclasses.replace(
-        prompt,
-        tokens=np.append(prompt.tokens, ids).astype(np.int32),
-        media_last=extend(prompt.media_last),
-        media_first=extend(prompt.media_first),
+    whole = Layout(
+        tokens=np.append(layout.tokens, ids).astype(np.int32),
+        media_last=extend(layout.media_last),
+        media_first=extend(layout.media_first),
+        slots=np.append(layout.slots, np.zeros_like(ids)),
+        offsets=np.append(layout.offsets, np.zeros_like(ids)),
     )
-    batch = generator.place([whole])
+    batch = generator.place([dataclasses.replace(prompt, layout=whole)])
     with generator.mesh_context():
         looks = np.asarray(_compiled(generator.model)(generator.params, batch))[0]
     length = looks.shape[0]
     chosen = looks[length - len(ids) - 1 : length - 1]  # [answer tokens, M, F * P]
-    words, spans = group_words(generator.tokenizer, ids)
+    words, spans = group_words(generator.processor.tokenizer, ids)
     frames, vision = np.asarray(batch.frames)[0], generator.model.config.vision
     most = batch.images.shape[2]
     chosen = chosen.reshape(*chosen.shape[:2], most, -1)[..., int(vision.class_token) :]
     there = [(slot, frame) for slot in range(len(frames)) for frame in range(frames[slot])]
-    side = generator.data.image_size // vision.patch_size
+    side = batch.images.shape[-2] // vision.patch_size
     merged = [np.mean([chosen[token] for token in span], axis=0) for span in spans]
     maps = np.asarray([[word[place].reshape(side, side) for place in there] for word in merged])
     total = maps.sum(axis=(1, 2, 3), keepdims=True) if len(words) else 1.0

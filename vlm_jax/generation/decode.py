@@ -39,6 +39,7 @@ class Prompts:
     segments: Array  # [B, T] int32, 1; 0 is padding
     media_first: Array  # [B, T] int32
     media_last: Array  # [B, T] int32
+    visual: Any = None  # [B, T] int32, the visual token that stands here; None: none
 
 
 @jax.tree_util.register_dataclass
@@ -84,11 +85,12 @@ def generate(
       stream: [] int32, the number of an open `streaming.Stream` that gets every token at once; None: none.
     """
     apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
-    images, slots = _images(model, params, prompts)
+    visual, images, slots = _images(model, params, prompts)
     rows, length = prompts.tokens.shape
     cache = empty_cache(model.config.language, rows, length + new, model.dtype)
     media = prompts.media_first, prompts.media_last
-    hidden, cache, _ = apply("step", prompts.tokens, prompts.positions, prompts.segments, *media, cache, images, slots)
+    x = apply("embed", prompts.tokens, prompts.positions, prompts.visual, visual)
+    hidden, cache, _ = apply("step", x, prompts.positions, prompts.segments, *media, cache, images, slots)
     first, last = (m[:, -1:] for m in media)
     start = prompts.positions[:, -1:] + 1
     segments = prompts.segments[:, -1:]
@@ -98,8 +100,8 @@ def generate(
 
     def step(progress: _Progress) -> _Progress:
         positions = start + progress.count - 1
-        inputs = (progress.last[:, None], positions, segments, first, last, progress.cache, images, slots)
-        hidden, cache, _ = apply("step", *inputs)
+        x = apply("embed", progress.last[:, None], positions)
+        hidden, cache, _ = apply("step", x, positions, segments, first, last, progress.cache, images, slots)
         return pick(dataclasses.replace(progress, cache=_lay(cache)), hidden)
 
     def pick(progress: _Progress, hidden: Array) -> _Progress:
@@ -118,19 +120,21 @@ def generate(
     return jax.lax.while_loop(running, step, pick(progress, hidden[:, -1:])).out
 
 
-def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[Any, int]:
-    """The keys and values of the images, and the number of slots they lie in."""
+def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[Any, Any, int]:
+    """The visual tokens, the gated layers' keys and values of them, and the number of slots they lie in."""
     config = model.config
-    if not model.sees:
-        return None, 0
+    if not model.sees or (prompts.images is None and not model.crosses):
+        return None, None, 0
     if prompts.images is None:
         # One token that nothing sees: the gated layers' feed-forward still applies to every token.
         visual = jnp.zeros((prompts.tokens.shape[0], 1, 1, config.vision.block.width), model.dtype)
     else:
         visual, _ = model.apply({"params": params}, prompts.images, prompts.frames, method="encode_images")
+    if not model.crosses:
+        return visual, None, visual.shape[1]
     keys_values = model.apply({"params": params}, visual, method="keys_values")
     names = ("layers", "batch", "length", "heads", "head")
-    return jax.tree.map(lambda x: constrain(x, *names[-x.ndim :]), keys_values), visual.shape[1]
+    return visual, jax.tree.map(lambda x: constrain(x, *names[-x.ndim :]), keys_values), visual.shape[1]
 
 
 def _lay(cache: Cache) -> Cache:

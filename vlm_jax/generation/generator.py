@@ -18,12 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.config import DataConfig
-from vlm_jax.data.encode import prompt_tokens
-from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.generation import decode
 from vlm_jax.generation.buckets import LENGTH, NEW, STOP_WIDTH, STOPS, bucket, row_bucket
-from vlm_jax.generation.request import Request, RequestError, Settings, pixels
+from vlm_jax.generation.processor import Layout, Processor
+from vlm_jax.generation.request import Request, RequestError, Settings
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.streaming import Stream
 from vlm_jax.generation.text import TextStream, cut, stop_sequences
@@ -45,17 +43,19 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request as the model reads it. All arrays are [T]."""
+    """A request as the model reads it."""
 
     request: Request
-    tokens: np.ndarray
-    media_last: np.ndarray
-    media_first: np.ndarray
+    layout: Layout
     seed: int
+
+    @property
+    def length(self) -> int:
+        return len(self.layout.tokens)
 
 
 class Generator:
-    """A model with its parameters and tokenizer, ready to answer.
+    """A model with its parameters and processor, ready to answer.
 
     Attributes:
       rows: at most so many requests are answered at once.
@@ -65,20 +65,14 @@ class Generator:
         self,
         model: VisionLanguageModel,
         params: Any,
-        tokenizer: Tokenizer,
-        data: DataConfig,
+        processor: Processor,
         mesh: Mesh,
         rows: int = 16,
     ) -> None:
-        self.model, self.tokenizer, self.data, self.mesh, self.rows = model, tokenizer, data, mesh, rows
+        self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
         self.params = unstack(params) if worth_unstacking(params) else params
         self._program = jax.jit(functools.partial(decode.generate, model), static_argnums=0)
-        # A tokenizer may have no <EOC> apart from <EOS>, or use <EOS> as <BOS> or padding: an end is always allowed.
-        self.ends = {tokenizer.eoc_id, tokenizer.eos_id}
-        never = {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - self.ends
-        # The embedding may have more rows than the tokenizer has tokens.
-        self._allowed = np.arange(model.config.language.vocab_size) < tokenizer.vocab_size
-        self._allowed[sorted(never)] = False
+        self._allowed = processor.allowed(model.config.language.vocab_size)
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
         """The answers, in the order of the requests.
@@ -94,7 +88,7 @@ class Generator:
     def batches(self, requests: list[Request], settings: Settings = DEFAULTS) -> Iterator[dict[int, Answer]]:
         """The same, batch by batch: {number of the request: answer}. Requests of similar length go together."""
         prompts = [self.prompt(request, index, settings) for index, request in enumerate(requests)]
-        size = lambda i: (bucket(len(prompts[i].request.images)), len(prompts[i].tokens))
+        size = lambda i: (bucket(len(prompts[i].request.images)), prompts[i].length)
         order = sorted(range(len(prompts)), key=size)
         for start in range(0, len(order), self.rows):
             chosen = order[start : start + self.rows]
@@ -109,7 +103,7 @@ class Generator:
         if self.mesh.size > 1:
             raise RequestError(f"streaming works on one device, and this mesh has {self.mesh.size}: use generate()")
         prompt = self.prompt(request, 0, settings)
-        text = TextStream(self.tokenizer, self.ends, settings.stop)
+        text = TextStream(self.processor.tokenizer, self.processor.ends, settings.stop)
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         cancelled = threading.Event()
         failed: list[BaseException] = []
@@ -148,44 +142,56 @@ class Generator:
         """
         if request.images and not self.model.sees:
             raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
-        tokens, last, first = prompt_tokens(request.parts, self.tokenizer)
+        layout = self.processor.lay_out(request)
         most = self.model.config.language.max_positions
-        if len(tokens) >= most:
+        if len(layout.tokens) >= most:
             raise RequestError(
-                f"the prompt is {len(tokens)} tokens long, but the model reads at most {most} with the answer: "
+                f"the prompt is {len(layout.tokens)} tokens long, but the model reads at most {most} with the answer: "
                 "shorten it, or give fewer examples"
             )
         seed = index if request.seed is None else request.seed
         row_seed = np.random.SeedSequence([settings.seed, seed]).generate_state(1)[0]
-        return Prompt(request, tokens, last, first, int(row_seed))
+        return Prompt(request, layout, int(row_seed))
 
     def place(self, prompts: list[Prompt]) -> decode.Prompts:
         """Prompts -> one batch on the mesh, its shapes rounded up to buckets."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows, length = row_bucket(len(prompts), ways), bucket(max(len(p.tokens) for p in prompts), LENGTH)
-        arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "positions", "segments", "first", "last")}
-        arrays["tokens"][:] = self.tokenizer.pad_id
+        rows, length = row_bucket(len(prompts), ways), bucket(max(p.length for p in prompts), LENGTH)
+        names = ("tokens", "positions", "segments", "first", "last", "slots", "offsets")
+        arrays = {name: np.zeros((rows, length), np.int32) for name in names}
+        arrays["tokens"][:] = self.processor.pad_id
         for row, prompt in enumerate(prompts):
-            begin = length - len(prompt.tokens)
-            arrays["tokens"][row, begin:] = prompt.tokens
-            arrays["positions"][row, begin:] = np.arange(len(prompt.tokens))
+            layout, begin = prompt.layout, length - prompt.length
+            arrays["tokens"][row, begin:] = layout.tokens
+            arrays["positions"][row, begin:] = np.arange(prompt.length)
             arrays["segments"][row, begin:] = 1
-            arrays["first"][row, begin:] = prompt.media_first
-            arrays["last"][row, begin:] = prompt.media_last
-        images = frames = None
+            arrays["first"][row, begin:] = layout.media_first
+            arrays["last"][row, begin:] = layout.media_last
+            arrays["slots"][row, begin:] = layout.slots
+            arrays["offsets"][row, begin:] = layout.offsets
+        offsets, of_slot = arrays.pop("offsets"), arrays.pop("slots")
+        images = frames = visual = None
         slots = bucket(max(len(p.request.images) for p in prompts))
         if slots:
-            most = bucket(max(len(film) for p in prompts for film in p.request.images))
-            side = self.data.image_size
-            images = np.zeros((rows, slots, most, side, side, 3), np.uint8)
+            films = [[self.processor.pixels(film) for film in p.request.images] for p in prompts]
+            most = bucket(max(len(film) for row in films for film in row))
+            shape = next(film.shape[1:] for row in films for film in row)
+            images = np.zeros((rows, slots, most, *shape), np.uint8)
             frames = np.zeros((rows, slots), np.int32)
-            for row, prompt in enumerate(prompts):
-                for slot, film in enumerate(prompt.request.images):
+            for row, of_row in enumerate(films):
+                for slot, film in enumerate(of_row):
                     frames[row, slot] = len(film)
-                    for frame, picture in enumerate(film):
-                        images[row, slot, frame] = pixels(picture, self.data)
-        batch = decode.Prompts(images, frames, *arrays.values())
+                    images[row, slot, : len(film)] = film
+            if of_slot.any():
+                visual = self._visual(of_slot, offsets, slots, most)
+        batch = decode.Prompts(images, frames, *arrays.values(), visual)
         return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def _visual(self, of_slot: np.ndarray, offsets: np.ndarray, slots: int, most: int) -> np.ndarray:
+        """`Prompts.visual` [B, T] of `Layout.slots` and `Layout.offsets`, in a batch of `slots` slots of `most` frames."""
+        size = most * self.model.frame_features
+        place = np.where(offsets < 0, slots * size, (of_slot - 1) * size + offsets) + 1
+        return np.where(of_slot > 0, place, 0).astype(np.int32)
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""
@@ -203,14 +209,14 @@ class Generator:
         rows, count = batch.tokens.shape[0], len(prompts)
         most = self.model.config.language.max_positions
         limits = np.zeros(rows, np.int32)
-        limits[:count] = [min(settings.max_new_tokens, most - len(p.tokens)) for p in prompts]
+        limits[:count] = [min(settings.max_new_tokens, most - p.length) for p in prompts]
         seeds = np.zeros(rows, np.uint32)
         seeds[:count] = [p.seed for p in prompts]
         fill = lambda value, dtype: np.full(rows, value, dtype)
         sampling = Sampling(
             fill(settings.temperature, np.float32), fill(settings.top_k, np.int32), fill(settings.top_p, np.float32), seeds
         )
-        ends, pad = np.asarray(sorted(self.ends), np.int32), np.int32(self.tokenizer.pad_id)
+        ends, pad = np.asarray(sorted(self.processor.ends), np.int32), np.int32(self.processor.pad_id)
         rules = decode.Rules(self._allowed, ends, self._stops(settings), limits, pad)
         sampling, rules = jax.device_put((sampling, rules), NamedSharding(self.mesh, PartitionSpec()))
         new = bucket(min(settings.max_new_tokens, most), NEW)
@@ -219,7 +225,7 @@ class Generator:
 
     def _stops(self, settings: Settings) -> np.ndarray:
         """[K, W] of `decode.Rules`."""
-        sequences = stop_sequences(self.tokenizer, settings.stop)
+        sequences = stop_sequences(self.processor.tokenizer, settings.stop)
         width = bucket(max(map(len, sequences), default=1), STOP_WIDTH)
         stops = np.full((bucket(max(len(sequences), 1), STOPS), width), decode.NEVER, np.int32)
         for row, sequence in zip(stops, sequences, strict=False):
@@ -231,7 +237,7 @@ class Generator:
         length, reason = int(out.lengths[row]), int(out.reasons[row])
         ids = out.tokens[row, :length].tolist()
         body = ids[:-1] if reason == decode.END_TOKEN else ids
-        text, needed, stopped = cut(self.tokenizer, body, settings.stop)
+        text, needed, stopped = cut(self.processor.tokenizer, body, settings.stop)
         names = {
             decode.END_TOKEN: "end_token",
             decode.STOP_SEQUENCE: "stop_string",
@@ -244,5 +250,5 @@ class Generator:
             tokens=ids[:length],
             log_probabilities=out.log_probabilities[row, :length].tolist(),
             finish_reason="stop_string" if stopped else names[reason],
-            prompt_tokens=len(prompt.tokens),
+            prompt_tokens=prompt.length,
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from vlm_jax.data.tokenizer import Tokenizer
-
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not yet a character
 
 
-class Decodes(Protocol):
+class Codec(Protocol):
+    """Text <-> ids, nothing added in front or behind."""
+
+    def encode(self, text: str) -> list[int]: ...
+
     def decode(self, ids: list[int], special: bool = True) -> str: ...
 
 
@@ -19,7 +21,7 @@ def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
     return min(places, default=None)
 
 
-def cut(tokenizer: Decodes, ids: list[int], stop: tuple[str, ...]) -> tuple[str, int, bool]:
+def cut(tokenizer: Codec, ids: list[int], stop: tuple[str, ...]) -> tuple[str, int, bool]:
     """The text before the first stop string, how many of the tokens it takes, and whether there was one.
 
     The last of these tokens may also hold the beginning of the stop string.
@@ -34,7 +36,7 @@ def cut(tokenizer: Decodes, ids: list[int], stop: tuple[str, ...]) -> tuple[str,
     return text, needed, True
 
 
-def stop_sequences(tokenizer: Tokenizer, stop: tuple[str, ...]) -> list[list[int]]:
+def stop_sequences(tokenizer: Codec, stop: tuple[str, ...]) -> list[list[int]]:
     """The token sequences that surely mean a stop string: as it stands, and after a space.
 
     They let the device end a row early. Other ways to write the string exist, so the text decides.
@@ -51,7 +53,7 @@ class TextStream:
     both ends. The pieces together are `Answer.text`.
     """
 
-    def __init__(self, tokenizer: Decodes, ends: set[int], stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Codec, ends: set[int], stop: tuple[str, ...]) -> None:
         self.tokenizer, self.ends, self.stop = tokenizer, ends, stop
         self.ids: list[int] = []
         self.sent = 0

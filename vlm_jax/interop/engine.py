@@ -31,7 +31,7 @@ def boxed_params(model: VisionLanguageModel) -> Any:
     side = vision.image_size if vision else 1
     row = lambda dtype: np.zeros((1, 1), dtype)
     images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
-    batch = Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32))
+    batch = Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32), row(np.int32))
     return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 

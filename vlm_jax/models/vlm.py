@@ -12,28 +12,38 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import ClipVitConfig, DecoderConfig, GatedCrossAttentionConfig, ModelConfig, PerceiverConfig
+from vlm_jax.config import (
+    ClipVitConfig,
+    DecoderConfig,
+    GatedCrossAttentionConfig,
+    InSequenceConfig,
+    MlpProjectorConfig,
+    ModelConfig,
+    PerceiverConfig,
+)
 from vlm_jax.data.batch import Batch
 from vlm_jax.layers.block import KeyValue
 from vlm_jax.layers.decoder import Cache, Decoder
 from vlm_jax.layers.gated_cross_attention import GatedCrossAttention
+from vlm_jax.layers.in_sequence import InSequence
 from vlm_jax.layers.perceiver import PerceiverResampler
+from vlm_jax.layers.projector import MlpProjector
 from vlm_jax.layers.vit import ClipVit
 
 Array = jax.Array
 
 # Which module a configuration stands for. A new part is a line here and a file in `layers/`.
 VISION = {ClipVitConfig: ClipVit}
-CONNECTOR = {PerceiverConfig: PerceiverResampler}
-FUSION = {GatedCrossAttentionConfig: GatedCrossAttention}
+CONNECTOR = {PerceiverConfig: PerceiverResampler, MlpProjectorConfig: MlpProjector}
+FUSION = {GatedCrossAttentionConfig: GatedCrossAttention, InSequenceConfig: InSequence}
 LANGUAGE = {DecoderConfig: Decoder}
 
 
 class VisionLanguageModel(nn.Module):
     """Any vision encoder, connector, fusion and language model that fit together.
 
-    Training calls the model on a `Batch`. Generation calls its parts: `encode_images` once, `keys_values` once, then `step`
-    with the cache for the prompt and for every further token.
+    Training calls the model on a `Batch`. Generation calls its parts: `encode_images` and `keys_values` once, then `embed` and
+    `step` with the cache for the prompt and for every further token.
     """
 
     config: ModelConfig
@@ -50,6 +60,7 @@ class VisionLanguageModel(nn.Module):
             width = config.vision.block.width
             self.vision = VISION[type(config.vision)](config.vision, self.dtype, self.remat)
             self.connector = CONNECTOR[type(config.connector)](config.connector, width, self.dtype)
+            width = config.connector.width if isinstance(config.connector, MlpProjectorConfig) else width
             self.fusion = FUSION[type(config.fusion)](config.fusion, config.language, width, self.dtype)
 
     @property
@@ -57,12 +68,24 @@ class VisionLanguageModel(nn.Module):
         """False for a language model alone."""
         return self.config.vision is not None
 
+    @property
+    def crosses(self) -> bool:
+        """Whether layers of cross-attention read the images; else their visual tokens stand in the sequence."""
+        return isinstance(self.config.fusion, GatedCrossAttentionConfig)
+
+    @property
+    def frame_features(self) -> int:
+        """How many features the vision encoder makes of a frame of its own size."""
+        vision = self.config.vision
+        return (vision.image_size // vision.patch_size) ** 2 + int(vision.class_token)
+
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""
-        x = self.language.embed(batch.tokens, batch.positions)
-        between = None
+        visual = between = None
         if self.sees:
             visual, _ = self.encode_images(batch.images, batch.frames)
+        x = self.embed(batch.tokens, batch.positions, batch.visual, visual)
+        if self.crosses:
             between = self.fusion(batch.media_first, batch.media_last, batch.frames.shape[1], visual=visual)
         hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between)
         return self.language.head(hidden)
@@ -77,12 +100,19 @@ class VisionLanguageModel(nn.Module):
         return self.connector(features, frames, want_weights)
 
     def keys_values(self, visual: Array) -> KeyValue:
-        """What generation keeps of the images: [B, M, R, D] -> two of [G, B, M * R, N, H]."""
+        """What the gated layers keep of the images: [B, M, R, D] -> two of [G, B, M * R, N, H]."""
         return self.fusion.keys_values(visual)
+
+    def embed(self, tokens: Array, positions: Array, places: Array | None = None, visual: Array | None = None) -> Array:
+        """Tokens [B, T] -> [B, T, D]; with `places` [B, T] also the visual tokens [B, M, R, D] that stand in the sequence."""
+        x = self.language.embed(tokens, positions)
+        if visual is None or self.crosses:
+            return x
+        return self.fusion.insert(x, places, visual)
 
     def step(
         self,
-        tokens: Array,
+        x: Array,
         positions: Array,
         segments: Array,
         media_first: Array,
@@ -92,14 +122,14 @@ class VisionLanguageModel(nn.Module):
         slots: int,
         want_weights: bool = False,
     ) -> tuple[Array, Cache | None, Array | None]:
-        """Some more tokens [B, T] of each row: hidden states [B, T, D], the cache, and where the tokens looked.
+        """Some more tokens [B, T, D] of each row: hidden states [B, T, D], the cache, and where the tokens looked.
 
         Args:
-          images: of `keys_values`; None: the language model alone, without the gated layers and their feed-forward. Rows
-            without an image in a model that sees take the keys and values of slots that no token may see.
+          x: of `embed`.
+          images: of `keys_values`; None: without the gated layers and their feed-forward. Rows without an image in a model
+            that has such layers take the keys and values of slots that no token may see.
           slots: M.
         """
-        x = self.language.embed(tokens, positions)
         between = None
         if images is not None:
             between = self.fusion(media_first, media_last, slots, keys_values=images, want_weights=want_weights)

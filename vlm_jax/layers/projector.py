@@ -1,0 +1,44 @@
+"""The projector of LLaVA (Liu et al. 2023): features -> visual tokens as wide as the language model, one for each feature.
+
+Axis letters: B rows, M image slots, F frames or tiles of a slot, P features of a frame, D vision width, W language width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlm_jax.config import MlpProjectorConfig
+from vlm_jax.layers.linear import Linear
+from vlm_jax.ops.activations import ACTIVATIONS
+from vlm_jax.sharding import constrain
+
+Array = jax.Array
+
+
+class MlpProjector(nn.Module):
+    """Features [B, M, F, P, D] -> visual tokens [B, M, F * P, W]. A frame that is not there gives tokens that nothing reads."""
+
+    config: MlpProjectorConfig
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, features: Array, frames: Array, want_weights: bool = False) -> tuple[Array, None]:
+        """
+        Raises:
+          ValueError: `want_weights`: a visual token is one feature, so there is nothing to tell.
+        """
+        if want_weights:
+            raise ValueError("an MLP projector makes each visual token of one feature: it looks nowhere else")
+        config = self.config
+        x = features.reshape(*features.shape[:2], -1, self.width)
+        for number in range(config.layers):
+            x = ACTIVATIONS[config.activation](x) if number else x
+            # The first map's output is split over `tensor`, the next one's input with it, as in a feed-forward.
+            inputs = {"mlp": config.width} if number % 2 else {"embed": x.shape[-1]}
+            outputs = {"mlp": config.width} if not number % 2 and number + 1 < config.layers else {"embed": config.width}
+            x = Linear(inputs, outputs, config.bias, self.dtype, name=f"linear_{number}")(x)
+        return constrain(x, "batch", None, "length", None), None
