@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,6 +27,9 @@ a file of questions; the same command, given again, goes on where it stopped:
                          paths are relative to the file
   a line of the output:  {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue"}
 
+a published checkpoint, as transformers saved it or by its name on the hub:
+  infer.py --checkpoint=llava-hf/llava-1.5-7b-hf --image=a.png --prompt="What is in this picture?"
+
 a model spread over eight devices:
   infer.py --checkpoint=runs/large --mesh=tensor=8 --dtype=bfloat16 --image=a.png --prompt="what is this?"
 """
@@ -39,8 +43,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="the --workdir of a run of train.py")
-    add("--step", type=int, help="which of its checkpoints (default: the newest)")
+    sources = "the --workdir of a run of train.py, a folder that transformers saved, or the name of a hub repository"
+    add("--checkpoint", required=True, metavar="PATH", help=sources)
+    add("--step", type=int, help="which checkpoint of a run (default: the newest)")
     add("--prompt", help="the question; the literal <image> places a picture")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
     shot = ("IMAGE", "QUESTION", "ANSWER")
@@ -48,15 +53,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--input", type=Path, metavar="FILE.jsonl", help="many questions, one a line")
     add("--output", type=Path, metavar="FILE.jsonl", help="their answers; lines that are there already are not asked again")
     add("--batch", type=int, default=16, metavar="N", help="at most so many questions at once (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default); 1: as the model has it")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that together reach P (default: all)")
+    add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the checkpoint's, or 64)")
+    warm = "0: always the likeliest token; 1: as the model has it (default: the checkpoint's, or 0)"
+    add("--temperature", type=float, help=warm)
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: the checkpoint's, or all)")
+    add("--top-p", type=float, metavar="P", help="sample from the likeliest that together reach P (default: likewise)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeat it for several")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print words as they come (default: on a terminal)")
     add("--attention", type=Path, metavar="OUT.png", help="draw where the model looked for every word of the answer")
     add("--mesh", metavar="AXES", help='devices, as in "tensor=8" or "data=2,tensor=4" (default: one device)')
+    add("--pickles", action="store_true", help="read PyTorch's .bin files where there are no safetensors; nothing is executed")
     add("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation (default: the run's)")
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.input is None):
@@ -75,40 +82,40 @@ def run(args: argparse.Namespace) -> None:
 
     import vlm_jax
     from vlm_jax import compilation_cache
+    from vlm_jax.api import open_checkpoint
     from vlm_jax.data.images import check_image
     from vlm_jax.generation.answer_file import answer_file, read_questions
-    from vlm_jax.generation.request import Settings, Shot, ask
-    from vlm_jax.training.checkpoint import read_config
+    from vlm_jax.generation.request import Shot
 
     logging.set_verbosity(logging.ERROR)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    settings = {name: getattr(args, name) for name in names} | {"stop": tuple(args.stop)}
-    checked = Settings(**settings)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | {"stop": tuple(args.stop)}
     shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
     asked = (args.prompt, args.image, shots)
     # What can be wrong is found before a large model is read.
-    data = read_config(args.checkpoint).data
+    checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles)
+    settings = dataclasses.replace(checkpoint.processor.defaults, **given)
     questions = read_questions(args.input) if args.input else None
     if not questions:
-        for film in ask(data, *asked).images:
+        for film in checkpoint.processor.ask(*asked).images:
             check_image(*film)
     compilation_cache.enable()
-    vlm = vlm_jax.load(args.checkpoint, args.mesh, args.dtype, args.step, args.batch)
+    vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch)
     if questions:
         tell = lambda line: print(line, file=sys.stderr, flush=True)
-        answer_file(vlm, args.input, questions, args.output, checked, tell)
+        answer_file(vlm, args.input, questions, args.output, settings, tell)
         return
     one = vlm.generator.mesh.size == 1
     if args.attention:
-        text, maps = vlm.attention(*asked, **settings)
+        text, maps = vlm.attention(*asked, **given)
         maps.save(args.attention)
         print(text)
     elif args.stream or (args.stream is None and one and sys.stdout.isatty()):
-        for piece in vlm.stream(*asked, **settings):
+        for piece in vlm.stream(*asked, **given):
             print(piece, end="", flush=True)
         print()
     else:
-        print(vlm.generate(*asked, **settings))
+        print(vlm.generate(*asked, **given))
 
 
 def main(argv: list[str] | None = None) -> int:

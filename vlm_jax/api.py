@@ -8,18 +8,21 @@ print(vlm.generate("what color is the shape?", images=["picture.png"]))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vlm_jax.config import MeshConfig, RunConfig
+from vlm_jax.config import MeshConfig
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.processor import RunProcessor
 from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot
+from vlm_jax.interop.folder import model_type
+from vlm_jax.interop.published import Published, open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import load_run, read_config
@@ -29,18 +32,24 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Vlm:
-    """A trained model that answers questions about pictures.
+    """A model that answers questions about pictures.
 
     Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8; a list in the place of one is a film.
     They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or (images, question, answer)
-    triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p, stop, seed.
+    triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p, stop, seed; what is not
+    given is the checkpoint's own.
 
     Attributes:
-      config: of the run; step: of its checkpoint; generator: for batches of `Request`s.
+      checkpoint: what it was loaded from; generator: for batches of `Request`s; model, params, processor: its parts.
     """
 
-    def __init__(self, config: RunConfig, generator: Generator, step: int) -> None:
-        self.config, self.generator, self.step = config, generator, step
+    def __init__(self, checkpoint: Run | Published, generator: Generator) -> None:
+        self.checkpoint, self.generator = checkpoint, generator
+        self.model, self.params, self.processor = generator.model, generator.params, generator.processor
+
+    def settings(self, **changes: Any) -> Settings:
+        """The checkpoint's own settings with some changed."""
+        return dataclasses.replace(self.processor.defaults, **changes)
 
     def generate(self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), **settings: Any) -> str:
         """The answer.
@@ -52,13 +61,13 @@ class Vlm:
 
     def answer(self, requests: Sequence[Request], **settings: Any) -> list[Answer]:
         """The answers to many requests, with tokens, log-probabilities and why each ended."""
-        return self.generator.generate(list(requests), Settings(**settings))
+        return self.generator.generate(list(requests), self.settings(**settings))
 
     def stream(
         self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), **settings: Any
     ) -> Iterator[str]:
         """The answer piece by piece, while it is generated; on one device only."""
-        yield from self.generator.stream(self.request(prompt, images, examples), Settings(**settings))
+        yield from self.generator.stream(self.request(prompt, images, examples), self.settings(**settings))
 
     def attention(
         self, prompt: str, images: Sequence[Picture], examples: Sequence[Any] = (), **settings: Any
@@ -76,31 +85,75 @@ class Vlm:
         if isinstance(images, str | Path | bytes):
             raise RequestError(f"images={images!r}: expected a list of pictures; put it in brackets")
         shots = [shot if isinstance(shot, Shot) else Shot(*shot) for shot in examples]
-        return self.generator.processor.ask(prompt, list(images), shots, seed)
+        return self.processor.ask(prompt, list(images), shots, seed)
 
 
-def load(path: str | Path, mesh: str | None = None, dtype: str | None = None, step: int | None = None, rows: int = 16) -> Vlm:
-    """Reads a run's folder (the `--workdir` of train.py).
+Loaded = tuple[VisionLanguageModel, Any]  # a model, and its parameters on the mesh
+
+
+class Run:
+    """A run of ours (the `--workdir` of train.py) whose configuration is read and whose weights are not yet.
+
+    Attributes:
+      config: of the run.
+    """
+
+    def __init__(self, folder: Path, step: int | None) -> None:
+        self.folder, self.step = folder, step
+        self.config = read_config(folder)
+        self.processor = RunProcessor(load_tokenizer(folder / "tokenizer"), self.config.data)
+
+    def load(self, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
+        compute = compute_dtype(dtype or self.config.dtype)
+        run = load_run(self.folder, mesh, dtype=compute if compute != "float32" or dtype else None, step=self.step)
+        self.step = run.step
+        return VisionLanguageModel(run.config.model, compute), run.params
+
+
+def open_checkpoint(path: str | Path, step: int | None = None, pickles: bool = False) -> Run | Published:
+    """Reads everything of a checkpoint but its weights; for the arguments see `load`."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (folder / "config.json").is_file() and model_type(folder) is None:
+        return Run(folder, step)
+    return open_published(path, pickles)
+
+
+def load(
+    path: str | Path | Run | Published,
+    mesh: str | None = None,
+    dtype: str | None = None,
+    step: int | None = None,
+    rows: int = 16,
+    pickles: bool = False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Vlm:
+    """Reads a run of ours (the `--workdir` of train.py) or a published checkpoint.
 
     Args:
+      path: a run's folder; a folder that transformers saved, or the cache folder of a hub repository; or the repository's
+        name, "llava-hf/llava-1.5-7b-hf". What `open_checkpoint` gave is gone on with.
       mesh: how to spread the model over the devices, "tensor=8" or "data=2,tensor=4"; None: the first device alone.
-      dtype: "float32" or "bfloat16"; None: the run's own, bfloat16 on GPU and TPU where the run left it to us.
-      step: which checkpoint; None: the newest.
+      dtype: "float32" or "bfloat16"; None: the run's own, or bfloat16 on GPU and TPU where nobody chose.
+      step: which checkpoint of a run; None: the newest.
       rows: at most so many requests are answered at once.
+      pickles: whether PyTorch's `.bin` files may be read; nothing in them is executed.
+      tell: called with the bytes read so far and in all, of a published checkpoint.
 
     Raises:
-      ValueError: no run, no checkpoint, or a mesh or dtype that cannot be; the message says which.
+      ValueError: no checkpoint, a damaged one, or a mesh or dtype that cannot be; the message says which.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     placed = parse_mesh(mesh)
-    compute = compute_dtype(dtype or read_config(path).dtype)
+    checkpoint = open_checkpoint(path, step, pickles) if isinstance(path, str | Path) else path
     with jax.set_mesh(placed):
-        run = load_run(path, placed, dtype=compute if compute != "float32" or dtype else None, step=step)
-    model = VisionLanguageModel(run.config.model, compute)
-    processor = RunProcessor(load_tokenizer(run.tokenizer), run.config.data)
-    generator = Generator(model, run.params, processor, placed, rows)
-    return Vlm(run.config, generator, run.step)
+        if isinstance(checkpoint, Run):
+            model, params = checkpoint.load(placed, dtype)
+        else:
+            compute = compute_dtype(dtype or "auto")
+            model = VisionLanguageModel(checkpoint.config, compute)
+            params = checkpoint.load_params(placed, compute, tell)
+    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, placed, rows))
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh:

@@ -65,14 +65,15 @@ def check_image(source: str | Path | bytes) -> None:
     _open(source).close()
 
 
-def read_image(source: str | Path | bytes) -> np.ndarray:
-    """Decodes a picture as RGB: the first frame of an animation, EXIF orientation applied, what is transparent on white.
+def read_image(source: str | Path | bytes, on_white: bool = True) -> np.ndarray:
+    """Decodes a picture as RGB: the first frame of an animation, EXIF orientation applied.
 
     Grey pictures of more than 8 bits are scaled, not clipped: 16-bit integers from 0..65535, other integers and floats
     from the least to the greatest value they contain (floats within 0..1 from 0..1).
 
     Args:
       source: a path, or the bytes of a file.
+      on_white: lay what is transparent on white; else transparency is dropped, as transformers' processors do.
 
     Returns:
       [H, W, 3] uint8.
@@ -85,17 +86,17 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
         try:
             image.seek(0)
             image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_to_rgb(ImageOps.exif_transpose(image), on_white))
         except Exception as error:  # as in `_open`
             raise _refuse(source, f"is damaged or cut short: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_scale_grey(np.asarray(image), image.mode)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if on_white and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")

@@ -107,13 +107,7 @@ def ask(
         slots.append(tuple(image) if isinstance(image, tuple | list) else (image,))
 
     def turn(name: str, question: str, images: Many[Picture]) -> None:
-        markers = question.count(MARKER)
-        if markers and markers != len(images):
-            raise RequestError(
-                f"{name} has {_count(markers, MARKER + ' marker')} and {_count(len(images), 'image')}: "
-                "give an image for every marker, or leave the markers out and all images come first"
-            )
-        leading, texts = split_markers(question if markers else MARKER * len(images) + question)
+        leading, texts = split_markers(marked(name, question, len(images)))
         texts[0] = before + texts[0]
         texts[-1] += after
         for image in images[:leading]:
@@ -131,6 +125,24 @@ def ask(
     return Request(tuple(parts), tuple(slots), seed)
 
 
+def marked(name: str, question: str, images: int) -> str:
+    """The question with a `<image>` for each of its pictures: in front if it has none.
+
+    Args:
+      name: what messages call it.
+
+    Raises:
+      RequestError: another number of pictures than of markers.
+    """
+    markers = question.count(MARKER)
+    if markers and markers != images:
+        raise RequestError(
+            f"{name} has {_count(markers, MARKER + ' marker')} and {_count(images, 'image')}: "
+            "give an image for every marker, or leave the markers out and all images come first"
+        )
+    return question if markers else MARKER * images + question
+
+
 def _count(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
 
@@ -143,13 +155,25 @@ def pixels(picture: Picture, config: DataConfig) -> np.ndarray:
     """
     if config.blank_images:
         return blank_image(config.image_size)
-    if isinstance(picture, str | Path | bytes):
-        array, name = read_image(picture), "<bytes>" if isinstance(picture, bytes) else str(picture)
-    else:
-        array, name = np.asarray(picture.convert("RGB") if isinstance(picture, Image) else picture), "<pixels>"
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ImageError(f"picture {name}: expected [H, W, 3] uint8, found {list(array.shape)} {array.dtype}")
     try:
-        return fit_image(array, config.image_size, config.image_fit)
+        return fit_image(array_of(picture), config.image_size, config.image_fit)
     except ImageError as error:
-        raise ImageError(f"picture {name}: {error}") from None
+        raise ImageError(f"picture {_name(picture)}: {error}") from None
+
+
+def array_of(picture: Picture, on_white: bool = True) -> np.ndarray:
+    """A picture's own pixels: [H, W, 3] uint8. For `on_white` see `read_image`.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    if isinstance(picture, str | Path | bytes):
+        return read_image(picture, on_white)
+    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image) else picture)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ImageError(f"picture {_name(picture)}: expected [H, W, 3] uint8, found {list(array.shape)} {array.dtype}")
+    return array
+
+
+def _name(picture: Picture) -> str:
+    return "<bytes>" if isinstance(picture, bytes) else str(picture) if isinstance(picture, str | Path) else "<pixels>"

@@ -72,7 +72,7 @@ def load_params(
       tell: called with the bytes read so far and in all.
 
     Raises:
-      ConversionError: a name, a shape or a value does not fit; CheckpointError: a tensor cannot be read.
+      ConversionError: a name, a shape or a value does not fit; PublishedError: a tensor cannot be read.
     """
     is_box = lambda x: isinstance(x, Named)
     shapes = _shapes(jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box))

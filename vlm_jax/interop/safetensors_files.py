@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vlm_jax.interop.source import CheckpointError, Tensor
+from vlm_jax.interop.source import PublishedError, Tensor
 from vlm_jax.interop.table import Index
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,7 +37,7 @@ class SafetensorsFiles:
     def __init__(self, files: Iterable[Path]) -> None:
         """
         Raises:
-          CheckpointError: a file is missing or damaged, holds a tensor that another one holds too, or one of a type that
+          PublishedError: a file is missing or damaged, holds a tensor that another one holds too, or one of a type that
             NumPy does not have.
         """
         self.tensors: dict[str, Tensor] = {}
@@ -48,10 +48,10 @@ class SafetensorsFiles:
             self._open[file] = opened
             for name in opened.keys():  # noqa: SIM118  # not a mapping
                 if name in self.file:
-                    raise CheckpointError(f"{file} and {self.file[name]} both hold {name}; leave one of the files out")
+                    raise PublishedError(f"{file} and {self.file[name]} both hold {name}; leave one of the files out")
                 part = opened.get_slice(name)
                 if part.get_dtype() not in DTYPES:
-                    raise CheckpointError(
+                    raise PublishedError(
                         f"{file}: {name} is of type {part.get_dtype()}; expected one of {', '.join(DTYPES)}. Quantised "
                         "checkpoints are not read: take the original one"
                     )
@@ -65,48 +65,48 @@ class SafetensorsFiles:
             # A tensor without axes cannot be sliced.
             return np.asarray(part[index] if index else self._open[file].get_tensor(name))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {name} cannot be read ({error})") from error
+            raise PublishedError(f"{file}: {name} cannot be read ({error})") from error
 
 
 def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="numpy")
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: there is no such file; fetch the checkpoint again") from None
+        raise PublishedError(f"{file}: there is no such file; fetch the checkpoint again") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short ({error}); fetch it again") from error
+        raise PublishedError(f"{file} is damaged or cut short ({error}); fetch it again") from error
 
 
 def files_of_index(index: Path) -> list[Path]:
     """The files that an index names.
 
     Raises:
-      CheckpointError: the index is damaged, names a file outside its folder, or one that is not there.
+      PublishedError: the index is damaged, names a file outside its folder, or one that is not there.
     """
     try:
         names = json.loads(index.read_text())["weight_map"]
         files = sorted(set(names.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+        raise PublishedError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
     for name in files:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"{index} names the file {name!r}: only files of its own folder are read")
+            raise PublishedError(f"{index} names the file {name!r}: only files of its own folder are read")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is not in {index.parent}; fetch the checkpoint again")
+            raise PublishedError(f"{index} names {name}, which is not in {index.parent}; fetch the checkpoint again")
     return [index.parent / name for name in files]
 
 
 def from_index(index: Path) -> SafetensorsFiles:
     """
     Raises:
-      CheckpointError: as `files_of_index` and `SafetensorsFiles`, or the files do not hold what the index says.
+      PublishedError: as `files_of_index` and `SafetensorsFiles`, or the files do not hold what the index says.
     """
     source = SafetensorsFiles(files_of_index(index))
     said = json.loads(index.read_text())["weight_map"]
     held = {name: file.name for name, file in source.file.items()}
     if said != held:
         wrong = sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name))
-        raise CheckpointError(
+        raise PublishedError(
             f"{index} and its files do not agree on {len(wrong)} tensors, {wrong[0]} among them: the index says "
             f"{said.get(wrong[0], 'nothing')}, and it is in {held.get(wrong[0], 'no file')}; fetch the checkpoint again"
         )

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_jax.interop.table import Index, Shape
 
 
-class CheckpointError(ValueError):
+class PublishedError(ValueError):
     """A published checkpoint that is missing, damaged, or of a kind that cannot be read; the message says which."""
 
 
@@ -32,7 +32,7 @@ class Source(Protocol):
           index: a slice with bounds for each axis.
 
         Raises:
-          CheckpointError: the tensor cannot be read.
+          PublishedError: the tensor cannot be read.
         """
         ...
 

@@ -26,7 +26,7 @@ class Row:
     axis, as IDEFICS's two embeddings.
     """
 
-    published: tuple[str, ...]  # `{}` is the number of a layer (or of an expert in it), `[...]` an optional part, not written
+    published: tuple[str, ...]  # `{}` is the number of a layer (or of an expert in it); for `[...]` see `Table`
     ours: tuple[str, ...]  # paths; their first axes are those that the published name counts with `{}`
     axes: str  # published -> ours: "(N H) D -> D N H"; `()` is an axis of size 1
     sizes: Mapping[str, int]  # of the letters that our shape does not tell
@@ -53,20 +53,33 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+    """Rows, and the published names that need none.
+
+    In a published name `[a|b]` stands for any of these spellings, the first of which is written, and `[a]` for a part that may
+    be there and is not written.
+    """
+
     rows: tuple[Row, ...]
     copies: tuple[Copy, ...] = ()
     ignored: tuple[str, ...] = ()  # published names that are no parameters of ours: buffers, parts we do not have
 
     def under(self, published: str = "", ours: str = "") -> Table:
         """The table of the same part inside a larger model."""
-        rows = tuple(
-            dataclasses.replace(
-                r, published=tuple(published + name for name in r.published), ours=tuple(ours + path for path in r.ours)
-            )
+        return self.renamed({"": published}, ours)
+
+    def renamed(self, published: Mapping[str, str], ours: str = "") -> Table:
+        """The same with other beginnings of the published names: old -> new, the first old one that fits counts."""
+
+        def new(name: str) -> str:
+            old = next(old for old in published if name.startswith(old))
+            return published[old] + name[len(old) :]
+
+        rows = (
+            dataclasses.replace(r, published=tuple(map(new, r.published)), ours=tuple(ours + path for path in r.ours))
             for r in self.rows
         )
-        copies = tuple(Copy(published + copy.name, published + copy.of) for copy in self.copies)
-        return Table(rows, copies, tuple(published + name for name in self.ignored))
+        copies = (Copy(new(copy.name), new(copy.of)) for copy in self.copies)
+        return Table(tuple(rows), tuple(copies), tuple(map(new, self.ignored)))
 
     def __add__(self, other: Table) -> Table:
         return Table(self.rows + other.rows, self.copies + other.copies, self.ignored + other.ignored)
@@ -74,13 +87,24 @@ class Table:
 
 def pattern(name: str) -> re.Pattern[str]:
     """A published name of a row as a regex, with a group for every number."""
-    escaped = re.escape(name).replace(r"\{\}", r"(\d+)")
-    return re.compile(re.sub(r"\\\[(.*?)\\\]", r"(?:\1)?", escaped))
+
+    def regex(part: str) -> str:
+        if part == "{}":
+            return r"(\d+)"
+        return f"(?:{'|'.join(map(re.escape, _alternatives(part)))})" if part.startswith("[") else re.escape(part)
+
+    return re.compile("".join(map(regex, re.split(r"(\[.*?\]|\{\})", name))))
 
 
 def written(name: str, numbers: Shape) -> str:
     """A published name of a row as it is written for a layer (and an expert)."""
-    return re.sub(r"\[.*?\]", "", name).format(*numbers)
+    return re.sub(r"\[.*?\]", lambda part: _alternatives(part[0])[0], name).format(*numbers)
+
+
+def _alternatives(part: str) -> list[str]:
+    """ "[a|b]" -> a, b; "[a]" -> nothing, a."""
+    texts = part[1:-1].split("|")
+    return texts if len(texts) > 1 else ["", *texts]
 
 
 @dataclasses.dataclass(frozen=True)

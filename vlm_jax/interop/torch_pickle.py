@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.interop.source import CheckpointError, Tensor
+from vlm_jax.interop.source import PublishedError, Tensor
 from vlm_jax.interop.table import Index, Shape
 
 DTYPES = {
@@ -63,7 +63,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.KNOWN:
-            raise CheckpointError(
+            raise PublishedError(
                 f"it wants to run {module}.{name}, which is no tensor. Take the checkpoint's safetensors files instead"
             )
         return self.KNOWN[module, name]
@@ -72,7 +72,7 @@ class _Unpickler(pickle.Unpickler):
         match identifier:
             case ("storage", np.dtype() as dtype, str() as key, str(), int() as length):
                 return _Storage(key, dtype, length)
-        raise CheckpointError(f"unknown storage {identifier!r}")
+        raise PublishedError(f"unknown storage {identifier!r}")
 
 
 class TorchPickles:
@@ -81,7 +81,7 @@ class TorchPickles:
     def __init__(self, files: Iterable[Path]) -> None:
         """
         Raises:
-          CheckpointError: a file is missing or damaged, or its pickle names anything but tensors.
+          PublishedError: a file is missing or damaged, or its pickle names anything but tensors.
         """
         self._described: dict[str, tuple[Path, zipfile.ZipFile, _Described]] = {}
         for file in files:
@@ -90,15 +90,15 @@ class TorchPickles:
                 folder = archive.namelist()[0].split("/")[0]
                 with archive.open(f"{folder}/data.pkl") as stream:
                     content = _Unpickler(stream).load()
-            except CheckpointError as error:
-                raise CheckpointError(f"{file}: {error}") from None
+            except PublishedError as error:
+                raise PublishedError(f"{file}: {error}") from None
             except FileNotFoundError:
-                raise CheckpointError(f"{file}: there is no such file; fetch the checkpoint again") from None
+                raise PublishedError(f"{file}: there is no such file; fetch the checkpoint again") from None
             except Exception as error:  # a damaged pickle can raise anything
-                raise CheckpointError(f"{file} is damaged or not a PyTorch zip file ({error}); fetch it again") from error
+                raise PublishedError(f"{file} is damaged or not a PyTorch zip file ({error}); fetch it again") from error
             for name, described in _flat(content):
                 if name in self._described:
-                    raise CheckpointError(f"{file} and {self._described[name][0]} both hold {name}; leave one out")
+                    raise PublishedError(f"{file} and {self._described[name][0]} both hold {name}; leave one out")
                 self._described[name] = (file, archive, described)
         self.tensors = {name: Tensor(one.shape, one.storage.dtype) for name, (_, _, one) in self._described.items()}
 
@@ -108,13 +108,13 @@ class TorchPickles:
         last = one.offset + sum((n - 1) * stride for n, stride in zip(one.shape, one.strides, strict=True))
         inside = 0 <= one.offset <= last < one.storage.length and min(one.strides, default=0) >= 0
         if math.prod(one.shape) and not inside:
-            raise CheckpointError(f"{file}: {name} reaches beyond its storage; fetch it again")
+            raise PublishedError(f"{file}: {name} reaches beyond its storage; fetch it again")
         try:
             with archive.open(f"{folder}/data/{one.storage.key}") as stream:
                 stream.seek(one.offset * size)
                 content = stream.read((last + 1 - one.offset) * size)
         except (KeyError, OSError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{file}: {name} cannot be read ({error}); fetch it again") from error
+            raise PublishedError(f"{file}: {name} cannot be read ({error}); fetch it again") from error
         strides = [stride * size for stride in one.strides]
         return np.ndarray(one.shape, one.storage.dtype, content, strides=strides)[index]
 

@@ -1,0 +1,55 @@
+"""LLaVA-NeXT's pictures of any resolution (Liu et al. 2024): which visual tokens stand in the place of one picture.
+
+A picture becomes a small copy of itself and the tiles of a larger one. In the text the copy comes first, then the rows of
+patches across all tiles, without the rows and columns that only padding is in, a newline token after every row.
+
+Axis letters: P visual tokens of the picture, S the side of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+NEWLINE = -1
+Size = tuple[int, int]  # height, width
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The one that shows most of the picture's pixels, and of these the one that wastes least."""
+
+    def worth(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[1] / size[1], resolution[0] / size[0])
+        shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return shown, shown - resolution[0] * resolution[1]
+
+    return max(pinpoints, key=worth)
+
+
+def anyres_places(size: Size, pinpoints: Sequence[Size], side: int, patch: int) -> np.ndarray:
+    """[P] int32: of every token, which patch it is, counted through the small copy and then tile after tile; or `NEWLINE`.
+
+    Args:
+      size: of the picture as it is.
+      pinpoints: (height, width) that it may be resized to, multiples of `side`.
+      side: S.
+      patch: pixels of a patch's side.
+    """
+    height, width = best_resolution(size, pinpoints)
+    down, across, across_tile = height // side, width // side, side // patch
+    tiles = np.arange(down * across * across_tile**2).reshape(down, across, across_tile, across_tile)
+    grid = tiles.transpose(0, 2, 1, 3).reshape(down * across_tile, across * across_tile) + across_tile**2
+    grid = grid[_inside(size, grid.shape)]
+    rows = np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
+    return np.concatenate([np.arange(across_tile**2), rows.reshape(-1)]).astype(np.int32)
+
+
+def _inside(size: Size, grid: Size) -> tuple[slice, slice]:
+    """The rows and columns of the grid in which there is some of the picture, which was centred in it."""
+    # Rounded as transformers does: what is an integer up to the error of a float stays one.
+    if size[1] / size[0] > grid[1] / grid[0]:
+        padding = (grid[0] - int(round(size[0] * (grid[1] / size[1]), 7))) // 2
+        return slice(padding, grid[0] - padding), slice(None)
+    padding = (grid[1] - int(round(size[1] * (grid[0] / size[0]), 7))) // 2
+    return slice(None), slice(padding, grid[1] - padding)

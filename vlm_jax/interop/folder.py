@@ -1,0 +1,121 @@
+"""A published checkpoint's folder: found or fetched, its configuration and its weights opened, nothing executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.interop import safetensors_files
+from vlm_jax.interop.safetensors_files import SafetensorsFiles
+from vlm_jax.interop.source import PublishedError, Source
+from vlm_jax.interop.torch_pickle import TorchPickles
+
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+
+
+def find(name: str | Path, pickles: bool = False, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a hub name such as "llava-hf/llava-1.5-7b-hf" is fetched unless it is there already.
+
+    Raises:
+      PublishedError: there is no such folder, and no repository that can be fetched now.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return _snapshot(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise PublishedError(f"no checkpoint at {path}: there is no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = [*FETCHED, *(["*.bin"] if pickles else [])]
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client's own, and those of every layer of the network below it
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PublishedError(
+            f"no checkpoint {name}: there is no such folder, and it cannot be fetched from the hub ({cause}). Check the name "
+            "and the network, or copy the checkpoint into a folder and name that"
+        ) from error
+
+
+def _snapshot(path: Path) -> Path:
+    """The folder itself, or the newest snapshot of a hub cache's `models--org--name`."""
+    snapshots = path / "snapshots"
+    if (path / "config.json").exists() or not snapshots.is_dir():
+        return path
+    reference = path / "refs" / "main"
+    named = snapshots / reference.read_text().strip() if reference.is_file() else None
+    found = named if named and named.is_dir() else max(snapshots.iterdir(), key=lambda p: p.stat().st_mtime, default=None)
+    if found is None:
+        raise PublishedError(f"no checkpoint at {path}: its snapshots folder is empty; fetch it again")
+    return found
+
+
+def model_type(folder: Path) -> str | None:
+    """What a published `config.json` says it is; None: there is none, or it is not a published one's."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def read_config(folder: Path, known: Collection[str]) -> Any:
+    """transformers' configuration object.
+
+    Args:
+      known: the model types that can be read.
+
+    Raises:
+      PublishedError: there is none, it is damaged, or of an unknown type.
+    """
+    if not (folder / "config.json").is_file():
+        raise PublishedError(
+            f"no checkpoint at {folder}: it holds no config.json, so it is neither a run's --workdir nor a published checkpoint"
+        )
+    kind = model_type(folder)
+    if kind not in known:
+        raise PublishedError(
+            f"{folder / 'config.json'}: model_type {kind!r} cannot be read; those that can are {', '.join(sorted(known))}"
+        )
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a wrong value makes transformers raise
+        raise PublishedError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+
+
+def open_weights(folder: Path, pickles: bool = False) -> Source:
+    """The folder's tensors; only headers are read.
+
+    Args:
+      pickles: whether PyTorch's `.bin` files may be read where there are no safetensors.
+
+    Raises:
+      PublishedError: there are none, or they are damaged.
+    """
+    index, single = folder / safetensors_files.INDEX, folder / safetensors_files.NAME
+    if index.is_file():
+        return safetensors_files.from_index(index)
+    if single.is_file():
+        return SafetensorsFiles([single])
+    bins = safetensors_files.files_of_index(folder / PICKLE_INDEX) if (folder / PICKLE_INDEX).is_file() else []
+    bins = bins or [file for file in [folder / PICKLE] if file.is_file()]
+    if bins and pickles:
+        return TorchPickles(bins)
+    if bins:
+        raise PublishedError(
+            f"{folder} holds its weights in {bins[0].name} only, a pickle. Allow it with pickles=True (--pickles); nothing "
+            "in it is executed, but take safetensors where they exist"
+        )
+    raise PublishedError(f"{folder} holds no weights: expected {single.name}, or {index.name} and the files it names")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

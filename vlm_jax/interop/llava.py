@@ -1,0 +1,73 @@
+"""LLaVA-1.5 and BakLLaVA (Liu et al. 2023), LLaVA-NeXT (Liu et al. 2024): `LlavaForConditionalGeneration`, `LlavaNext...`.
+
+The files of the hub, those that transformers 5 saves, its names in memory, those of 4.52 to 4.57, and the authors' own
+(`liuhaotian/llava-v1.5-7b`) spell the same parameters in five ways; all are read, the hub's is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vlm_jax.config import InSequenceConfig, MlpProjectorConfig, ModelConfig
+from vlm_jax.interop.hf_config import activation
+from vlm_jax.interop.parts import language_model, vision_encoder
+from vlm_jax.interop.table import Table, row
+
+TOWER = (
+    "[vision_tower.vision_model.|vision_tower.|model.vision_tower.vision_model.|model.vision_tower.|"
+    "model.vision_tower.vision_tower.vision_model.]"
+)
+PROJECTOR = "[multi_modal_projector.linear_{0}|model.multi_modal_projector.linear_{0}|model.mm_projector.{1}]"
+
+
+def config_from_hf(config: Any) -> ModelConfig:
+    """`LlavaConfig` or `LlavaNextConfig` -> ours.
+
+    Raises:
+      ValueError: features of several layers, as VipLLaVA's.
+    """
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"vision_feature_layer={config.vision_feature_layer}: only one layer (a number) is implemented")
+    vision = vision_encoder(config.vision_config).config_from_hf(config.vision_config)
+    language = language_model(config.text_config).config_from_hf(config.text_config)
+    return ModelConfig(
+        vision=dataclasses.replace(
+            vision,
+            feature_layer=config.vision_feature_layer,
+            post_norm=False,
+            class_token=config.vision_feature_select_strategy == "full",
+        ),
+        connector=MlpProjectorConfig(
+            width=language.block.width,
+            activation=activation(config.projector_hidden_act),
+            bias=config.multimodal_projector_bias,
+        ),
+        fusion=InSequenceConfig(newline=config.model_type == "llava_next"),
+        language=dataclasses.replace(language, tied_head=config.tie_word_embeddings),
+    )
+
+
+def table(config: ModelConfig, hf_config: Any) -> Table:
+    """Published names <-> the paths of a `VisionLanguageModel`."""
+    tower = vision_encoder(hf_config.vision_config)
+    language = language_model(hf_config.text_config)
+    prefix = language.prefix
+    rows = []
+    for ours, numbers in (("linear_0", (1, 0)), ("linear_1", (2, 2))):
+        name = PROJECTOR.replace("{0}", str(numbers[0])).replace("{1}", str(numbers[1]))
+        rows.append(row(f"{name}.weight", f"connector/{ours}/kernel", "W D -> D W"))
+        if config.connector.bias:
+            rows.append(row(f"{name}.bias", f"connector/{ours}/bias", "W -> W"))
+    if config.fusion.newline:
+        rows.append(row("[image_newline|model.image_newline]", "fusion/newline", "D -> D"))
+    # In memory the base model's own prefix gives way to `model.language_model.`; the authors' LLaVA *is* a LLaMA.
+    spellings = {
+        prefix: f"[language_model.{prefix}|model.language_model.|{prefix}]",
+        language.head: f"[language_model.{language.head}|{language.head}]",
+    }
+    return (
+        tower.rows(config.vision).under(TOWER, "vision/")
+        + Table(tuple(rows))
+        + language.table(config.language).renamed(spellings, "language/")
+    )

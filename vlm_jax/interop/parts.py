@@ -1,0 +1,62 @@
+"""The published parts that systems are put together from, by transformers' `model_type`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from vlm_jax.config import ClipVitConfig, DecoderConfig
+from vlm_jax.interop import clip_vit, gemma, llama, mpt, opt
+from vlm_jax.interop.source import PublishedError
+from vlm_jax.interop.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    config_from_hf: Callable[[Any], DecoderConfig]
+    table: Callable[[DecoderConfig], Table]
+    prefix: str  # of all published names but the head's
+    head: str = "lm_head."
+
+
+LANGUAGE = {
+    "llama": LanguageModel(llama.config_from_hf, llama.table, "model."),
+    "mistral": LanguageModel(llama.config_from_hf, llama.table, "model."),
+    "gemma": LanguageModel(gemma.config_from_hf, gemma.table, "model."),
+    "opt": LanguageModel(opt.config_from_hf, opt.table, "model."),
+    "mpt": LanguageModel(mpt.config_from_hf, mpt.table, "transformer."),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionEncoder:
+    config_from_hf: Callable[[Any], ClipVitConfig]
+    rows: Callable[[ClipVitConfig], Table]  # without a prefix
+
+
+VISION = {
+    "clip_vision_model": VisionEncoder(clip_vit.config_from_hf, clip_vit.rows),
+}
+
+
+def language_model(config: Any) -> LanguageModel:
+    """
+    Raises:
+      PublishedError: a kind of language model that is not known.
+    """
+    return _part("language model", LANGUAGE, config)
+
+
+def vision_encoder(config: Any) -> VisionEncoder:
+    """
+    Raises:
+      PublishedError: a kind of vision encoder that is not known.
+    """
+    return _part("vision encoder", VISION, config)
+
+
+def _part(name: str, known: dict[str, Any], config: Any) -> Any:
+    if config.model_type not in known:
+        raise PublishedError(f"{name} of model_type {config.model_type!r}: expected one of {', '.join(sorted(known))}")
+    return known[config.model_type]

@@ -1,0 +1,161 @@
+"""Published checkpoints' own processing: transformers' tokenizer, chat template and picture processor, without PyTorch.
+
+Pictures leave it as bytes: rescaling and normalising are left to the vision encoder, which has the mean and the deviation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.example import ImageAt, Text
+from vlm_jax.generation.processor import Layout
+from vlm_jax.generation.request import MARKER, Picture, Request, RequestError, Settings, Shot, array_of, marked
+from vlm_jax.interop.source import PublishedError
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """How a family's pictures stand in the text."""
+
+    token: str  # stands for one visual token
+    places: Callable[[Size], np.ndarray]  # of a picture of this size, which visual tokens stand in its place; see `Layout`
+
+
+class PublishedTokenizer:
+    """transformers' tokenizer as the generator uses it."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def encode(self, text: str) -> list[int]:
+        return self.wrapped.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        return self.wrapped.decode(ids, skip_special_tokens=not special)
+
+    def whole(self, text: str) -> list[int]:
+        """The ids of a whole prompt, with the begin token unless the text has it already, as a chat template writes it."""
+        begin = self.wrapped.bos_token
+        return self.wrapped(text, add_special_tokens=not (begin and text.startswith(begin)))["input_ids"]
+
+
+class PublishedProcessor:
+    """Of a published checkpoint whose pictures, if it sees, stand in the sequence.
+
+    Attributes:
+      wrapped: transformers' processor, or its tokenizer alone for a language model.
+    """
+
+    blind = False
+
+    def __init__(self, wrapped: Any, pictures: Pictures | None, ends: set[int], defaults: Settings) -> None:
+        self.wrapped, self.pictures, self.ends, self.defaults = wrapped, pictures, ends, defaults
+        self.tokenizer = PublishedTokenizer(getattr(wrapped, "tokenizer", wrapped))
+        self.pad_id = next((i for i in (self.tokenizer.wrapped.pad_token_id, *sorted(ends)) if i is not None), 0)
+
+    def ask(self, prompt: str, images: Many[Picture] = (), shots: Many[Shot] = (), seed: int | None = None) -> Request:
+        """In the checkpoint's chat template; a base model reads the prompt as it is.
+
+        Solved examples are turns before the question.
+
+        Raises:
+          RequestError: another number of pictures than of markers, or examples for a checkpoint without a template.
+        """
+        turns = [(f"example {n}", shot.question, list(shot.images), shot.answer) for n, shot in enumerate(shots, 1)]
+        turns.append(("the prompt", prompt, list(images), None))
+        template = getattr(self.wrapped, "chat_template", None)
+        if shots and not template:
+            raise RequestError("this checkpoint has no chat template to put examples in: write them into the prompt")
+        messages, text, slots = [], "", []
+        for name, question, pictures, answer in turns:
+            pieces = marked(name, question, len(pictures)).split(MARKER)
+            slots += pictures
+            text = self._token.join(pieces)
+            messages.append({"role": "user", "content": self._content(pieces)})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": self._content([answer])})
+        if template:
+            text = self.wrapped.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.request(text, slots, seed)
+
+    def request(self, text: str, images: Many[Picture] = (), seed: int | None = None) -> Request:
+        """A text that holds the checkpoint's own picture token in the place of every picture, and is read as it is.
+
+        Raises:
+          RequestError: another number of pictures than of tokens.
+        """
+        pieces = text.split(self._token) if self.pictures else [text]
+        if len(pieces) - 1 != len(images):
+            raise RequestError(
+                f"the text has {len(pieces) - 1} times {self._token!r} and there are {len(images)} pictures: give one for each"
+            )
+        parts: list[Text | ImageAt] = [Text(pieces[0], learn=False)]
+        for slot, piece in enumerate(pieces[1:]):
+            parts += [ImageAt(slot), Text(piece, learn=False)]
+        film = lambda image: tuple(image) if isinstance(image, list | tuple) else (image,)
+        return Request(tuple(parts), tuple(map(film, images)), seed)
+
+    def lay_out(self, request: Request) -> Layout:
+        """
+        Raises:
+          RequestError: a slot of several pictures, or text that changes when pictures are put into it.
+        """
+        text, slots, offsets = "", [], []
+        for part in request.parts:
+            if isinstance(part, Text):
+                text += part.text
+                continue
+            places = self.pictures.places(self._one(request.images[part.slot]).shape[:2])
+            text += self.pictures.token * len(places)
+            slots.append(np.full(len(places), part.slot + 1))
+            offsets.append(places)
+        tokens = np.asarray(self.tokenizer.whole(text), np.int32)
+        nothing = np.zeros(len(tokens), np.int32)
+        laid = Layout(tokens, nothing, nothing, nothing.copy(), nothing.copy())
+        if slots:
+            stands = tokens == self.tokenizer.wrapped.convert_tokens_to_ids(self.pictures.token)
+            if stands.sum() != sum(map(len, offsets)):
+                raise RequestError(
+                    f"the tokenizer gives {stands.sum()} picture tokens where the pictures need {sum(map(len, offsets))}: "
+                    f"is {self.pictures.token!r} one of its special tokens?"
+                )
+            laid.slots[stands], laid.offsets[stands] = np.concatenate(slots), np.concatenate(offsets)
+        return laid
+
+    def pixels(self, film: tuple[Picture, ...]) -> np.ndarray:
+        """A picture's tiles: [F, H, W, 3] uint8."""
+        image = self._one(film)
+        made = self.wrapped.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        tiles = np.asarray(made["pixel_values"][0])
+        tiles = tiles if tiles.ndim == 4 else tiles[None]
+        if tiles.dtype != np.uint8:
+            raise PublishedError(f"{type(self.wrapped.image_processor).__name__} gives {tiles.dtype}, expected uint8")
+        return tiles.transpose(0, 2, 3, 1)
+
+    def allowed(self, vocabulary: int) -> np.ndarray:
+        return np.ones(vocabulary, bool)
+
+    @property
+    def _token(self) -> str:
+        return self.pictures.token if self.pictures else MARKER
+
+    def _content(self, pieces: list[str]) -> Any:
+        """A turn's content in the form chat templates read: of a language model alone, just the text."""
+        if not self.pictures:
+            return MARKER.join(pieces)
+        content: list[dict[str, str]] = []
+        for number, piece in enumerate(pieces):
+            content += [{"type": "image"}] * bool(number) + ([{"type": "text", "text": piece}] if piece else [])
+        return content
+
+    def _one(self, film: tuple[Picture, ...]) -> np.ndarray:
+        if len(film) != 1:
+            raise RequestError(f"a film of {len(film)} pictures: this checkpoint reads single pictures. Give them one by one")
+        return array_of(film[0], on_white=False)

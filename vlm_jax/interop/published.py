@@ -1,0 +1,130 @@
+"""Published checkpoints in and out: a folder -> model, parameters and processor, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from vlm_jax.config import ModelConfig
+from vlm_jax.generation.request import Settings
+from vlm_jax.interop import safetensors_files
+from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
+from vlm_jax.interop.families import FAMILIES, Family
+from vlm_jax.interop.folder import find, open_weights, read_config
+from vlm_jax.interop.processor import PublishedProcessor
+from vlm_jax.interop.source import PublishedError
+from vlm_jax.models.vlm import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published checkpoint whose configuration is read and whose weights are not yet."""
+
+    folder: Path
+    hf_config: Any  # transformers'
+    family: Family
+    config: ModelConfig
+    processor: PublishedProcessor
+    pickles: bool
+
+    def load_params(self, mesh: Mesh, dtype: Any = None, tell: Callable[[int, int], None] = lambda done, total: None) -> Any:
+        """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`."""
+        source = open_weights(self.folder, self.pickles)
+        boxed = boxed_params(VisionLanguageModel(self.config))
+        return load_params(source, self.family.table(self.config, self.hf_config), boxed, mesh, dtype, tell)
+
+    def export(self, params: Any, folder: str | Path) -> int:
+        """Writes a folder that transformers loads: `params`, and this checkpoint's configuration, tokenizer and processor.
+
+        Returns:
+          the bytes of the weights.
+
+        Raises:
+          PublishedError: the folder holds something already; ConversionError: the parameters are not of this model.
+        """
+        target = Path(folder).expanduser()
+        if target.exists() and any(target.iterdir()):
+            raise PublishedError(f"{target} is not empty: export into a new folder")
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = published_tensors(params, self.family.table(self.config, self.hf_config))
+        written = safetensors_files.write(target, tensors)
+        for file in self.folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
+                shutil.copyfile(file, target / file.name)
+        return written
+
+
+def open_published(name: str | Path, pickles: bool = False) -> Published:
+    """Finds (or fetches) a checkpoint and reads all of it but the weights.
+
+    Raises:
+      PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
+    """
+    folder = find(name, pickles)
+    hf_config = read_config(folder, FAMILIES)
+    family = FAMILIES[hf_config.model_type]
+    try:
+        config = family.config_from_hf(hf_config)
+    except ValueError as error:
+        raise PublishedError(f"{folder / 'config.json'}: {error}") from error
+    wrapped = _processor(folder, config.vision is not None)
+    if config.vision:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **_pixels(wrapped.image_processor)))
+    ends, defaults = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped))
+    pictures = family.pictures(config, hf_config, wrapped)
+    return Published(folder, hf_config, family, config, PublishedProcessor(wrapped, pictures, ends, defaults), pickles)
+
+
+def _processor(folder: Path, sees: bool) -> Any:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    try:
+        if sees:
+            # The slow processors: the fast ones need torchvision.
+            return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a missing or wrong file makes transformers raise
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "processor and tokenizer" if sees else "tokenizer"
+        raise PublishedError(f"{folder}: its {what} cannot be read ({cause})") from error
+
+
+def _pixels(image_processor: Any) -> dict[str, tuple[float, ...]]:
+    """The mean and deviation that the vision encoder normalises with.
+
+    Raises:
+      PublishedError: a processor that makes other numbers of the pixels.
+    """
+    if not (image_processor.do_rescale and image_processor.do_normalize and image_processor.rescale_factor == 1 / 255):
+        raise PublishedError(
+            f"{type(image_processor).__name__}: do_rescale={image_processor.do_rescale}, "
+            f"rescale_factor={image_processor.rescale_factor}, do_normalize={image_processor.do_normalize}; only pixels from "
+            "0 to 1 that are normalised are implemented"
+        )
+    return {"mean": tuple(image_processor.image_mean), "std": tuple(image_processor.image_std)}
+
+
+def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int], Settings]:
+    """The end tokens and the settings of `generation_config.json`."""
+    path = folder / "generation_config.json"
+    try:
+        said = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
+    text_config = hf_config.get_text_config()
+    candidates = (said.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id)
+    end = next((value for value in candidates if value is not None), None)
+    ends = set(end) if isinstance(end, list) else {end} - {None}
+    settings: dict[str, Any] = {}
+    if said.get("do_sample"):
+        settings = {"temperature": said.get("temperature") or 1.0, "top_k": said.get("top_k", 50) or 0}
+        settings["top_p"] = said.get("top_p") or 1.0
+    if said.get("max_new_tokens"):
+        settings["max_new_tokens"] = said["max_new_tokens"]
+    return ends, Settings(**settings)
