@@ -112,7 +112,7 @@ def build(size: str, seed: int = 0) -> Peers:
     # Copies: the optimizer of the torch side writes into its tensors.
     state = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
     shapes = abstract_params(VisionLanguageModel(config))
-    return Peers(model, config, to_ours(state, idefics.table(config, additional_vocab=0), shapes))
+    return Peers(model, config, to_ours(state, idefics.table(config, published), shapes))
 
 
 def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, dict[str, torch.Tensor]]:

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from folders import EOS, PAD, exported_again, load, logits, picture, saved, their_answer, tokenizer
 from torch_helpers import TOKENS, VOCAB, compare, converted, randomised, state_of, text_batch
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsImageProcessorPil, IdeficsProcessor
 
+from vlm_jax.data.example import Text
+from vlm_jax.generation.request import Request
 from vlm_jax.interop import idefics
 from vlm_jax.interop.engine import abstract_params
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -84,7 +87,7 @@ def test_idefics(changes, media):
     config = idefics.config_from_hf(published)
     assert config.fusion.media == "last"
     config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, media=media))
-    table = idefics.table(config, published.additional_vocab_size)
+    table = idefics.table(config, published)
     model = VisionLanguageModel(config)
     params = converted(state_of(oracle), table, abstract_params(model))
     batch, theirs = inputs(config, media)
@@ -107,11 +110,67 @@ def test_the_parts_of_the_published_9b():
     )
     params = abstract_params(VisionLanguageModel(idefics.config_from_hf(published)))
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    post_norm = 2 * 1280  # of the class token, which the model never uses
     assert count(params["fusion"]) == 1_434_519_568
     assert count(params["connector"]) == 125_961_984
-    assert count(params["vision"]) == 630_766_080 - post_norm
-    assert count(params) == 8_929_679_632 - post_norm
+    assert count(params["vision"]) == 630_766_080
+    assert count(params) == 8_929_679_632
+
+
+def idefics_folder(folder, seed=0, **changes):
+    words = tokenizer("<fake_token_around_image>", *changes.pop("extra", ()))
+    published = hf_config(vocab_size=len(words) - 2, additional_vocab_size=2, pad_token_id=PAD, eos_token_id=EOS, **changes)
+    processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=16), words)
+    return saved(folder, IdeficsForVisionText2Text(published), processor, seed), processor
+
+
+PROMPTS = [
+    ("<image>what color is the shape?", [picture(1, 30, 44)]),
+    ("a cat <image><image> two dogs</s> run <image> in the park", [picture(n, 20 + n, 40) for n in (2, 3, 4)]),
+    ("the mat", []),
+    ("sits on <image> the ", [picture(5, 16, 16)]),
+]
+
+
+def listed(text, pictures):
+    """The prompt as their processor takes it."""
+    pieces = text.split("<image>")
+    parts = [pieces[0]] + [part for pair in zip(pictures, pieces[1:], strict=True) for part in pair]
+    return [part for part in parts if part != ""]
+
+
+@pytest.mark.parametrize("extra", [(), ("<end_of_utterance>",)], ids=["base", "instruct"])
+def test_a_saved_folder(tmp_path, extra):
+    """Tokens, pixels, which picture each token sees, logits, answers one by one and batched, and back."""
+    model, processor = idefics_folder(tmp_path / "a", seed=2, extra=extra)
+    vlm = load(tmp_path / "a")
+    requests = [vlm.processor.request(*prompt) for prompt in PROMPTS]
+    together = processor(text=[listed(*prompt) for prompt in PROMPTS])
+    inputs = [processor(text=[listed(*prompt)]) for prompt in PROMPTS]
+    vision = vlm.model.config.vision
+    for request, theirs in zip(requests, inputs, strict=True):
+        laid = vlm.processor.lay_out(request)
+        assert laid.tokens.tolist() == theirs["input_ids"][0].tolist()
+        seen = (laid.media_last[:, None] == np.arange(1, theirs["image_attention_mask"].shape[-1] + 1)).astype(int)
+        assert seen.tolist() == theirs["image_attention_mask"][0].int().tolist()
+        for film, expected in zip(request.images, theirs["pixel_values"][0], strict=False):
+            normal = (vlm.processor.pixels(film)[0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
+            np.testing.assert_allclose(normal.transpose(2, 0, 1), expected.numpy(), atol=1e-6)
+        with torch.no_grad():
+            compare(logits(vlm, request), model(**theirs).logits[0])
+    alone = [their_answer(model, one, 10)[0] for one in inputs]
+    assert their_answer(model, together, 10) == alone
+    assert [answer.tokens for answer in vlm.answer(requests, max_new_tokens=10)] == alone
+    again = exported_again(vlm, tmp_path / "a", IdeficsForVisionText2Text, tmp_path / "b")
+    with torch.no_grad():
+        compare(logits(vlm, requests[1]), again(**inputs[1]).logits[0])
+
+
+def test_texts_after_one_another_are_two_speakers(tmp_path):
+    _, processor = idefics_folder(tmp_path, extra=("<end_of_utterance>",))
+    vlm = load(tmp_path)
+    texts = [Text("User: what?", learn=False), Text(" Assistant:", learn=False)]
+    tokens = vlm.processor.lay_out(Request(tuple(texts))).tokens
+    assert tokens.tolist() == processor(text=[["User: what?", " Assistant:"]])["input_ids"][0].tolist()
 
 
 def test_vector_gates_are_refused():

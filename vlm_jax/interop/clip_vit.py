@@ -31,7 +31,7 @@ def rows(config: ClipVitConfig) -> Table:
         (f"{LAYER}layer_norm1", "layers/attention_norm"),
         (f"{LAYER}layer_norm2", "layers/mlp_norm"),
     )
-    if config.post_norm:
+    if config.post_norm or config.holds_post_norm:
         norms += (("post_layernorm", "post_norm"),)
     patch = config.patch_size
     entries = (
@@ -48,9 +48,7 @@ def rows(config: ClipVitConfig) -> Table:
         *(row(f"{published}.weight", f"{ours}/scale", "D -> D") for published, ours in norms),
         *(row(f"{published}.bias", f"{ours}/bias", "D -> D") for published, ours in norms),
     )
-    # Without `post_norm` the published norm serves the pooled class token only, which no feature is made of.
-    ignored = ("embeddings.position_ids", *(() if config.post_norm else ("post_layernorm.weight", "post_layernorm.bias")))
-    return Table(entries, ignored=ignored)
+    return Table(entries, ignored=("embeddings.position_ids",))
 
 
 def config_from_hf(config: Any) -> ClipVitConfig:
@@ -75,5 +73,9 @@ def config_from_hf(config: Any) -> ClipVitConfig:
         mlp_bias=True,
     )
     return ClipVitConfig(
-        image_size=config.image_size, patch_size=config.patch_size, layers=config.num_hidden_layers, block=block
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layers=config.num_hidden_layers,
+        block=block,
+        holds_post_norm=True,
     )

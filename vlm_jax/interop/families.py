@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ModelConfig
-from vlm_jax.interop import llava
+from vlm_jax.generation.request import Settings
+from vlm_jax.interop import idefics, llava
 from vlm_jax.interop.anyres import anyres_places
+from vlm_jax.interop.idefics_processor import IdeficsProcessor
 from vlm_jax.interop.parts import LANGUAGE, LanguageModel
-from vlm_jax.interop.processor import Pictures
+from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped
 from vlm_jax.interop.table import Table
 
 
@@ -20,29 +22,32 @@ from vlm_jax.interop.table import Table
 class Family:
     config_from_hf: Callable[[Any], ModelConfig]
     table: Callable[[ModelConfig, Any], Table]
-    pictures: Callable[[ModelConfig, Any, Any], Pictures | None]  # of ours, transformers' config and its processor
+    # From our configuration and transformers'; the rest as `PublishedProcessor` takes it.
+    processor: Callable[[ModelConfig, Any, Wrapped, set[int], Settings], PublishedProcessor]
 
 
 def _alone(part: LanguageModel) -> Family:
     return Family(
         lambda hf: ModelConfig(vision=None, connector=None, fusion=None, language=part.config_from_hf(hf)),
         lambda config, hf: part.table(config.language).under(ours="language/"),
-        lambda config, hf, processor: None,
+        lambda config, hf, *rest: PublishedProcessor(*rest),
     )
 
 
-def _every_patch(config: ModelConfig, hf: Any, processor: Any) -> Pictures:
+def _every_patch(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> PublishedProcessor:
     vision = config.vision
     count = (vision.image_size // vision.patch_size) ** 2 + int(vision.class_token)
-    return Pictures(processor.image_token, lambda size: np.arange(count))
+    return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, lambda size: np.arange(count)))
 
 
-def _anyres(config: ModelConfig, hf: Any, processor: Any) -> Pictures:
+def _anyres(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> PublishedProcessor:
     vision, pinpoints = config.vision, [tuple(point) for point in hf.image_grid_pinpoints]
-    return Pictures(processor.image_token, lambda size: anyres_places(size, pinpoints, vision.image_size, vision.patch_size))
+    places = lambda size: anyres_places(size, pinpoints, vision.image_size, vision.patch_size)
+    return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, places))
 
 
 FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
+    "idefics": Family(idefics.config_from_hf, idefics.table, lambda config, hf, *rest: IdeficsProcessor(*rest)),
     "llava": Family(llava.config_from_hf, llava.table, _every_patch),
     "llava_next": Family(llava.config_from_hf, llava.table, _anyres),
 }

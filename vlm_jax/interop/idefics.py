@@ -15,17 +15,14 @@ RESAMPLER = "model.perceiver_resampler."
 BLOCK = RESAMPLER + "blocks.{}."
 
 
-def table(config: ModelConfig, additional_vocab: int) -> Table:
-    """
-    Args:
-      additional_vocab: how many tokens at the end of the vocabulary have an embedding and a head of their own.
-    """
+def table(config: ModelConfig, hf_config: Any) -> Table:
+    """Published names <-> the paths of a `VisionLanguageModel`."""
     return (
         clip_vit.rows(config.vision).under("model.vision_model.", "vision/")
         + _resampler(config.connector)
         + _gated(config.fusion)
         + llama.body(config.language).under(ours="language/")
-        + _head(config.language, additional_vocab)
+        + _head(config.language, hf_config.additional_vocab_size)
         + Table((), ignored=(f"{GATED}cross_attn.rotary_emb.inv_freq",))
     )
 
@@ -79,7 +76,7 @@ def _gated(config: GatedCrossAttentionConfig) -> Table:
 
 
 def _head(config: DecoderConfig, additional: int) -> Table:
-    """The two embeddings and the two heads, each one after the other."""
+    """The two embeddings and the two heads, each one after the other: the tokens that were added have their own."""
     if not additional:
         return llama.head(config).under(ours="language/")
     split = (config.vocab_size - additional, additional)

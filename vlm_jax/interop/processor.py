@@ -18,6 +18,7 @@ from vlm_jax.generation.request import MARKER, Picture, Request, RequestError, S
 from vlm_jax.interop.source import PublishedError
 
 Size = tuple[int, int]  # height, width
+Wrapped = Any  # transformers' processor, or its tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,33 +56,30 @@ class PublishedProcessor:
 
     blind = False
 
-    def __init__(self, wrapped: Any, pictures: Pictures | None, ends: set[int], defaults: Settings) -> None:
-        self.wrapped, self.pictures, self.ends, self.defaults = wrapped, pictures, ends, defaults
+    def __init__(self, wrapped: Wrapped, ends: set[int], defaults: Settings, pictures: Pictures | None = None) -> None:
+        self.wrapped, self.ends, self.defaults, self.pictures = wrapped, ends, defaults, pictures
         self.tokenizer = PublishedTokenizer(getattr(wrapped, "tokenizer", wrapped))
         self.pad_id = next((i for i in (self.tokenizer.wrapped.pad_token_id, *sorted(ends)) if i is not None), 0)
 
     def ask(self, prompt: str, images: Many[Picture] = (), shots: Many[Shot] = (), seed: int | None = None) -> Request:
-        """In the checkpoint's chat template; a base model reads the prompt as it is.
+        """In the checkpoint's chat template, solved examples as turns before the question.
 
-        Solved examples are turns before the question.
+        A base model, without a template, reads the prompt as it is, and a line "question answer" for every example before.
 
         Raises:
-          RequestError: another number of pictures than of markers, or examples for a checkpoint without a template.
+          RequestError: another number of pictures than of markers.
         """
         turns = [(f"example {n}", shot.question, list(shot.images), shot.answer) for n, shot in enumerate(shots, 1)]
         turns.append(("the prompt", prompt, list(images), None))
-        template = getattr(self.wrapped, "chat_template", None)
-        if shots and not template:
-            raise RequestError("this checkpoint has no chat template to put examples in: write them into the prompt")
         messages, text, slots = [], "", []
         for name, question, pictures, answer in turns:
             pieces = marked(name, question, len(pictures)).split(MARKER)
             slots += pictures
-            text = self._token.join(pieces)
+            text += self._token.join(pieces) + ("" if answer is None else f" {answer}\n")
             messages.append({"role": "user", "content": self._content(pieces)})
             if answer is not None:
                 messages.append({"role": "assistant", "content": self._content([answer])})
-        if template:
+        if getattr(self.wrapped, "chat_template", None):
             text = self.wrapped.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.request(text, slots, seed)
 

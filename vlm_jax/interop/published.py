@@ -77,8 +77,8 @@ def open_published(name: str | Path, pickles: bool = False) -> Published:
     if config.vision:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **_pixels(wrapped.image_processor)))
     ends, defaults = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped))
-    pictures = family.pictures(config, hf_config, wrapped)
-    return Published(folder, hf_config, family, config, PublishedProcessor(wrapped, pictures, ends, defaults), pickles)
+    processor = family.processor(config, hf_config, wrapped, ends, defaults)
+    return Published(folder, hf_config, family, config, processor, pickles)
 
 
 def _processor(folder: Path, sees: bool) -> Any:

@@ -35,8 +35,9 @@ class ClipVit(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         hidden = self.hidden_states(images, last=self.used_layers())
-        if self.config.post_norm:
-            hidden = Norm(self.config.block.norm, self.config.block.width, self.dtype, name="post_norm")(hidden)
+        if self.config.post_norm or self.config.holds_post_norm:
+            normed = Norm(self.config.block.norm, self.config.block.width, self.dtype, name="post_norm")(hidden)
+            hidden = normed if self.config.post_norm else hidden
         return hidden if self.config.class_token else hidden[:, 1:]
 
     def used_layers(self) -> int:

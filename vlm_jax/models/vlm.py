@@ -106,7 +106,7 @@ class VisionLanguageModel(nn.Module):
     def embed(self, tokens: Array, positions: Array, places: Array | None = None, visual: Array | None = None) -> Array:
         """Tokens [B, T] -> [B, T, D]; with `places` [B, T] also the visual tokens [B, M, R, D] that stand in the sequence."""
         x = self.language.embed(tokens, positions)
-        if visual is None or self.crosses:
+        if places is None or visual is None or self.crosses:
             return x
         return self.fusion.insert(x, places, visual)
 
