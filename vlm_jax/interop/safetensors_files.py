@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vlm_jax.interop.source import PublishedError, Tensor
-from vlm_jax.interop.table import Index
+from vlm_jax.interop.table import Index, Shape
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers'
@@ -42,39 +43,48 @@ class SafetensorsFiles:
         """
         self.tensors: dict[str, Tensor] = {}
         self.file: dict[str, Path] = {}
-        self._open: dict[Path, safe_open] = {}
+        self._offset: dict[str, int] = {}
         for file in files:
-            opened = _opened(file)
-            self._open[file] = opened
-            for name in opened.keys():  # noqa: SIM118  # not a mapping
+            for name, (dtype, shape, offset) in _header(file).items():
                 if name in self.file:
                     raise PublishedError(f"{file} and {self.file[name]} both hold {name}; leave one of the files out")
-                part = opened.get_slice(name)
-                if part.get_dtype() not in DTYPES:
+                if dtype not in DTYPES:
                     raise PublishedError(
-                        f"{file}: {name} is of type {part.get_dtype()}; expected one of {', '.join(DTYPES)}. Quantised "
-                        "checkpoints are not read: take the original one"
+                        f"{file}: {name} is of type {dtype}; expected one of {', '.join(DTYPES)}. Quantised checkpoints are "
+                        "not read: take the original one"
                     )
-                self.tensors[name] = Tensor(tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
-                self.file[name] = file
+                self.tensors[name] = Tensor(shape, np.dtype(DTYPES[dtype]))
+                self.file[name], self._offset[name] = file, offset
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        file = self.file[name]
+        file, tensor = self.file[name], self.tensors[name]
+        if not math.prod(tensor.shape):
+            return np.zeros(tensor.shape, tensor.dtype)[index]
         try:
-            part = self._open[file].get_slice(name)
-            # A tensor without axes cannot be sliced.
-            return np.asarray(part[index] if index else self._open[file].get_tensor(name))
-        except (SafetensorError, OSError) as error:
+            # Mapped for this read alone: what stays mapped is counted as memory of the process.
+            return np.asarray(np.memmap(file, tensor.dtype, "r", self._offset[name], tensor.shape)[index])
+        except (ValueError, OSError) as error:
             raise PublishedError(f"{file}: {name} cannot be read ({error})") from error
 
 
-def _opened(file: Path) -> safe_open:
+def _header(file: Path) -> dict[str, tuple[str, Shape, int]]:
+    """Type, shape and place in the file of every tensor; the library checks that they fit the file.
+
+    Raises:
+      PublishedError: there is no such file, or it is damaged.
+    """
     try:
-        return safe_open(file, framework="numpy")
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
     except FileNotFoundError:
         raise PublishedError(f"{file}: there is no such file; fetch the checkpoint again") from None
     except (SafetensorError, OSError) as error:
         raise PublishedError(f"{file} is damaged or cut short ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    return {name: (one["dtype"], tuple(one["shape"]), 8 + size + one["data_offsets"][0]) for name, one in header.items()}
 
 
 def files_of_index(index: Path) -> list[Path]:
