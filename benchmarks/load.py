@@ -44,7 +44,7 @@ def write_folder(folder: Path) -> int:
     from vlm_jax.interop.plan import Problems, resolve
     from vlm_jax.interop.table import written
     from vlm_jax.models.vlm import VisionLanguageModel
-    from vlm_jax.training.params import by_path
+    from vlm_jax.paths import by_path
 
     published = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_jax.api import Vlm, load
+    from vlm_jax.api import Vlm, export, load
 
-__all__ = ["Vlm", "load"]
+__all__ = ["Vlm", "export", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Vlm` come when they are asked for, so that `import vlm_jax` takes no time."""
+    """They come when they are asked for, so that `import vlm_jax` takes no time."""
     if name in __all__:
         from vlm_jax import api
 

@@ -21,11 +21,11 @@ from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, chec
 from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.processor import RunProcessor
 from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot
-from vlm_jax.interop.folder import model_type
+from vlm_jax.interop.folder import is_published
 from vlm_jax.interop.published import Published, open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import AXES, make_mesh
-from vlm_jax.training.checkpoint import load_run, read_config
+from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
 from vlm_jax.training.step import compute_dtype
 
 DTYPES = ("float32", "bfloat16")
@@ -112,10 +112,7 @@ class Run:
 
 def open_checkpoint(path: str | Path, step: int | None = None, pickles: bool = False) -> Run | Published:
     """Reads everything of a checkpoint but its weights; for the arguments see `load`."""
-    folder = Path(path).expanduser()
-    if folder.is_dir() and (folder / "config.json").is_file() and model_type(folder) is None:
-        return Run(folder, step)
-    return open_published(path, pickles)
+    return open_published(path, pickles) if is_published(path) else Run(Path(path).expanduser(), step)
 
 
 def load(
@@ -154,6 +151,35 @@ def load(
             model = VisionLanguageModel(checkpoint.config, compute)
             params = checkpoint.load_params(placed, compute, tell)
     return Vlm(checkpoint, Generator(model, params, checkpoint.processor, placed, rows))
+
+
+def export(path: str | Path, folder: str | Path, step: int | None = None, mesh: str | None = None) -> int:
+    """Writes what was trained as a folder that transformers loads with `from_pretrained`.
+
+    Args:
+      path: a run that was started from a published checkpoint (`config.init_from`), or such a checkpoint itself.
+      folder: a new one.
+      step: which checkpoint of the run; None: the newest.
+      mesh: as in `load`, for a model that one device cannot hold.
+
+    Returns:
+      the bytes of the weights.
+
+    Raises:
+      ValueError: no checkpoint, one that transformers has no name for, or a folder that holds something already.
+    """
+    placed = parse_mesh(mesh)
+    checkpoint = open_checkpoint(path, step)
+    with jax.set_mesh(placed):
+        if not isinstance(checkpoint, Run):
+            return checkpoint.export(checkpoint.load_params(placed), folder)
+        origin = checkpoint.folder / PUBLISHED
+        if not origin.is_dir():
+            raise RequestError(
+                f"{path} was not started from a published checkpoint (config.init_from), so there is no published "
+                "configuration to export it under"
+            )
+        return open_published(origin).export(load_run(checkpoint.folder, placed, step=step).params, folder)
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh:

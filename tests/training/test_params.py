@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ParamRule
-from vlm_jax.training.params import by_path, held, merge, resolve, split, trained_rows
+from vlm_jax.paths import by_path
+from vlm_jax.training.params import held, merge, resolve, split, trained_rows
 
 PARAMS = {"vision": {"kernel": jnp.ones((2, 3))}, "language": {"embedding": jnp.ones((4, 2)), "kernel": jnp.ones((2, 2))}}
 PATHS = ["vision/kernel", "language/embedding", "language/kernel"]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny import mesh_of, random_batch, tiny_run
 from vlm_jax.config import OptimizerConfig, ParamRule
-from vlm_jax.training.params import by_path
+from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 from vlm_jax.training.table import start_table
 

@@ -64,4 +64,4 @@ class RunConfig:
     save_every: int = 500
     keep_last: int = 2
     keep_best: int = 1
-    init_from: str = ""  # a checkpoint to take the parameters from
+    init_from: str = ""  # a run, or a published checkpoint's folder or name, to take the parameters from

@@ -19,8 +19,8 @@ from vlm_jax.interop.plan import Problems, plan, resolve
 from vlm_jax.interop.source import Arrays, Source
 from vlm_jax.interop.table import Index, Shape, Table, written
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named, place_tree, shardings_of
-from vlm_jax.training.params import by_path, nested
 
 State = dict[str, np.ndarray]
 

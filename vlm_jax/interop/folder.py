@@ -65,6 +65,12 @@ def model_type(folder: Path) -> str | None:
         raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
 
 
+def is_published(name: str | Path) -> bool:
+    """Whether it is not the folder of a run of ours: a published checkpoint's, or no folder here at all."""
+    folder = Path(name).expanduser()
+    return not (folder / "config.json").is_file() or model_type(folder) is not None
+
+
 def read_config(folder: Path, known: Collection[str]) -> Any:
     """transformers' configuration object.
 

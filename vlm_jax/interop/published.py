@@ -20,6 +20,7 @@ from vlm_jax.interop.folder import find, open_weights, read_config
 from vlm_jax.interop.processor import PublishedProcessor
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.paths import by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +52,23 @@ class Published:
         target = Path(folder).expanduser()
         if target.exists() and any(target.iterdir()):
             raise PublishedError(f"{target} is not empty: export into a new folder")
-        target.mkdir(parents=True, exist_ok=True)
         tensors = published_tensors(params, self.family.table(self.config, self.hf_config))
+        target.mkdir(parents=True, exist_ok=True)
         written = safetensors_files.write(target, tensors)
+        self.keep_files(target)
+        path = target / "config.json"
+        config = json.loads(path.read_text())
+        held = str(by_path(params)["language/embedding"].dtype)
+        if config.get("dtype", held) != held:
+            path.write_text(json.dumps(config | {"dtype": held}, indent=2) + "\n")
+        return written
+
+    def keep_files(self, folder: Path) -> None:
+        """Copies everything but the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
         for file in self.folder.iterdir():
             if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
-                shutil.copyfile(file, target / file.name)
-        return written
+                shutil.copyfile(file, folder / file.name)
 
 
 def open_published(name: str | Path, pickles: bool = False) -> Published:

@@ -3,6 +3,7 @@
 RUN/config.json         what the run was started with
 RUN/tokenizer/          the tokenizer, as transformers saves it
 RUN/checkpoints/STEP/   Orbax: `state` (sharded arrays) and `meta` (place in the data, fingerprint)
+RUN/published/          of the published checkpoint it was started from, everything but the weights
 RUN/damaged/STEP/       checkpoints that could not be read, moved aside
 RUN/metrics.jsonl       a line a step; RUN/tensorboard/ the same for TensorBoard
 """
@@ -24,6 +25,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_dict, to_dict
 from vlm_jax.training.step import Trainer, TrainState
+
+PUBLISHED = "published"
 
 # What may change between a start and its continuation: nothing that changes the numbers.
 FREE = {

@@ -14,8 +14,11 @@ import numpy as np
 
 from vlm_jax.config import RunConfig
 from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
+from vlm_jax.interop.folder import is_published
+from vlm_jax.interop.published import open_published
+from vlm_jax.paths import by_path
 from vlm_jax.sharding import make_mesh
-from vlm_jax.training.checkpoint import CheckpointError, Checkpoints, claim, load_run
+from vlm_jax.training.checkpoint import PUBLISHED, CheckpointError, Checkpoints, claim, load_run
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.losses import means
@@ -57,7 +60,7 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
         if jax.process_index() == 0:
             print_table(trainer)
         checkpoints = Checkpoints(folder, config.keep_last, config.keep_best)
-        state, start = _first_state(trainer, checkpoints, mesh)
+        state, start = _first_state(trainer, checkpoints, mesh, folder)
         reporter = Reporter(folder, start)
         run = _Run(config, trainer, checkpoints, reporter, interrupt, tokenizer, source, held_out)
         try:
@@ -67,18 +70,31 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
             checkpoints.close()
 
 
-def _first_state(trainer: Trainer, checkpoints: Checkpoints, mesh: Any) -> tuple[TrainState, int]:
+def _first_state(trainer: Trainer, checkpoints: Checkpoints, mesh: Any, folder: Path) -> tuple[TrainState, int]:
     restored = checkpoints.restore(trainer)
     if restored is not None:
         return restored
-    if trainer.config.init_from:
-        params = load_run(trainer.config.init_from, mesh).params
-        expected = jax.tree.map(lambda leaf: leaf.shape, trainer.abstract_state.params)
-        found = jax.tree.map(lambda leaf: leaf.shape, params)
-        if expected != found:
-            raise CheckpointError(f"config.init_from={trainer.config.init_from}: its model has other parts or sizes")
-        return trainer.state_of(params), 0
-    return trainer.init(), 0
+    origin = trainer.config.init_from
+    if not origin:
+        return trainer.init(), 0
+    if is_published(origin):
+        published = open_published(origin)
+        params = published.load_params(mesh)
+        if jax.process_index() == 0:
+            published.keep_files(folder / PUBLISHED)
+    else:
+        params = load_run(origin, mesh).params
+    expected, found = (
+        {path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trainer.abstract_state.params, params)
+    )
+    if expected != found:
+        wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]
+        there, wanted = (shapes.get(wrong[0], "not there") for shapes in (found, expected))
+        raise CheckpointError(
+            f"config.init_from={origin}: its model has other parts or sizes than config.model in {len(wrong)} parameters; "
+            f"{wrong[0]} is {there} and should be {wanted}"
+        )
+    return trainer.state_of(params), 0
 
 
 @dataclasses.dataclass

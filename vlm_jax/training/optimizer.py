@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from vlm_jax.config import OptimizerConfig, ParamRule
-from vlm_jax.training.params import Params, by_path, nested, trained_rows
+from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.training.params import trained_rows
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

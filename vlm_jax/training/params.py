@@ -1,7 +1,4 @@
-"""Parameters by path: which are trained, which are frozen, and at what rate.
-
-A path is the names of the nested dicts joined by "/": `language/layers/attention/query/kernel`.
-"""
+"""Parameters by path: which are trained, which are frozen, and at what rate."""
 
 from __future__ import annotations
 
@@ -10,22 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlm_jax.config import ParamRule
+from vlm_jax.paths import Params, by_path, nested
 
-Params = Any
 DEFAULT = ParamRule(pattern="")
-
-
-def by_path(params: Params) -> dict[str, Any]:
-    """Nested dicts -> {path: leaf}."""
-    return flatten_dict(params, sep="/")
-
-
-def nested(flat: dict[str, Any]) -> Params:
-    """{path: leaf} -> nested dicts."""
-    return unflatten_dict(flat, sep="/")
 
 
 def resolve(paths: list[str], rules: tuple[ParamRule, ...]) -> dict[str, ParamRule]:

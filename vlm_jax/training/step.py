@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.config import ParamRule, RunConfig
 from vlm_jax.data.batch import Batch
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.sharding import Named, Placement, batch_sharding, place_tree, shardings_of
 from vlm_jax.training.losses import means, next_token_sums
 from vlm_jax.training.optimizer import make_optimizer, schedule
-from vlm_jax.training.params import Params, by_path, held, merge, nested, resolve, split, trained_rows
+from vlm_jax.training.params import held, merge, resolve, split, trained_rows
 
 Array = jax.Array
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_jax.config import ParamRule
-from vlm_jax.training.params import by_path
+from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 
 
