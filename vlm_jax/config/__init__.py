@@ -10,7 +10,17 @@ from vlm_jax.config.block import Activation, BlockConfig, NormConfig
 from vlm_jax.config.connector import PerceiverConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
 from vlm_jax.config.fusion import GatedCrossAttentionConfig
-from vlm_jax.config.language import AlibiConfig, DecoderConfig, LearnedPositionsConfig, LinearScaling, Llama3Scaling, RopeConfig
+from vlm_jax.config.language import (
+    AlibiConfig,
+    DecoderConfig,
+    DynamicNtkScaling,
+    LearnedPositionsConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, RunConfig
 from vlm_jax.config.vision import ClipVitConfig
@@ -23,12 +33,14 @@ __all__ = [
     "ClipVitConfig",
     "DataConfig",
     "DecoderConfig",
+    "DynamicNtkScaling",
     "EasyVqaConfig",
     "GatedCrossAttentionConfig",
     "JsonLinesConfig",
     "LearnedPositionsConfig",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "MeshConfig",
     "ModelConfig",
     "NormConfig",
@@ -38,4 +50,5 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "YarnScaling",
 ]

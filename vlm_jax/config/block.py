@@ -23,7 +23,7 @@ class NormConfig:
 class BlockConfig:
     """One pre-norm transformer block: attention and a feed-forward, each added to the stream.
 
-    CLIP, LLaMA, Mistral, OPT, MPT and Gemma blocks are all settings of it.
+    CLIP, LLaMA, Mistral, Qwen2, GPT-NeoX, OPT, MPT and Gemma blocks are all settings of it.
     """
 
     width: int
@@ -37,4 +37,5 @@ class BlockConfig:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
     query_init: float = 1.0  # times LeCun's deviation: above 1, attention from scratch is choosy from its first step

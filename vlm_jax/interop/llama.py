@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023) and Mistral (Jiang et al. 2023): `LlamaForCausalLM`, `MistralForCausalLM`."""
+"""LLaMA (Touvron et al. 2023), Vicuna and Mistral (Jiang et al. 2023): `LlamaForCausalLM`, `MistralForCausalLM`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ def head(config: DecoderConfig) -> Table:
 
 def config_from_hf(config: Any) -> DecoderConfig:
     """`LlamaConfig` or `MistralConfig` -> ours."""
+    positions = rope(config)
+    if positions.share != 1.0:
+        raise ValueError(f"{type(config).__name__}: partial_rotary_factor={positions.share}; this model turns whole heads")
     attention_bias = getattr(config, "attention_bias", False)
     block = BlockConfig(
         width=config.hidden_size,
@@ -70,7 +73,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
         block=block,
-        positions=rope(config),
+        positions=positions,
         max_positions=config.max_position_embeddings,
         window=getattr(config, "sliding_window", None),
         tied_head=config.tie_word_embeddings,

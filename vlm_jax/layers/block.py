@@ -96,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x).
+    """x + attention(norm x), then x + mlp(norm x); with `parallel_residual` x + attention(norm x) + mlp(norm x).
 
     What the attention does with its queries, keys and values (rotary, mask, cache) is the caller's: `attention_of` takes
     (q [B, T, N, H], k, v [B, T, K, H]) to (y [B, T, N, H], anything), and the anything is returned beside the output.
@@ -131,8 +131,9 @@ class Block(nn.Module):
         )
         y = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
         y, extra = attention_of(attention.queries(y), *attention.keys_values(y))
-        x = x + attention.output(y)
-        return x + mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)), extra
+        attended = x + attention.output(y)
+        x = x if config.parallel_residual else attended
+        return attended + mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)), extra
 
 
 def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Mapping[str, Any]:
