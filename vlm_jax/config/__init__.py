@@ -6,7 +6,7 @@ any leaf (`--config.optimizer.lr=3e-4`) and turns it back, refusing unknown name
 Where a part can be one of several kinds, its dataclass has a `kind` field that tells them apart.
 """
 
-from vlm_jax.config.block import Activation, BlockConfig, NormConfig
+from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
 from vlm_jax.config.connector import PerceiverConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
 from vlm_jax.config.fusion import GatedCrossAttentionConfig
@@ -35,6 +35,7 @@ __all__ = [
     "DecoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
+    "ExpertsConfig",
     "GatedCrossAttentionConfig",
     "JsonLinesConfig",
     "LearnedPositionsConfig",

@@ -19,15 +19,21 @@ def table(config: DecoderConfig) -> Table:
 
 def body(config: DecoderConfig) -> Table:
     """All but the embedding and the head."""
+    maps = (("gate", "F D -> D F"), ("up", "F D -> D F"), ("down", "D F -> F D"))
+    rows = [row(f"{LAYER}mlp.{name}_proj.weight", f"layers/mlp/{name}/kernel", axes) for name, axes in maps]
+    if config.block.mlp_bias:
+        rows += [row(f"{LAYER}mlp.{name}_proj.bias", f"layers/mlp/{name}/bias", "F -> F") for name, _ in maps]
+    return attention(config) + Table(tuple(rows))
+
+
+def attention(config: DecoderConfig) -> Table:
+    """The attention, and all norms."""
     block = config.block
     rows = [
         row("model.norm.weight", "final_norm/scale", "D -> D"),
         row(f"{LAYER}input_layernorm.weight", "layers/attention_norm/scale", "D -> D"),
         row(f"{LAYER}post_attention_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
         row(f"{LAYER}self_attn.o_proj.weight", "layers/attention/out/kernel", "D (N H) -> N H D"),
-        row(f"{LAYER}mlp.gate_proj.weight", "layers/mlp/gate/kernel", "F D -> D F"),
-        row(f"{LAYER}mlp.up_proj.weight", "layers/mlp/up/kernel", "F D -> D F"),
-        row(f"{LAYER}mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
     ]
     for name, ours, published, split in PROJECTIONS:
         rows.append(
@@ -37,8 +43,6 @@ def body(config: DecoderConfig) -> Table:
             rows.append(row(f"{LAYER}self_attn.{name}_proj.bias", f"layers/attention/{ours}/bias", f"{published} -> {split}"))
     if block.out_bias:
         rows.append(row(f"{LAYER}self_attn.o_proj.bias", "layers/attention/out/bias", "D -> D"))
-    if block.mlp_bias:
-        rows += [row(f"{LAYER}mlp.{name}_proj.bias", f"layers/mlp/{name}/bias", "F -> F") for name in ("gate", "up", "down")]
     return Table(tuple(rows), ignored=(f"{LAYER}self_attn.rotary_emb.inv_freq",))
 
 
