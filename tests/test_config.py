@@ -6,14 +6,18 @@ import pytest
 from tests.tiny import tiny_run
 from vlm_jax.config import (
     AlibiConfig,
+    DynamicNtkScaling,
     EasyVqaConfig,
+    ExpertsConfig,
     LearnedPositionsConfig,
     Llama3Scaling,
+    LongRopeScaling,
     ModelConfig,
     OptimizerConfig,
     ParamRule,
     RopeConfig,
     RunConfig,
+    YarnScaling,
 )
 from vlm_jax.config_dict import from_config_dict, from_dict, to_config_dict, to_dict
 
@@ -25,8 +29,22 @@ def runs():
     run = tiny_run(optimizer=OptimizerConfig(lr=1e-4, warmup_steps=3, rules=RULES))
     yield run
     llama3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-    for positions in (RopeConfig(base=5e5, scaling=llama3), LearnedPositionsConfig(offset=2), AlibiConfig()):
-        language = dataclasses.replace(run.model.language, positions=positions, window=7)
+    longrope = LongRopeScaling(
+        short_factors=(1.0, 2.0), long_factors=(1.5, 4.0), original_max_positions=8, attention_factor=1.1
+    )
+    scalings = (
+        llama3,
+        DynamicNtkScaling(factor=2.0, original_max_positions=8),
+        YarnScaling(factor=2.0, original_max_positions=8, attention_factor=1.1),
+        longrope,
+    )
+    block = dataclasses.replace(run.model.language.block, experts=ExpertsConfig(number=4, chosen=2))
+    for window, positions in (
+        *((7, RopeConfig(base=5e5, scaling=scaling, share=0.5)) for scaling in scalings),
+        ((None, 3, 3), LearnedPositionsConfig(offset=2)),
+        (None, AlibiConfig()),
+    ):
+        language = dataclasses.replace(run.model.language, positions=positions, window=window, block=block)
         yield dataclasses.replace(run, model=dataclasses.replace(run.model, language=language))
     alone = ModelConfig(vision=None, connector=None, fusion=None, language=run.model.language)
     yield dataclasses.replace(run, model=alone, data=dataclasses.replace(run.data, source=EasyVqaConfig()))

@@ -30,6 +30,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head": (),
     "mlp": ("tensor",),
+    # Every device has a slice of every expert, by "mlp": its work is the same whichever experts the tokens choose, any number
+    # of experts will do, and no token changes its device.
+    "experts": (),
     "norm": (),
     "pixels": (),
     "positions": (),

@@ -1,7 +1,7 @@
 """LLaMA and Mistral against transformers, logit by logit."""
 
 import pytest
-from torch_helpers import TOKENS, VOCAB, compare_language_model
+from torch_helpers import TOKENS, VOCAB, compare_language_model, random_sizes
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from vlm_jax.interop import llama
@@ -49,7 +49,14 @@ def test_mistral_sees_only_its_window():
     compare_language_model(MistralForCausalLM(config), ours, llama.table(ours))
 
 
-def test_a_scaling_that_is_not_there_is_refused():
-    config = LlamaConfig(**SIZES, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))
-    with pytest.raises(ValueError, match=r"dynamic.*expected default, linear or llama3"):
-        llama.config_from_hf(config)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_sizes(seed):
+    config = LlamaConfig(**random_sizes(seed), rope_parameters=dict(rope_type="default", rope_theta=50.0))
+    ours = llama.config_from_hf(config)
+    compare_language_model(LlamaForCausalLM(config), ours, llama.table(ours))
+
+
+def test_heads_turned_in_part_are_refused():
+    rope = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0.5; this model turns whole heads"):
+        llama.config_from_hf(LlamaConfig(**SIZES, rope_parameters=rope))

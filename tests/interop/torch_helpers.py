@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
+from transformers import DynamicCache, PreTrainedModel
 
 from vlm_jax.config import DecoderConfig, ModelConfig
 from vlm_jax.data.batch import Batch
 from vlm_jax.interop.engine import abstract_params, to_ours, to_published
 from vlm_jax.interop.table import Table
+from vlm_jax.layers.decoder import Between, Cache, Decoder, empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
 
 VOCAB, TOKENS = 40, 12
@@ -23,8 +29,9 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim >= 2 and "embed" not in name and "latents" not in name:
-            noise *= 1.2 / parameter[0].numel() ** 0.5
+        if "embed_out" in name or (parameter.ndim >= 2 and "embed" not in name and "latents" not in name):
+            inputs = parameter.shape[2:] if "experts" in name else parameter.shape[1:]
+            noise *= 1.2 / math.prod(inputs) ** 0.5
         elif "embed_tokens" in name or "wte" in name:
             noise *= 0.3  # may also be the head
         elif parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
@@ -35,6 +42,13 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def state_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """What `save_pretrained` writes: the names of files on the hub, which may not be those in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
 
 
 def converted(state: dict[str, np.ndarray], table: Table, abstract: Any) -> Any:
@@ -74,6 +88,25 @@ def random_tokens(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCAB, (2, TOKENS), dtype=np.int32)
 
 
+def random_sizes(seed: int) -> dict[str, Any]:
+    """A language model's sizes in transformers' names; the width is a multiple of the heads, as some models want it."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *choices: choices[rng.integers(len(choices))]
+    kv_heads, group, head_width = draw(1, 2, 3), draw(1, 2, 3), draw(4, 6, 10)
+    heads = kv_heads * group
+    return dict(
+        vocab_size=VOCAB,
+        hidden_size=heads * head_width,
+        intermediate_size=draw(17, 24, 40),
+        num_hidden_layers=draw(1, 2, 4),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=draw(head_width, 8, 14),
+        max_position_embeddings=64,
+        tie_word_embeddings=draw(False, True),
+    )
+
+
 def compare(ours: Any, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
     """Largest difference below `tolerance`, between values that are worth comparing."""
     ours, theirs = np.asarray(ours), theirs.detach().numpy()
@@ -85,10 +118,67 @@ def compare(ours: Any, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
 
 
 def compare_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Table, tolerance: float = 1e-4) -> None:
-    """Logits of the same tokens, from the oracle's weights made random."""
-    model = VisionLanguageModel(ModelConfig(vision=None, connector=None, fusion=None, language=config))
-    params = converted(state_of(randomised(oracle)), table.under(ours="language/"), abstract_params(model))
+    """Hidden states layer by layer and logits of the same tokens, from the oracle's weights made random."""
     tokens = random_tokens()
-    logits = jax.jit(model.apply)({"params": params}, text_batch(tokens))
+    hidden, logits = run_language_model(oracle, config, table, tokens)
     with torch.no_grad():
-        compare(logits, oracle(input_ids=torch.tensor(tokens)).logits, tolerance)
+        theirs = oracle(input_ids=torch.tensor(tokens), output_hidden_states=True)
+    assert len(theirs.hidden_states) == len(hidden) == config.layers + 1
+    for ours, expected in zip(hidden, theirs.hidden_states, strict=True):
+        compare(ours, expected, tolerance)
+    compare(logits, theirs.logits, tolerance)
+
+
+def language_params(oracle: torch.nn.Module, config: DecoderConfig, table: Table) -> Any:
+    """The oracle's weights, made random, as the parameters of a `Decoder`."""
+    model = VisionLanguageModel(ModelConfig(vision=None, connector=None, fusion=None, language=config))
+    state = saved_state(randomised(oracle))
+    state |= {copy.name: state[copy.of] for copy in table.copies}  # as older files have them
+    return converted(state, table.under(ours="language/"), abstract_params(model))["language"]
+
+
+def run_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Table, tokens: np.ndarray) -> tuple[Any, Any]:
+    """What enters every layer and what leaves the last norm, [L + 1, B, T, D], and the logits."""
+    positions = text_batch(tokens).positions
+    seen = Between(every=1, offset=0, layers=jnp.zeros(config.layers), apply=lambda x, _: (x, x))
+
+    def whole(decoder: Decoder, tokens: np.ndarray) -> tuple[Any, Any]:
+        last, _, before = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), between=seen)
+        return jnp.concatenate([before, last[None]]), decoder.head(last)
+
+    module = Decoder(config, jnp.float32)
+    return jax.jit(lambda params: module.apply({"params": params}, tokens, method=whole))(
+        language_params(oracle, config, table)
+    )
+
+
+def decoded(params: Any, config: DecoderConfig, tokens: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits [B, T, V] of a prompt of so many tokens at once, and of the rest one by one with the cache."""
+    module = Decoder(config, jnp.float32)
+
+    @jax.jit
+    def step(params: Any, cache: Cache, tokens: np.ndarray) -> tuple[Any, Cache]:
+        positions = cache.used + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        def some(decoder: Decoder) -> tuple[Any, Cache]:
+            x = decoder.embed(tokens, positions)
+            hidden, new, _ = decoder(x, positions, jnp.ones_like(positions), cache)
+            return decoder.head(hidden), new
+
+        return module.apply({"params": params}, method=some)
+
+    cache = empty_cache(config, tokens.shape[0], tokens.shape[1], jnp.float32)
+    logits = []
+    for part in np.split(tokens, range(prompt, tokens.shape[1]), axis=1):
+        some, cache = step(params, cache, part)
+        logits.append(some)
+    return np.concatenate(logits, axis=1)
+
+
+def decoded_by_torch(oracle: torch.nn.Module, tokens: np.ndarray, prompt: int) -> torch.Tensor:
+    """The same from the oracle with its cache."""
+    cache, logits = DynamicCache(config=oracle.config), []
+    with torch.no_grad():
+        for part in np.split(tokens, range(prompt, tokens.shape[1]), axis=1):
+            logits.append(oracle(input_ids=torch.tensor(part), past_key_values=cache, use_cache=True).logits)
+    return torch.cat(logits, dim=1)

@@ -5,7 +5,7 @@ import numpy as np
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from vlm_jax.config import LinearScaling, Llama3Scaling, RopeConfig
+from vlm_jax.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from vlm_jax.ops.rotary import inverse_frequencies, rotary_angles, rotate
 
 LLAMA_3_1 = RopeConfig(
@@ -53,6 +53,13 @@ def test_frequencies_are_those_of_transformers():
     expected = ROPE_INIT_FUNCTIONS["linear"](linear, "cpu")[0].numpy()
     ours = inverse_frequencies(RopeConfig(base=500_000.0, scaling=LinearScaling(factor=4.0)), 128)
     np.testing.assert_allclose(ours, expected, rtol=2e-7)
+    # Qwen2.5's, on half of the head.
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32_768}
+    half = {"partial_rotary_factor": 0.5}
+    theirs = LlamaConfig(hidden_size=256, num_attention_heads=1, max_position_embeddings=131_072, rope_parameters=yarn | half)
+    expected = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")[0].numpy()
+    scaling = YarnScaling(factor=4.0, original_max_positions=32_768, attention_factor=1.0)
+    np.testing.assert_allclose(inverse_frequencies(RopeConfig(base=1e6, scaling=scaling, share=0.5), 256), expected, rtol=3e-7)
 
 
 def test_llama3_scaling_by_hand():

@@ -6,11 +6,21 @@ any leaf (`--config.optimizer.lr=3e-4`) and turns it back, refusing unknown name
 Where a part can be one of several kinds, its dataclass has a `kind` field that tells them apart.
 """
 
-from vlm_jax.config.block import Activation, BlockConfig, NormConfig
+from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
 from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
 from vlm_jax.config.fusion import GatedCrossAttentionConfig, InSequenceConfig
-from vlm_jax.config.language import AlibiConfig, DecoderConfig, LearnedPositionsConfig, LinearScaling, Llama3Scaling, RopeConfig
+from vlm_jax.config.language import (
+    AlibiConfig,
+    DecoderConfig,
+    DynamicNtkScaling,
+    LearnedPositionsConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, RunConfig
 from vlm_jax.config.vision import ClipVitConfig
@@ -23,13 +33,16 @@ __all__ = [
     "ClipVitConfig",
     "DataConfig",
     "DecoderConfig",
+    "DynamicNtkScaling",
     "EasyVqaConfig",
+    "ExpertsConfig",
     "GatedCrossAttentionConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
     "LearnedPositionsConfig",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "MeshConfig",
     "MlpProjectorConfig",
     "ModelConfig",
@@ -40,4 +53,5 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "YarnScaling",
 ]

@@ -20,21 +20,31 @@ class NormConfig:
 
 
 @frozen
+class ExpertsConfig:
+    """Several feed-forwards of which a router chooses some for each token (Shazeer et al. 2017)."""
+
+    number: int
+    chosen: int  # for a token
+
+
+@frozen
 class BlockConfig:
     """One pre-norm transformer block: attention and a feed-forward, each added to the stream.
 
-    CLIP, LLaMA, Mistral, OPT, MPT and Gemma blocks are all settings of it.
+    CLIP, LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma blocks are all settings of it.
     """
 
     width: int
     heads: int
     kv_heads: int  # fewer than `heads`: grouped-query attention (Ainslie et al. 2023)
     head_width: int
-    mlp_width: int
+    mlp_width: int  # of every expert, where there are several
     activation: Activation
     gated_mlp: bool  # SwiGLU / GeGLU (Shazeer 2020)
     norm: NormConfig
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
+    experts: ExpertsConfig | None = None  # Mixtral
     query_init: float = 1.0  # times LeCun's deviation: above 1, attention from scratch is choosy from its first step

@@ -28,12 +28,46 @@ class Llama3Scaling:
 
 
 @frozen
+class DynamicNtkScaling:
+    """A base that grows with the sequence once it is longer than the model was trained for (bloc97, emozilla 2023)."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    factor: float
+    original_max_positions: int
+
+
+@frozen
+class YarnScaling:
+    """YaRN (Peng et al. 2023): each frequency by how often it turns within the original context."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float
+    original_max_positions: int
+    attention_factor: float  # times cosine and sine
+    beta_fast: float = 32.0  # from so many turns on a frequency is kept
+    beta_slow: float = 1.0  # up to so many it is divided by `factor`
+    truncate: bool = True  # the range between the two begins and ends at whole frequencies
+
+
+@frozen
+class LongRopeScaling:
+    """LongRoPE (Ding et al. 2024): a divisor of its own for every frequency, others once the sequence is long."""
+
+    kind: Literal["longrope"] = "longrope"
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]  # of a sequence longer than `original_max_positions`
+    original_max_positions: int
+    attention_factor: float  # times cosine and sine
+
+
+@frozen
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021). Base and scaling have no default: a wrong guess is silent."""
 
     kind: Literal["rope"] = "rope"
     base: float
-    scaling: LinearScaling | Llama3Scaling | None
+    scaling: LinearScaling | Llama3Scaling | DynamicNtkScaling | YarnScaling | LongRopeScaling | None
+    share: float = 1.0  # of the head width, from its front, that is turned (GPT-NeoX's `rotary_pct`)
 
 
 @frozen
@@ -52,7 +86,7 @@ class AlibiConfig:
 
 @frozen
 class DecoderConfig:
-    """A decoder-only language model: LLaMA, Mistral, OPT, MPT and Gemma are settings of it."""
+    """A decoder-only language model: LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma are settings of it."""
 
     kind: Literal["decoder"] = "decoder"
     vocab_size: int
@@ -60,6 +94,7 @@ class DecoderConfig:
     block: BlockConfig
     positions: RopeConfig | LearnedPositionsConfig | AlibiConfig
     max_positions: int
-    window: int | None  # sliding-window attention: how many positions back, itself included; None: all
+    # Sliding-window attention: how many positions back, itself included; None: all. One for all layers, or one for each.
+    window: int | tuple[int | None, ...] | None
     tied_head: bool
     scale_embedding: bool = False  # Gemma multiplies embeddings by sqrt(width)

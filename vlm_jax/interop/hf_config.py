@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
-from vlm_jax.config import Activation, LinearScaling, Llama3Scaling, RopeConfig
+from vlm_jax.config import (
+    Activation,
+    DynamicNtkScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
@@ -45,25 +56,77 @@ def require(config: Any, **values: Any) -> None:
 def rope(config: Any) -> RopeConfig:
     """
     Raises:
-      ValueError: a scaling that this library does not have.
+      ValueError: a scaling that this library does not have, or several.
     """
     values = config.rope_parameters
-    match values.get("rope_type", "default"):
-        case "default":
-            scaling = None
-        case "linear":
-            scaling = LinearScaling(factor=float(values["factor"]))
-        case "llama3":
-            scaling = Llama3Scaling(
-                factor=float(values["factor"]),
-                low_freq_factor=float(values["low_freq_factor"]),
-                high_freq_factor=float(values["high_freq_factor"]),
-                original_max_positions=values["original_max_position_embeddings"],
-            )
-        case other:
-            raise ValueError(f"{type(config).__name__}: RoPE scaling {other!r}; expected default, linear or llama3")
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
+    if "rope_theta" not in values:
         raise ValueError(
-            f"{type(config).__name__}: partial_rotary_factor={values['partial_rotary_factor']}; only 1.0 is implemented"
+            f"{type(config).__name__}: RoPE of its own for each of {sorted(values)}; only one for all is implemented"
         )
-    return RopeConfig(base=float(values["rope_theta"]), scaling=scaling)
+    kind = values.get("rope_type", "default")
+    if kind not in SCALINGS:
+        raise ValueError(f"{type(config).__name__}: RoPE scaling {kind!r}; expected one of {sorted(SCALINGS)}")
+    scaling = SCALINGS[kind](values, config.max_position_embeddings)
+    return RopeConfig(base=float(values["rope_theta"]), scaling=scaling, share=values.get("partial_rotary_factor") or 1.0)
+
+
+# A scaling's `rope_parameters` and the model's `max_position_embeddings` -> ours.
+
+
+def _linear(values: dict[str, Any], longest: int) -> LinearScaling:
+    return LinearScaling(factor=float(values["factor"]))
+
+
+def _llama3(values: dict[str, Any], longest: int) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=float(values["factor"]),
+        low_freq_factor=float(values["low_freq_factor"]),
+        high_freq_factor=float(values["high_freq_factor"]),
+        original_max_positions=values["original_max_position_embeddings"],
+    )
+
+
+def _dynamic(values: dict[str, Any], longest: int) -> DynamicNtkScaling:
+    return DynamicNtkScaling(factor=float(values["factor"]), original_max_positions=longest)
+
+
+def _yarn(values: dict[str, Any], longest: int) -> YarnScaling:
+    original = values["original_max_position_embeddings"]
+    factor = float(values["factor"] or longest / original)
+    attention = values.get("attention_factor")
+    if attention is None:
+        of = lambda scale: 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+        scale, scale_all = values.get("mscale"), values.get("mscale_all_dim")
+        attention = of(scale) / of(scale_all) if scale and scale_all else of(1.0)
+    return YarnScaling(
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=float(attention),
+        beta_fast=float(values.get("beta_fast") or 32),
+        beta_slow=float(values.get("beta_slow") or 1),
+        truncate=values.get("truncate", True),
+    )
+
+
+def _longrope(values: dict[str, Any], longest: int) -> LongRopeScaling:
+    original = values["original_max_position_embeddings"]
+    factor = values.get("factor") or longest / original
+    attention = values.get("attention_factor")
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRopeScaling(
+        short_factors=tuple(map(float, values["short_factor"])),
+        long_factors=tuple(map(float, values["long_factor"])),
+        original_max_positions=original,
+        attention_factor=float(attention),
+    )
+
+
+SCALINGS: dict[str, Callable[[dict[str, Any], int], Any]] = {
+    "default": lambda values, longest: None,
+    "linear": _linear,
+    "llama3": _llama3,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023) and Mistral (Jiang et al. 2023): `LlamaForCausalLM`, `MistralForCausalLM`."""
+"""LLaMA (Touvron et al. 2023), Vicuna and Mistral (Jiang et al. 2023): `LlamaForCausalLM`, `MistralForCausalLM`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ def table(config: DecoderConfig) -> Table:
 
 def body(config: DecoderConfig) -> Table:
     """All but the embedding and the head."""
+    maps = (("gate", "F D -> D F"), ("up", "F D -> D F"), ("down", "D F -> F D"))
+    rows = [row(f"{LAYER}mlp.{name}_proj.weight", f"layers/mlp/{name}/kernel", axes) for name, axes in maps]
+    if config.block.mlp_bias:
+        rows += [row(f"{LAYER}mlp.{name}_proj.bias", f"layers/mlp/{name}/bias", "F -> F") for name, _ in maps]
+    return attention(config) + Table(tuple(rows))
+
+
+def attention(config: DecoderConfig) -> Table:
+    """The attention, and all norms."""
     block = config.block
     rows = [
         row("model.norm.weight", "final_norm/scale", "D -> D"),
         row(f"{LAYER}input_layernorm.weight", "layers/attention_norm/scale", "D -> D"),
         row(f"{LAYER}post_attention_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
         row(f"{LAYER}self_attn.o_proj.weight", "layers/attention/out/kernel", "D (N H) -> N H D"),
-        row(f"{LAYER}mlp.gate_proj.weight", "layers/mlp/gate/kernel", "F D -> D F"),
-        row(f"{LAYER}mlp.up_proj.weight", "layers/mlp/up/kernel", "F D -> D F"),
-        row(f"{LAYER}mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
     ]
     for name, ours, published, split in PROJECTIONS:
         rows.append(
@@ -37,8 +43,6 @@ def body(config: DecoderConfig) -> Table:
             rows.append(row(f"{LAYER}self_attn.{name}_proj.bias", f"layers/attention/{ours}/bias", f"{published} -> {split}"))
     if block.out_bias:
         rows.append(row(f"{LAYER}self_attn.o_proj.bias", "layers/attention/out/bias", "D -> D"))
-    if block.mlp_bias:
-        rows += [row(f"{LAYER}mlp.{name}_proj.bias", f"layers/mlp/{name}/bias", "F -> F") for name in ("gate", "up", "down")]
     return Table(tuple(rows), ignored=(f"{LAYER}self_attn.rotary_emb.inv_freq",))
 
 
@@ -52,6 +56,9 @@ def head(config: DecoderConfig) -> Table:
 
 def config_from_hf(config: Any) -> DecoderConfig:
     """`LlamaConfig` or `MistralConfig` -> ours."""
+    positions = rope(config)
+    if positions.share != 1.0:
+        raise ValueError(f"{type(config).__name__}: partial_rotary_factor={positions.share}; this model turns whole heads")
     attention_bias = getattr(config, "attention_bias", False)
     block = BlockConfig(
         width=config.hidden_size,
@@ -70,7 +77,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
         block=block,
-        positions=rope(config),
+        positions=positions,
         max_positions=config.max_position_embeddings,
         window=getattr(config, "sliding_window", None),
         tied_head=config.tie_word_embeddings,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.config import ClipVitConfig, DecoderConfig
-from vlm_jax.interop import clip_vit, gemma, llama, mpt, opt
+from vlm_jax.interop import clip_vit, gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table
 
@@ -23,6 +23,9 @@ class LanguageModel:
 LANGUAGE = {
     "llama": LanguageModel(llama.config_from_hf, llama.table, "model."),
     "mistral": LanguageModel(llama.config_from_hf, llama.table, "model."),
+    "mixtral": LanguageModel(mixtral.config_from_hf, mixtral.table, "model."),
+    "qwen2": LanguageModel(qwen2.config_from_hf, qwen2.table, "model."),
+    "gpt_neox": LanguageModel(gpt_neox.config_from_hf, gpt_neox.table, "gpt_neox.", "embed_out."),
     "gemma": LanguageModel(gemma.config_from_hf, gemma.table, "model."),
     "opt": LanguageModel(opt.config_from_hf, opt.table, "model."),
     "mpt": LanguageModel(mpt.config_from_hf, mpt.table, "transformer."),

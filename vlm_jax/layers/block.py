@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vlm_jax.config import Activation, BlockConfig, NormConfig
 from vlm_jax.layers.linear import Linear, Norm
+from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.ops.attention import attend, attention_weights
 from vlm_jax.sharding import constrain
@@ -96,7 +97,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x).
+    """x + attention(norm x), then x + mlp(norm x); with `parallel_residual` x + attention(norm x) + mlp(norm x).
 
     What the attention does with its queries, keys and values (rotary, mask, cache) is the caller's: `attention_of` takes
     (q [B, T, N, H], k, v [B, T, K, H]) to (y [B, T, N, H], anything), and the anything is returned beside the output.
@@ -120,19 +121,18 @@ class Block(nn.Module):
             query_init=config.query_init,
             name="attention",
         )
-        mlp = Mlp(
-            config.width,
-            config.mlp_width,
-            config.activation,
-            config.gated_mlp,
-            config.mlp_bias,
-            self.dtype,
-            name="mlp",
-        )
+        mlp = _feed_forward(config, self.dtype)
         y = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
         y, extra = attention_of(attention.queries(y), *attention.keys_values(y))
-        x = x + attention.output(y)
-        return x + mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)), extra
+        attended = x + attention.output(y)
+        x = x if config.parallel_residual else attended
+        return attended + mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)), extra
+
+
+def _feed_forward(config: BlockConfig, dtype: Dtype) -> nn.Module:
+    if config.experts is not None:
+        return MixtureOfExperts(config, dtype, name="mlp")
+    return Mlp(config.width, config.mlp_width, config.activation, config.gated_mlp, config.mlp_bias, dtype, name="mlp")
 
 
 def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Mapping[str, Any]:

@@ -124,10 +124,10 @@ class Decoder(nn.Module):
             put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.used))
             k_positions, k_segments = put(cache.positions, positions), put(cache.segments, segments)
             kv = (cache.keys, cache.values)
-        mask = causal_mask(positions, k_positions, segments, k_segments, config.window)
+        mask_of = _masks(config, positions, k_positions, segments, k_segments)
         angles = bias = None
         if isinstance(config.positions, RopeConfig):
-            angles = rotary_angles(config.positions, config.block.head_width, positions)
+            angles = rotary_angles(config.positions, config.block.head_width, positions, segments)
         elif isinstance(config.positions, AlibiConfig):
             bias = alibi_bias(positions, k_positions, config.block.heads, config.positions.max_bias)
 
@@ -138,11 +138,11 @@ class Decoder(nn.Module):
                 if angles is not None:
                     q, k = rotate(q, *angles), rotate(k, *angles)
                 if kv is None:
-                    return attend(q, k, v, mask, bias), None
+                    return attend(q, k, v, mask_of(index), bias), None
                 # The whole cache is carried and one place of it written, so that XLA updates it in place.
                 write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (index, 0, 0, cache.used, 0))
                 new = tuple(write(old, part.astype(old.dtype).swapaxes(1, 2)) for old, part in zip(kv, (k, v), strict=True))
-                return attend(q, *(part[index].astype(q.dtype).swapaxes(1, 2) for part in new), mask, bias), new
+                return attend(q, *(part[index].astype(q.dtype).swapaxes(1, 2) for part in new), mask_of(index), bias), new
 
             x, kv = self.block.apply({"params": params}, x, attention_of)
             return (constrain(x, "batch", "length", None), kv), None
@@ -151,6 +151,17 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = Cache(*kv, k_positions, k_segments, cache.used + positions.shape[1])
         return self.final_norm(x), cache, collected
+
+
+def _masks(config: DecoderConfig, *places: Array) -> Callable[[Any], Array]:
+    """The number of a layer -> its mask, from the four arguments of `causal_mask`."""
+    if not isinstance(config.window, tuple):
+        mask = causal_mask(*places, config.window)
+        return lambda index: mask
+    if len(config.window) != config.layers:
+        raise ValueError(f"window: {len(config.window)} windows for {config.layers} layers; expected one each")
+    windows = jnp.asarray([jnp.iinfo(jnp.int32).max if window is None else window for window in config.window])
+    return lambda index: causal_mask(*places, windows[index])
 
 
 # Layers of a scanned group that stand in its body one after the other: a loop in a loop copies weights out of their stacks, and

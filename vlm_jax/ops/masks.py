@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def causal_mask(
-    q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array, window: int | None = None
+    q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array, window: int | Array | None = None
 ) -> Array:
     """A token sees its own segment up to itself, and with a window at most `window` positions, itself included.
 
@@ -29,6 +29,7 @@ def causal_mask(
     Args:
       q_positions, q_segments: [B, T] int32.
       k_positions, k_segments: [B, S] int32.
+      window: an array [] where it is one of several that are scanned.
 
     Returns:
       [B, T, S] bool.

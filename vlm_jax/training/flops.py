@@ -54,12 +54,34 @@ def _count(jaxpr: core.Jaxpr) -> int:
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
             continue
+        if name == "ragged_dot_general":
+            total += _ragged(eqn)
+            continue
         inner = [_count(sub) for sub in _inner(eqn)]
         if name == "scan":
             total += eqn.params["length"] * sum(inner)
+        elif name == "shard_map":
+            total += _ways(eqn) * sum(inner)
         else:
             total += max(inner, default=0) if name == "cond" else sum(inner)
     return total
+
+
+def _ragged(eqn: Any) -> int:
+    """A row of a ragged product meets the matrix of its own group alone."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    rows, groups = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape[-1]
+    total = 2 * math.prod(rows[axis] for axis in contracted) * math.prod(eqn.outvars[0].aval.shape)
+    # Contracted over the rows, it has a result for every group.
+    return total // groups if set(numbers.lhs_ragged_dimensions) & set(contracted) else total
+
+
+def _ways(eqn: Any) -> int:
+    """Into how many parts a `shard_map` cuts the work: what it shares out, not what every device repeats."""
+    entries = [entry for spec in (*eqn.params["in_specs"], *eqn.params["out_specs"]) for entry in spec if entry]
+    names = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
+    return math.prod(eqn.params["mesh"].shape[name] for name in names)
 
 
 def _inner(eqn: Any) -> list[core.Jaxpr]:
