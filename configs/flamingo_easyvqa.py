@@ -13,7 +13,6 @@ import ml_collections
 from vlm_jax.config import (
     AugmentConfig,
     BlockConfig,
-    ClipVitConfig,
     DataConfig,
     DecoderConfig,
     EasyVqaConfig,
@@ -26,6 +25,7 @@ from vlm_jax.config import (
     RopeConfig,
     RunConfig,
     SampleRule,
+    VitConfig,
 )
 from vlm_jax.config_dict import to_config_dict
 
@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
         mlp_bias=False,
     )
     model = ModelConfig(
-        vision=ClipVitConfig(image_size=64, patch_size=8, layers=3, block=vision, position_init=0.5),
+        vision=VitConfig(image_size=64, patch_size=8, layers=3, block=vision, position_init=0.5),
         connector=PerceiverConfig(latents=8, layers=2, heads=4, head_width=32, mlp_ratio=2),
         fusion=GatedCrossAttentionConfig(every=1, offset=0, heads=4, head_width=32, mlp_width=256),
         language=DecoderConfig(

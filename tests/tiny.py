@@ -16,7 +16,6 @@ from PIL import Image
 
 from vlm_jax.config import (
     BlockConfig,
-    ClipVitConfig,
     DataConfig,
     DecoderConfig,
     GatedCrossAttentionConfig,
@@ -28,6 +27,7 @@ from vlm_jax.config import (
     PerceiverConfig,
     RopeConfig,
     RunConfig,
+    VitConfig,
 )
 from vlm_jax.config_dict import to_config_dict
 from vlm_jax.data.batch import Batch
@@ -65,7 +65,7 @@ def tiny_model() -> ModelConfig:
         mlp_bias=False,
     )
     return ModelConfig(
-        vision=ClipVitConfig(image_size=16, patch_size=8, layers=2, block=vision),
+        vision=VitConfig(image_size=16, patch_size=8, layers=2, block=vision),
         connector=PerceiverConfig(latents=4, layers=1, heads=2, head_width=8),
         fusion=GatedCrossAttentionConfig(every=2, offset=0, heads=8, head_width=4, mlp_width=64),
         language=DecoderConfig(

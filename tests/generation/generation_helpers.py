@@ -8,7 +8,6 @@ import numpy as np
 
 from vlm_jax.config import (
     BlockConfig,
-    ClipVitConfig,
     DataConfig,
     DecoderConfig,
     EasyVqaConfig,
@@ -18,6 +17,7 @@ from vlm_jax.config import (
     NormConfig,
     PerceiverConfig,
     RopeConfig,
+    VitConfig,
 )
 from vlm_jax.data.batch import Batch
 from vlm_jax.data.tokenizer import train_tokenizer
@@ -58,7 +58,7 @@ def model_config(sees: bool = True, layers: int = 3, every: int = 2, media: str 
     if not sees:
         return ModelConfig(vision=None, connector=None, fusion=None, language=language)
     return ModelConfig(
-        vision=ClipVitConfig(image_size=16, patch_size=4, layers=2, block=block(32, 4), **vision),
+        vision=VitConfig(image_size=16, patch_size=4, layers=2, block=block(32, 4), **vision),
         connector=PerceiverConfig(latents=4, layers=2, heads=2, head_width=8, mlp_ratio=2),
         fusion=GatedCrossAttentionConfig(every=every, offset=0, heads=4, head_width=8, mlp_width=64, media=media),
         language=language,

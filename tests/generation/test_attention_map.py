@@ -28,7 +28,7 @@ def test_latents_that_see_nothing_stay_empty():
     assert not np.asarray(rollout(weights)).any()
 
 
-@pytest.mark.parametrize("variant", [{}, {"class_token": True}], ids=["patches", "class token"])
+@pytest.mark.parametrize("variant", [{}, {"class_token": "kept"}], ids=["patches", "class token"])
 def test_maps_of_an_answer(tmp_path, variant):
     generator, data = tiny.generator(tiny.model_config(**variant)), tiny.data_config()
     request = ask(data, "is <image> or <image> a circle?", [tiny.picture(1), tiny.picture(2)])

@@ -76,7 +76,7 @@ def check(config, generator, requests) -> None:
 
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"media": "all_previous", "layers": 4, "every": 3, "class_token": True}],
+    [{}, {"media": "all_previous", "layers": 4, "every": 3, "class_token": "kept"}],
     ids=["last image", "all images"],
 )
 def test_batched_equals_repeated_forward_passes(variant):

@@ -9,33 +9,33 @@ import numpy as np
 import pytest
 
 from tests.tiny import random_params, tiny_model
-from vlm_jax.layers.vit import ClipVit
+from vlm_jax.layers.vit import Vit
 
-CONFIG = dataclasses.replace(tiny_model().vision, layers=3, post_norm=False, class_token=True)
+CONFIG = dataclasses.replace(tiny_model().vision, layers=3, post_norm="none", class_token="kept")
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
 
 @functools.cache
 def params():
     """With `post_norm`, which leaves the others as they are."""
-    return random_params(ClipVit(dataclasses.replace(CONFIG, post_norm=True), jnp.float32), IMAGES)
+    return random_params(Vit(dataclasses.replace(CONFIG, post_norm="applied"), jnp.float32), IMAGES)
 
 
 def features(images=IMAGES, **changes):
-    model = ClipVit(dataclasses.replace(CONFIG, **changes), jnp.float32)
+    model = Vit(dataclasses.replace(CONFIG, **changes), jnp.float32)
     return np.asarray(jax.jit(model.apply)({"params": params()}, images))
 
 
 def test_hidden_states_are_counted_from_both_ends():
     for index in range(4):
         for same in (index, index - 4):
-            assert ClipVit(dataclasses.replace(CONFIG, feature_layer=same), jnp.float32).used_layers() == index
+            assert Vit(dataclasses.replace(CONFIG, feature_layer=same), jnp.float32).used_layers() == index
     every = [features(feature_layer=index) for index in (0, 1, -2, -1)]
     for one, other in itertools.pairwise(every):
         assert np.abs(one - other).max() > 0.01
     # A tower that ends there gives the same.
     lower = params() | {"layers": jax.tree.map(lambda p: p[:2], params()["layers"])}
-    short = ClipVit(dataclasses.replace(CONFIG, layers=2), jnp.float32)
+    short = Vit(dataclasses.replace(CONFIG, layers=2), jnp.float32)
     np.testing.assert_allclose(jax.jit(short.apply)({"params": lower}, IMAGES), every[2], atol=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_a_layer_that_is_not_there_is_an_error(index):
 
 
 def test_the_class_token_stands_in_front():
-    np.testing.assert_array_equal(features(class_token=False), features()[:, 1:])
+    np.testing.assert_array_equal(features(class_token="dropped"), features()[:, 1:])
     assert features().shape == (2, 5, 16)
 
 
@@ -54,7 +54,7 @@ def test_post_norm_normalises_what_leaves():
     plain, scale, bias = features(), params()["post_norm"]["scale"], params()["post_norm"]["bias"]
     centred = plain - plain.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
-    np.testing.assert_allclose(features(post_norm=True), expected, atol=1e-5)
+    np.testing.assert_allclose(features(post_norm="applied"), expected, atol=1e-5)
 
 
 def test_the_embeddings_by_hand():
@@ -79,7 +79,7 @@ def test_larger_and_oblong_pictures_get_interpolated_positions():
 
 def test_initial_deviations_are_those_of_the_configuration():
     def deviations(config):
-        params = ClipVit(config, jnp.float32).init(jax.random.key(0), IMAGES)["params"]
+        params = Vit(config, jnp.float32).init(jax.random.key(0), IMAGES)["params"]
         flat = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
         return {jax.tree_util.keystr(path): float(jnp.std(leaf)) for path, leaf in flat}
 

@@ -10,18 +10,18 @@ import pytest
 from vlm_jax.config import (
     AlibiConfig,
     BlockConfig,
-    ClipVitConfig,
     DecoderConfig,
     GatedCrossAttentionConfig,
     LearnedPositionsConfig,
     NormConfig,
     PerceiverConfig,
     RopeConfig,
+    VitConfig,
 )
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.gated_cross_attention import GatedCrossAttention
 from vlm_jax.layers.perceiver import PerceiverResampler
-from vlm_jax.layers.vit import ClipVit
+from vlm_jax.layers.vit import Vit
 
 LAYER, RMS = NormConfig(kind="layer", eps=1e-5), NormConfig(kind="rms", eps=1e-6)
 ROPE = RopeConfig(base=10_000.0, scaling=None)
@@ -102,10 +102,10 @@ def test_language_models(name):
 
 
 def test_clip_vit_large_14_336():
-    config = ClipVitConfig(image_size=336, patch_size=14, layers=24, block=block(1024, 16, 4096))
+    config = VitConfig(image_size=336, patch_size=14, layers=24, block=block(1024, 16, 4096))
     images = jnp.zeros((1, 336, 336, 3), jnp.uint8)
-    assert count(ClipVit(config, jnp.float32), images) == 303_507_456
-    without = ClipVit(dataclasses.replace(config, post_norm=False), jnp.float32)
+    assert count(Vit(config, jnp.float32), images) == 303_507_456
+    without = Vit(dataclasses.replace(config, post_norm="none"), jnp.float32)
     assert count(without, images) == 303_507_456 - 2 * 1024
 
 

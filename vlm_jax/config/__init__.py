@@ -23,14 +23,13 @@ from vlm_jax.config.language import (
 )
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, RunConfig
-from vlm_jax.config.vision import ClipVitConfig
+from vlm_jax.config.vision import VitConfig
 
 __all__ = [
     "Activation",
     "AlibiConfig",
     "AugmentConfig",
     "BlockConfig",
-    "ClipVitConfig",
     "DataConfig",
     "DecoderConfig",
     "DynamicNtkScaling",
@@ -53,5 +52,6 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "VitConfig",
     "YarnScaling",
 ]

@@ -9,18 +9,27 @@ from vlm_jax.config.frozen import frozen
 
 
 @frozen
-class ClipVitConfig:
-    """CLIP's vision transformer (Radford et al. 2021)."""
+class VitConfig:
+    """The vision transformer (Dosovitskiy et al. 2021): CLIP's, SigLIP's, DINOv2's and EVA-CLIP's are settings of it."""
 
-    kind: Literal["clip_vit"] = "clip_vit"
+    kind: Literal["vit"] = "vit"
     image_size: int  # pixels of a side the positions are learned for
     patch_size: int
     layers: int
     block: BlockConfig
+    class_token: Literal["none", "dropped", "kept"] = "dropped"  # SigLIP has none; the others' may be among the features
+    patch_bias: bool = False
+    pre_norm: bool = True  # before the first block; CLIP alone
     feature_layer: int = -1  # which hidden state leaves: -1 the last, -2 the one before (LLaVA), 0 the embeddings
-    post_norm: bool = True  # `post_layernorm` on the features; OpenFlamingo and LLaVA take them before it
-    holds_post_norm: bool = False  # without `post_norm`: a published checkpoint's, which no feature is made of
+    # After the last block, applied to the features; OpenFlamingo and LLaVA take them before it. "held": a published
+    # checkpoint's, which no feature is made of.
+    post_norm: Literal["none", "held", "applied"] = "applied"
+    mask_token: bool = False  # DINOv2's, for masked pretraining; held
     position_init: float | None = None  # deviation the positions start with; None: width ** -0.5, as CLIP's
-    class_token: bool = False  # whether the class token is among the features
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def frame_features(self) -> int:
+        """How many features leave for a picture of `image_size`."""
+        return (self.image_size // self.patch_size) ** 2 + (self.class_token == "kept")

@@ -189,7 +189,7 @@ class Generator:
 
     def _visual(self, of_slot: np.ndarray, offsets: np.ndarray, slots: int, most: int) -> np.ndarray:
         """`Prompts.visual` [B, T] of `Layout.slots` and `Layout.offsets`, in a batch of `slots` slots of `most` frames."""
-        size = most * self.model.frame_features
+        size = most * self.model.config.vision.frame_features
         place = np.where(offsets < 0, slots * size, (of_slot - 1) * size + offsets) + 1
         return np.where(of_slot > 0, place, 0).astype(np.int32)
 

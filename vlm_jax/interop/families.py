@@ -35,9 +35,8 @@ def _alone(part: LanguageModel) -> Family:
 
 
 def _every_patch(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> PublishedProcessor:
-    vision = config.vision
-    count = (vision.image_size // vision.patch_size) ** 2 + int(vision.class_token)
-    return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, lambda size: np.arange(count)))
+    places = np.arange(config.vision.frame_features)
+    return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, lambda size: places))
 
 
 def _anyres(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> PublishedProcessor:

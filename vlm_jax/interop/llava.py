@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vlm_jax.config import InSequenceConfig, MlpProjectorConfig, ModelConfig
+from vlm_jax.config import InSequenceConfig, MlpProjectorConfig, ModelConfig, VitConfig
 from vlm_jax.interop.hf_config import activation
 from vlm_jax.interop.parts import language_model, vision_encoder
 from vlm_jax.interop.table import Table, row
@@ -35,8 +35,8 @@ def config_from_hf(config: Any) -> ModelConfig:
         vision=dataclasses.replace(
             vision,
             feature_layer=config.vision_feature_layer,
-            post_norm=False,
-            class_token=config.vision_feature_select_strategy == "full",
+            post_norm="held",
+            class_token=_class_token(vision, config),
         ),
         connector=MlpProjectorConfig(
             width=language.block.width,
@@ -46,6 +46,17 @@ def config_from_hf(config: Any) -> ModelConfig:
         fusion=InSequenceConfig(newline=config.model_type == "llava_next"),
         language=dataclasses.replace(language, tied_head=config.tie_word_embeddings),
     )
+
+
+def _class_token(vision: VitConfig, config: Any) -> str:
+    if vision.class_token == "none":
+        if config.vision_feature_select_strategy == "default":
+            raise ValueError(
+                "vision_feature_select_strategy='default' drops the first feature, and this vision encoder has no class token: "
+                "only 'full' is implemented"
+            )
+        return "none"
+    return "kept" if config.vision_feature_select_strategy == "full" else "dropped"
 
 
 def table(config: ModelConfig, hf_config: Any) -> Table:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from vlm_jax.config import ClipVitConfig, DecoderConfig
-from vlm_jax.interop import clip_vit, gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
+from vlm_jax.config import DecoderConfig, VitConfig
+from vlm_jax.interop import clip, gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table
 
@@ -34,12 +34,13 @@ LANGUAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class VisionEncoder:
-    config_from_hf: Callable[[Any], ClipVitConfig]
-    rows: Callable[[ClipVitConfig], Table]  # without a prefix
+    config_from_hf: Callable[[Any], VitConfig]
+    rows: Callable[[VitConfig], Table]  # without a prefix
 
 
 VISION = {
-    "clip_vision_model": VisionEncoder(clip_vit.config_from_hf, clip_vit.rows),
+    "clip_vision_model": VisionEncoder(clip.config_from_hf, clip.rows),
+    "siglip_vision_model": VisionEncoder(clip.config_from_hf, clip.rows),
 }
 
 

@@ -17,7 +17,7 @@ from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.ops.attention import attend, attention_weights
-from vlm_jax.sharding import constrain
+from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
 Dtype = Any
@@ -124,9 +124,17 @@ class Block(nn.Module):
         mlp = _feed_forward(config, self.dtype)
         y = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
         y, extra = attention_of(attention.queries(y), *attention.keys_values(y))
-        attended = x + attention.output(y)
+        attended = x + self._scaled("attention_scale", attention.output(y))
         x = x if config.parallel_residual else attended
-        return attended + mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)), extra
+        y = mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x))
+        return attended + self._scaled("mlp_scale", y), extra
+
+    def _scaled(self, name: str, y: Array) -> Array:
+        if not self.config.layer_scale:
+            return y
+        # Small at first, as DINOv2's: a deep stack begins near the identity.
+        factor = self.param(name, named(nn.initializers.constant(0.1), "norm"), (self.config.width,))
+        return y * factor.astype(y.dtype)
 
 
 def _feed_forward(config: BlockConfig, dtype: Dtype) -> nn.Module:

@@ -1,6 +1,7 @@
-"""CLIP's vision transformer (Radford et al. 2021; transformers' `CLIPVisionModel`).
+"""The vision transformer (Dosovitskiy et al. 2021): CLIP's (Radford et al. 2021), SigLIP's (Zhai et al. 2023), DINOv2's (Oquab
+et al. 2023) and EVA-CLIP's (Sun et al. 2023), as transformers has them.
 
-Axis letters: B images, H x W pixels, P patches, S = 1 + P tokens, D width.
+Axis letters: B images, H x W pixels, P patches, S tokens (P, and 1 for the class token), D width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import ClipVitConfig
+from vlm_jax.config import VitConfig
 from vlm_jax.layers.block import Block, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
@@ -21,24 +22,25 @@ from vlm_jax.sharding import constrain, named
 Array = jax.Array
 
 
-class ClipVit(nn.Module):
+class Vit(nn.Module):
     """Images [B, H, W, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front.
 
     Pictures of another size than `image_size` get interpolated positions. `feature_layer` picks the hidden state as
     transformers counts them: 0 the embeddings, i the output of block i, negative from the end.
     """
 
-    config: ClipVitConfig
+    config: VitConfig
     dtype: Any
     remat: str = "none"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
+        config = self.config
         hidden = self.hidden_states(images, last=self.used_layers())
-        if self.config.post_norm or self.config.holds_post_norm:
-            normed = Norm(self.config.block.norm, self.config.block.width, self.dtype, name="post_norm")(hidden)
-            hidden = normed if self.config.post_norm else hidden
-        return hidden if self.config.class_token else hidden[:, 1:]
+        if config.post_norm != "none":
+            normed = Norm(config.block.norm, config.block.width, self.dtype, name="post_norm")(hidden)
+            hidden = normed if config.post_norm == "applied" else hidden
+        return hidden[:, 1:] if config.class_token == "dropped" else hidden
 
     def used_layers(self) -> int:
         """How many blocks run for `feature_layer`.
@@ -60,19 +62,26 @@ class ClipVit(nn.Module):
 
     @nn.nowrap
     def hidden_states(self, images: Array, last: int) -> Array:
-        """[B, 1 + P, D] after `last` blocks; must run inside `__call__`."""
+        """[B, S, D] after `last` blocks; must run inside `__call__`."""
         config, width = self.config, self.config.block.width
         patch, side = config.patch_size, config.image_size // config.patch_size
         x = patchify(self.normalise(images), patch)
-        x = Linear({"pixels": 3 * patch * patch}, {"embed": width}, False, self.dtype, name="patch_embedding")(x)
+        inputs, outputs = {"pixels": 3 * patch * patch}, {"embed": width}
+        x = Linear(inputs, outputs, config.patch_bias, self.dtype, name="patch_embedding")(x)
         small = nn.initializers.normal(width**-0.5)
-        token = self.param("class_embedding", named(small, "embed"), (width,))
         places = nn.initializers.normal(config.position_init or width**-0.5)
-        positions = self.param("position_embedding", named(places, "positions", "embed"), (1 + side * side, width))
+        front = int(config.class_token != "none")
+        positions = self.param("position_embedding", named(places, "positions", "embed"), (front + side * side, width))
         grid = (images.shape[1] // patch, images.shape[2] // patch)
-        positions = jnp.concatenate([positions[:1], resize_positions(positions[1:], grid)])
-        x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width)), x], axis=1)
-        x = Norm(config.block.norm, width, self.dtype, name="pre_norm")(x + positions.astype(x.dtype))
+        positions = jnp.concatenate([positions[:front], resize_positions(positions[front:], grid)])
+        if front:
+            token = self.param("class_embedding", named(small, "embed"), (width,))
+            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width)), x], axis=1)
+        if config.mask_token:
+            self.param("mask_token", named(nn.initializers.zeros, "embed"), (width,))
+        x = x + positions.astype(x.dtype)
+        if config.pre_norm:
+            x = Norm(config.block.norm, width, self.dtype, name="pre_norm")(x)
 
         block = Block(config.block, self.dtype, parent=None)
         see_all = lambda q, k, v: (attend(q, k, v), None)

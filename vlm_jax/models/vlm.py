@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import (
-    ClipVitConfig,
     DecoderConfig,
     GatedCrossAttentionConfig,
     InSequenceConfig,
     MlpProjectorConfig,
     ModelConfig,
     PerceiverConfig,
+    VitConfig,
 )
 from vlm_jax.data.batch import Batch
 from vlm_jax.layers.block import KeyValue
@@ -28,12 +28,12 @@ from vlm_jax.layers.gated_cross_attention import GatedCrossAttention
 from vlm_jax.layers.in_sequence import InSequence
 from vlm_jax.layers.perceiver import PerceiverResampler
 from vlm_jax.layers.projector import MlpProjector
-from vlm_jax.layers.vit import ClipVit
+from vlm_jax.layers.vit import Vit
 
 Array = jax.Array
 
 # Which module a configuration stands for. A new part is a line here and a file in `layers/`.
-VISION = {ClipVitConfig: ClipVit}
+VISION = {VitConfig: Vit}
 CONNECTOR = {PerceiverConfig: PerceiverResampler, MlpProjectorConfig: MlpProjector}
 FUSION = {GatedCrossAttentionConfig: GatedCrossAttention, InSequenceConfig: InSequence}
 LANGUAGE = {DecoderConfig: Decoder}
@@ -72,12 +72,6 @@ class VisionLanguageModel(nn.Module):
     def crosses(self) -> bool:
         """Whether layers of cross-attention read the images; else their visual tokens stand in the sequence."""
         return isinstance(self.config.fusion, GatedCrossAttentionConfig)
-
-    @property
-    def frame_features(self) -> int:
-        """How many features the vision encoder makes of a frame of its own size."""
-        vision = self.config.vision
-        return (vision.image_size // vision.patch_size) ** 2 + int(vision.class_token)
 
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""

@@ -1,23 +1,23 @@
-"""CLIP's vision tower: transformers' `CLIPVisionModel`, and IDEFICS's copy of it."""
+"""The vision towers of CLIP (Radford et al. 2021; `CLIPVisionModel`, IDEFICS's copy of it) and SigLIP (Zhai et al. 2023)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlm_jax.config import BlockConfig, ClipVitConfig, NormConfig
+from vlm_jax.config import BlockConfig, NormConfig, VitConfig
 from vlm_jax.interop.hf_config import activation, require
 from vlm_jax.interop.table import Table, row
 
 LAYER = "encoder.layers.{}."
 
 
-def table(config: ClipVitConfig) -> Table:
+def table(config: VitConfig) -> Table:
     """Of the tower alone: published names with the `vision_model.` of hub files or without it."""
     return rows(config).under("[vision_model.]")
 
 
-def rows(config: ClipVitConfig) -> Table:
-    """Published names <-> the paths of a `ClipVit`."""
+def rows(config: VitConfig) -> Table:
+    """Published names <-> the paths of a `Vit`."""
     attention = [
         entry
         for published, ours in (("q", "query"), ("k", "key"), ("v", "value"))
@@ -26,16 +26,11 @@ def rows(config: ClipVitConfig) -> Table:
             row(f"{LAYER}self_attn.{published}_proj.bias", f"layers/attention/{ours}/bias", "(N H) -> N H"),
         )
     ]
-    norms = (
-        ("pre_layrnorm", "pre_norm"),
-        (f"{LAYER}layer_norm1", "layers/attention_norm"),
-        (f"{LAYER}layer_norm2", "layers/mlp_norm"),
-    )
-    if config.post_norm or config.holds_post_norm:
-        norms += (("post_layernorm", "post_norm"),)
+    norms = [(f"{LAYER}layer_norm1", "layers/attention_norm"), (f"{LAYER}layer_norm2", "layers/mlp_norm")]
+    norms += [("pre_layrnorm", "pre_norm")] if config.pre_norm else []
+    norms += [("post_layernorm", "post_norm")] if config.post_norm != "none" else []
     patch = config.patch_size
-    entries = (
-        row("embeddings.class_embedding", "class_embedding", "D -> D"),
+    entries = [
         row("embeddings.patch_embedding.weight", "patch_embedding/kernel", "D C Y X -> (Y X C) D", C=3, Y=patch, X=patch),
         row("embeddings.position_embedding.weight", "position_embedding", "T D -> T D"),
         *attention,
@@ -47,12 +42,16 @@ def rows(config: ClipVitConfig) -> Table:
         row(f"{LAYER}mlp.fc2.bias", "layers/mlp/down/bias", "D -> D"),
         *(row(f"{published}.weight", f"{ours}/scale", "D -> D") for published, ours in norms),
         *(row(f"{published}.bias", f"{ours}/bias", "D -> D") for published, ours in norms),
-    )
-    return Table(entries, ignored=("embeddings.position_ids",))
+    ]
+    if config.class_token != "none":
+        entries.append(row("embeddings.class_embedding", "class_embedding", "D -> D"))
+    if config.patch_bias:
+        entries.append(row("embeddings.patch_embedding.bias", "patch_embedding/bias", "D -> D"))
+    return Table(tuple(entries), ignored=("embeddings.position_ids",))
 
 
-def config_from_hf(config: Any) -> ClipVitConfig:
-    """`CLIPVisionConfig` or `IdeficsVisionConfig` -> ours, with the default choice of features."""
+def config_from_hf(config: Any) -> VitConfig:
+    """`CLIPVisionConfig`, `IdeficsVisionConfig` or `SiglipVisionConfig` -> ours, with the default choice of features."""
     require(config, num_channels=3)
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(config, name), int):
@@ -72,10 +71,13 @@ def config_from_hf(config: Any) -> ClipVitConfig:
         out_bias=True,
         mlp_bias=True,
     )
-    return ClipVitConfig(
+    siglip = config.model_type == "siglip_vision_model"
+    return VitConfig(
         image_size=config.image_size,
         patch_size=config.patch_size,
         layers=config.num_hidden_layers,
         block=block,
-        holds_post_norm=True,
+        class_token="none" if siglip else "dropped",
+        patch_bias=siglip,
+        pre_norm=not siglip,
     )
