@@ -35,3 +35,4 @@ class InSequenceConfig:
 
     kind: Literal["in_sequence"] = "in_sequence"
     newline: bool = False  # LLaVA-NeXT's learned token, which may stand anywhere between the visual ones
+    prefix_lm: bool = False  # PaliGemma: pictures and prompt see all of themselves, only the answer is causal

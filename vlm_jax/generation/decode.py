@@ -90,7 +90,7 @@ def generate(
     cache = empty_cache(model.config.language, rows, length + new, model.dtype)
     media = prompts.media_first, prompts.media_last
     x = apply("embed", prompts.tokens, prompts.positions, prompts.visual, visual)
-    hidden, cache, _ = apply("step", x, prompts.positions, prompts.segments, *media, cache, images, slots)
+    hidden, cache, _ = apply("step", x, prompts.positions, prompts.segments, *media, cache, images, slots, False, True)
     first, last = (m[:, -1:] for m in media)
     start = prompts.positions[:, -1:] + 1
     segments = prompts.segments[:, -1:]

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.config import ModelConfig
 from vlm_jax.generation.request import Settings
-from vlm_jax.interop import idefics, llava
+from vlm_jax.interop import idefics, llava, paligemma
 from vlm_jax.interop.anyres import anyres_places
 from vlm_jax.interop.idefics_processor import IdeficsProcessor
 from vlm_jax.interop.parts import LANGUAGE, LanguageModel
@@ -48,5 +48,10 @@ def _anyres(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> Publi
 FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
     "idefics": Family(idefics.config_from_hf, idefics.table, lambda config, hf, *rest: IdeficsProcessor(*rest)),
     "llava": Family(llava.config_from_hf, llava.table, _every_patch),
+    "paligemma": Family(
+        paligemma.config_from_hf,
+        paligemma.table,
+        lambda config, hf, *rest: paligemma.PaliGemmaProcessor(*rest, config.vision.frame_features),
+    ),
     "llava_next": Family(llava.config_from_hf, llava.table, _anyres),
 }

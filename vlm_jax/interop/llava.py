@@ -61,9 +61,6 @@ def _class_token(vision: VitConfig, config: Any) -> str:
 
 def table(config: ModelConfig, hf_config: Any) -> Table:
     """Published names <-> the paths of a `VisionLanguageModel`."""
-    tower = vision_encoder(hf_config.vision_config)
-    language = language_model(hf_config.text_config)
-    prefix = language.prefix
     rows = []
     for ours, numbers in (("linear_0", (1, 0)), ("linear_1", (2, 2))):
         name = PROJECTOR.replace("{0}", str(numbers[0])).replace("{1}", str(numbers[1]))
@@ -72,13 +69,18 @@ def table(config: ModelConfig, hf_config: Any) -> Table:
             rows.append(row(f"{name}.bias", f"connector/{ours}/bias", "W -> W"))
     if config.fusion.newline:
         rows.append(row("[image_newline|model.image_newline]", "fusion/newline", "D -> D"))
+    return towers(config, hf_config) + Table(tuple(rows))
+
+
+def towers(config: ModelConfig, hf_config: Any) -> Table:
+    """The vision encoder and the language model in all spellings."""
+    tower = vision_encoder(hf_config.vision_config)
+    language = language_model(hf_config.text_config)
+    prefix = language.prefix
     # In memory the base model's own prefix gives way to `model.language_model.`; the authors' LLaVA *is* a LLaMA.
     spellings = {
         prefix: f"[language_model.{prefix}|model.language_model.|{prefix}]",
         language.head: f"[language_model.{language.head}|{language.head}]",
     }
-    return (
-        tower.rows(config.vision).under(TOWER, "vision/")
-        + Table(tuple(rows))
-        + language.table(config.language).renamed(spellings, "language/")
-    )
+    text = language.table(config.language).renamed(spellings, "language/")
+    return tower.rows(config.vision).under(TOWER, "vision/") + text

@@ -29,6 +29,7 @@ from vlm_jax.layers.in_sequence import InSequence
 from vlm_jax.layers.perceiver import PerceiverResampler
 from vlm_jax.layers.projector import MlpProjector
 from vlm_jax.layers.vit import Vit
+from vlm_jax.ops.masks import unlearned
 
 Array = jax.Array
 
@@ -73,6 +74,11 @@ class VisionLanguageModel(nn.Module):
         """Whether layers of cross-attention read the images; else their visual tokens stand in the sequence."""
         return isinstance(self.config.fusion, GatedCrossAttentionConfig)
 
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether all of the prompt sees all of it (prefix-LM)."""
+        return isinstance(self.config.fusion, InSequenceConfig) and self.config.fusion.prefix_lm
+
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""
         visual = between = None
@@ -81,7 +87,8 @@ class VisionLanguageModel(nn.Module):
         x = self.embed(batch.tokens, batch.positions, batch.visual, visual)
         if self.crosses:
             between = self.fusion(batch.media_first, batch.media_last, batch.frames.shape[1], visual=visual)
-        hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between)
+        prefix = unlearned(batch.segments, batch.weights) if self.reads_prefix else None
+        hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between, prefix=prefix)
         return self.language.head(hidden)
 
     def encode_images(self, images: Array, frames: Array, want_weights: bool = False) -> tuple[Array, Array | None]:
@@ -115,6 +122,7 @@ class VisionLanguageModel(nn.Module):
         images: KeyValue | None,
         slots: int,
         want_weights: bool = False,
+        prompt: bool = False,
     ) -> tuple[Array, Cache | None, Array | None]:
         """Some more tokens [B, T, D] of each row: hidden states [B, T, D], the cache, and where the tokens looked.
 
@@ -123,11 +131,13 @@ class VisionLanguageModel(nn.Module):
           images: of `keys_values`; None: without the gated layers and their feed-forward. Rows without an image in a model
             that has such layers take the keys and values of slots that no token may see.
           slots: M.
+          prompt: whether these tokens are the prompt, which a prefix-LM reads both ways.
         """
         between = None
         if images is not None:
             between = self.fusion(media_first, media_last, slots, keys_values=images, want_weights=want_weights)
-        return self.language(x, positions, segments, cache, between)
+        prefix = segments > 0 if prompt and self.reads_prefix else None
+        return self.language(x, positions, segments, cache, between, prefix)
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> [B, T, V] float32."""

@@ -14,7 +14,12 @@ Array = jax.Array
 
 
 def causal_mask(
-    q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array, window: int | Array | None = None
+    q_positions: Array,
+    k_positions: Array,
+    q_segments: Array,
+    k_segments: Array,
+    window: int | Array | None = None,
+    k_prefix: Array | None = None,
 ) -> Array:
     """A token sees its own segment up to itself, and with a window at most `window` positions, itself included.
 
@@ -30,13 +35,15 @@ def causal_mask(
       q_positions, q_segments: [B, T] int32.
       k_positions, k_segments: [B, S] int32.
       window: an array [] where it is one of several that are scanned.
+      k_prefix: [B, S] bool, keys that the tokens before them see too: the prefix of a prefix-LM (Raffel et al. 2020).
 
     Returns:
       [B, T, S] bool.
     """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0)
-    seen = same & (distance >= 0)
+    earlier = distance >= 0
+    seen = same & (earlier if k_prefix is None else earlier | k_prefix[:, None, :])
     return seen if window is None else seen & (distance < window)
 
 
@@ -80,3 +87,24 @@ def alibi_bias(q_positions: Array, k_positions: Array, heads: int, max_bias: flo
     distance = (q_positions[:, :, None] - k_positions[:, None, :]).astype(jnp.float32)
     slopes = jnp.asarray(alibi_slopes(heads, max_bias), jnp.float32)
     return -slopes[None, :, None, None] * distance[:, None]
+
+
+def unlearned(segments: Array, weights: Array) -> Array:
+    """The tokens of each segment before the first that is learned: [B, T] bool.
+
+    With weights at the places that predict, the token after a place of weight is the first learned one::
+
+        segments 1 1 1 1 2 2 2
+        weights  0 1 1 0 1 1 0
+                 1 1 0 0 1 0 0
+
+    Args:
+      segments: [B, T] int32.
+      weights: [B, T] float32, of the prediction made at each place.
+    """
+    before = jnp.pad(weights[:, :-1] > 0, ((0, 0), (1, 0)))
+    same = segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    count = jnp.cumsum(before & same, axis=1)
+    # What was counted up to a segment's first token is not its own.
+    start = jax.lax.cummax(jnp.where(same, 0, count), axis=1)
+    return (count == start) & (segments > 0)
