@@ -26,7 +26,9 @@ class GatedCrossAttentionConfig:
     gated_mlp: bool = False
     norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
     qk_norm: bool = False  # IDEFICS
-    media: Literal["last", "all_previous"] = "last"  # which images a token sees
+    # Which images a token sees. "all_previous_uniform" is OpenFlamingo's: text before the first image of its row looks at all
+    # of the row's images, none more than another. Rows are not packed then.
+    media: Literal["last", "all_previous", "all_previous_uniform"] = "last"
 
 
 @frozen

@@ -36,7 +36,7 @@ def table(config: DecoderConfig) -> Table:
 
 def config_from_hf(config: Any) -> DecoderConfig:
     """`MptConfig` -> ours."""
-    require(config, no_bias=True, logit_scale=None)
+    require(config, no_bias=True, logit_scale=None, expansion_ratio=4)  # transformers makes it 4 whatever is said
     attention = config.attn_config
     require(
         attention, attn_type="multihead_attention", clip_qkv=None, softmax_scale=None, prefix_lm=False, qk_ln=False, alibi=True
@@ -46,7 +46,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         heads=config.n_heads,
         kv_heads=config.n_heads,
         head_width=config.d_model // config.n_heads,
-        mlp_width=config.expansion_ratio * config.d_model,
+        mlp_width=4 * config.d_model,
         activation="gelu",
         gated_mlp=False,
         norm=NormConfig(kind="layer", eps=config.layer_norm_epsilon, bias=False),

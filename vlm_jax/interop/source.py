@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -46,3 +46,27 @@ class Arrays:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         return self._arrays[name][index]
+
+
+class Renamed:
+    """The tensors of another source under other names; those whose new name is None are left out."""
+
+    def __init__(self, source: Source, new: Callable[[str], str | None]) -> None:
+        self._source = source
+        self._old = {name: old for old in source.tensors if (name := new(old)) is not None}
+        self.tensors = {name: source.tensors[old] for name, old in self._old.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        return self._source.read(self._old[name], index)
+
+
+class Joined:
+    """Several sources as one, each with a beginning of its own for its names."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._of = {part + name: (source, name) for part, source in sources.items() for name in source.tensors}
+        self.tensors = {name: source.tensors[old] for name, (source, old) in self._of.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        source, old = self._of[name]
+        return source.read(old, index)

@@ -59,11 +59,19 @@ class GatedCrossAttentionBlock(nn.Module):
         """Where each token looks: [B, T, S]."""
         return self.attention.weights(self.attention_norm(x), kv or self.keys_values(visual), mask)
 
-    def __call__(self, x: Array, mask: Array, visual: Array | None, kv: KeyValue | None = None) -> Array:
-        """x [B, T, D], mask [B, T, S], and visual tokens [B, S, D'] or the keys and values made of them."""
+    def __call__(
+        self, x: Array, mask: Array, visual: Array | None, kv: KeyValue | None = None, alike: Array | None = None
+    ) -> Array:
+        """x [B, T, D], mask [B, T, S], and visual tokens [B, S, D'] or the keys and values made of them.
+
+        Tokens in `alike` [B, T] look at all that they see alike.
+        """
         kv = kv or self.keys_values(visual)
         gates = [jnp.tanh(gate).astype(self.dtype) for gate in (self.attention_gate, self.mlp_gate)]
-        x = x + gates[0] * self.attention(self.attention_norm(x), kv, mask)
+        y = self.attention_norm(x)
+        # A query of zeros is as near to one key as to another.
+        y = y if alike is None else jnp.where(alike[..., None], 0, y)
+        x = x + gates[0] * self.attention(y, kv, mask)
         return x + gates[1] * self.mlp(self.mlp_norm(x))
 
 
@@ -118,12 +126,13 @@ class GatedCrossAttention(nn.Module):
             visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
         tokens = visual.shape[1] if visual is not None else jax.tree.leaves(keys_values)[0].shape[-3]
         mask = jnp.repeat(seen, tokens // slots, axis=-1)
+        alike = media_last == 0 if self.config.media == "all_previous_uniform" else None
 
         def apply(x: Array, layer: tuple[Any, KeyValue | None]) -> tuple[Array, Array | None]:
             params, kv = layer
             inputs = ({"params": params}, x, mask, visual, kv)
             looks = self.block.apply(*inputs, method="weights") if want_weights else None
-            return self.block.apply(*inputs), looks
+            return self.block.apply(*inputs, alike), looks
 
         layers = (self.layers, keys_values)
         if isinstance(self.layers, tuple):

@@ -58,7 +58,7 @@ def media_mask(media_first: Array, media_last: Array, slots: int, mode: str) -> 
     Args:
       media_first, media_last: [B, T] int32, slots counted from 1, 0 for none.
       slots: M.
-      mode: "last" or "all_previous".
+      mode: "last", "all_previous", or "all_previous_uniform": a token before the first image sees those of its row.
 
     Returns:
       [B, T, M] bool.
@@ -66,9 +66,13 @@ def media_mask(media_first: Array, media_last: Array, slots: int, mode: str) -> 
     slot = jnp.arange(1, slots + 1)
     if mode == "last":
         return slot == media_last[..., None]
+    previous = (media_first[..., None] <= slot) & (slot <= media_last[..., None])
     if mode == "all_previous":
-        return (media_first[..., None] <= slot) & (slot <= media_last[..., None])
-    raise ValueError(f"media mode {mode!r}: expected 'last' or 'all_previous'")
+        return previous
+    if mode == "all_previous_uniform":
+        of_row = slot <= jnp.max(media_last, axis=1)[:, None, None]
+        return jnp.where(media_last[..., None] == 0, of_row, previous)
+    raise ValueError(f"media mode {mode!r}: expected 'last', 'all_previous' or 'all_previous_uniform'")
 
 
 def alibi_slopes(heads: int, max_bias: float) -> list[float]:

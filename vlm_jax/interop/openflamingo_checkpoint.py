@@ -1,0 +1,185 @@
+"""An OpenFlamingo checkpoint: the authors' file, and the two published models that were frozen in it.
+
+A folder for `load` has the file, and a `config.json` that names the other two::
+
+    {
+      "model_type": "open_flamingo",
+      "checkpoint": "checkpoint.pt",
+      "vision": "openai/clip-vit-large-patch14",
+      "language": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
+      "cross_attn_every_n_layers": 2
+    }
+
+Language models of transformers' own kinds are read: MPT-7B (of the 9B) and RedPajama-3B (of the 4B), not the MPT-1B of the 3B
+models, whose architecture lives in a hub repository's code.
+
+Axis letter: T prompt tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm_jax.data.example import Text
+from vlm_jax.generation.processor import Layout
+from vlm_jax.generation.request import Request, Settings
+from vlm_jax.interop import safetensors_files
+from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
+from vlm_jax.interop.folder import find, open_weights, read_config
+from vlm_jax.interop.openflamingo import (
+    LANGUAGE_PART,
+    VISION_PART,
+    config_from_parts,
+    embedding_name,
+    gated_name,
+    language_layers,
+    layer_name,
+    table,
+)
+from vlm_jax.interop.parts import LANGUAGE
+from vlm_jax.interop.processor import Pictures, PublishedProcessor
+from vlm_jax.interop.safetensors_files import SafetensorsFiles
+from vlm_jax.interop.source import Joined, PublishedError, Renamed, Source
+from vlm_jax.interop.torch_pickle import TorchPickles
+from vlm_jax.models.vlm import VisionLanguageModel
+
+MODEL_TYPE = "open_flamingo"
+SETTINGS = ("checkpoint", "vision", "language", "cross_attn_every_n_layers")
+IMAGE, END_OF_CHUNK, PAD = "<image>", "<|endofchunk|>", "<PAD>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """The two halves of a transformers processor."""
+
+    tokenizer: Any
+    image_processor: Any
+
+
+class OpenFlamingoProcessor(PublishedProcessor):
+    """Text as it is, a token for each picture; an answer ends with `<|endofchunk|>`."""
+
+    def __init__(self, wrapped: Wrapped) -> None:
+        tokenizer = wrapped.tokenizer
+        tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK, IMAGE]})
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": PAD})
+        end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
+        super().__init__(wrapped, {end}, Settings(), Pictures(IMAGE, lambda size: np.zeros(1, np.int32)))
+
+    def lay_out(self, request: Request) -> Layout:
+        text = "".join(part.text if isinstance(part, Text) else IMAGE for part in request.parts)
+        tokens = np.asarray(self.tokenizer.whole(text), np.int32)
+        last = np.cumsum(tokens == self.tokenizer.wrapped.convert_tokens_to_ids(IMAGE)).astype(np.int32)
+        first = np.full_like(tokens, int(last[-1] > 0))
+        return Layout(tokens, last, first, np.zeros_like(tokens), np.zeros_like(tokens))
+
+
+class OpenFlamingo:
+    """A folder as above, its configuration read and its weights not yet; what `interop.published.Published` is for others."""
+
+    def __init__(self, folder: Path, pickles: bool) -> None:
+        """
+        Raises:
+          PublishedError: the folder or one of the parts it names is missing, damaged, or of another kind.
+        """
+        self.folder = folder
+        settings = json.loads((folder / "config.json").read_text())
+        missing = [name for name in SETTINGS if name not in settings]
+        if missing:
+            raise PublishedError(f"{folder / 'config.json'}: {missing[0]!r} is missing; expected {', '.join(SETTINGS)}")
+        self.every = settings["cross_attn_every_n_layers"]
+        # A folder beside this one, any folder, or a hub name.
+        beside = {name: folder / settings[name] for name in ("vision", "language")}
+        self.parts = {name: find(p if p.is_dir() else settings[name], pickles) for name, p in beside.items()}
+        self.pickles = pickles
+        vision = read_config(self.parts["vision"], ("clip", "clip_vision_model"))
+        self.vision = getattr(vision, "vision_config", vision)
+        self.language = read_config(self.parts["language"], LANGUAGE)
+        self.trained = Renamed(_checkpoint(folder / settings["checkpoint"], pickles), lambda name: gated_name(name, self.every))
+        tensors = self.trained.tensors
+        embedding = embedding_name(self.language)
+        for name in (embedding, "perceiver.latents"):
+            if name not in tensors:
+                raise PublishedError(
+                    f"{folder / settings['checkpoint']} holds no {name}: is it OpenFlamingo's file for this LM?"
+                )
+        depth = len({name.split(".")[2] for name in tensors if name.startswith("perceiver.layers.")})
+        latents = tensors["perceiver.latents"].shape[0]
+        self.config = config_from_parts(self.vision, self.language, self.every, tensors[embedding].shape[0], latents, depth)
+        self.processor = OpenFlamingoProcessor(_wrapped(self.parts))
+
+    def load_params(self, mesh: Mesh, dtype: Any = None, tell: Callable[[int, int], None] = lambda done, total: None) -> Any:
+        """Its parameters on the mesh; see `engine.load_params`."""
+        keep = lambda name: name if name.startswith("vision_model.") else None  # of a whole CLIP
+        vision = Renamed(open_weights(self.parts["vision"], self.pickles), keep)
+        sources = {VISION_PART: vision, LANGUAGE_PART: open_weights(self.parts["language"], self.pickles), "": self.trained}
+        boxed = boxed_params(VisionLanguageModel(self.config))
+        return load_params(Joined(sources), table(self.config, self.language), boxed, mesh, dtype, tell)
+
+    def export(self, params: Any, folder: str | Path) -> int:
+        """Writes what the authors' file holds, under its names, as safetensors: for `load_state_dict(..., strict=False)`.
+
+        Returns:
+          the bytes of the weights.
+
+        Raises:
+          PublishedError: the folder holds something already.
+        """
+        target = Path(folder).expanduser()
+        if target.exists() and any(target.iterdir()):
+            raise PublishedError(f"{target} is not empty: export into a new folder")
+        target.mkdir(parents=True, exist_ok=True)
+        layers = language_layers(self.language)
+        own = (
+            (layer_name(name, layers, self.every), tensor)
+            for name, tensor in published_tensors(params, table(self.config, self.language))
+            if not name.startswith((VISION_PART, LANGUAGE_PART))
+        )
+        written = safetensors_files.write(target, own)
+        self.keep_files(target)
+        settings = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps(settings | {"checkpoint": safetensors_files.NAME}, indent=2) + "\n")
+        return written
+
+    def keep_files(self, folder: Path) -> None:
+        """Writes the settings, with the parts where they are now."""
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = json.loads((self.folder / "config.json").read_text())
+        settings |= {name: str(part.resolve()) for name, part in self.parts.items()}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _checkpoint(file: Path, pickles: bool) -> Source:
+    if file.suffix == ".safetensors":
+        return SafetensorsFiles([file])
+    if not pickles:
+        raise PublishedError(f"{file} is a pickle. Allow it with pickles=True (--pickles); nothing in it is executed")
+    saved = TorchPickles([file])
+    # The authors' training saves the optimizer and the schedule too, and what it ran in puts its own name in front.
+    inside = "model_state_dict."
+    whole = not any(name.startswith(inside) for name in saved.tensors)
+    plain = lambda name: name.removeprefix(inside).removeprefix("module.")
+    return Renamed(saved, lambda name: plain(name) if whole or name.startswith(inside) else None)
+
+
+def _wrapped(parts: dict[str, Path]) -> Wrapped:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    readers = {"language": AutoTokenizer, "vision": AutoImageProcessor}
+    read = {}
+    for name, reader in readers.items():
+        try:
+            more = {"backend": "pil"} if name == "vision" else {}
+            read[name] = reader.from_pretrained(parts[name], trust_remote_code=False, **more)
+        except Exception as error:  # whatever a missing or wrong file makes transformers raise
+            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PublishedError(f"{parts[name]}: {reader.__name__} cannot read it ({cause})") from error
+    return Wrapped(read["language"], read["vision"])
