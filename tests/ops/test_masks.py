@@ -26,7 +26,7 @@ def test_all_previous_images_are_those_of_the_segment():
 
 
 def test_an_unknown_media_mode_is_an_error():
-    with pytest.raises(ValueError, match=r"'some'.*'last' or 'all_previous'"):
+    with pytest.raises(ValueError, match="'some': expected 'last', 'all_previous' or"):
         media_mask(MEDIA_LAST, MEDIA_LAST, 2, "some")
 
 

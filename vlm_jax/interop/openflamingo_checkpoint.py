@@ -109,7 +109,7 @@ class OpenFlamingo:
         for name in (embedding, "perceiver.latents"):
             if name not in tensors:
                 raise PublishedError(
-                    f"{folder / settings['checkpoint']} holds no {name}: is it OpenFlamingo's file for this LM?"
+                    f"{folder / settings['checkpoint']} holds no {name}: is it the file for this language model?"
                 )
         depth = len({name.split(".")[2] for name in tensors if name.startswith("perceiver.layers.")})
         latents = tensors["perceiver.latents"].shape[0]
