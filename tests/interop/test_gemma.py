@@ -1,7 +1,7 @@
 """Gemma against transformers, logit by logit."""
 
 import pytest
-from torch_helpers import VOCAB, compare_language_model
+from torch_helpers import VOCAB, compare_language_model, random_sizes
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from vlm_jax.interop import gemma
@@ -23,6 +23,14 @@ def test_gemma(changes):
     config = GemmaConfig(**SIZES | changes)
     ours = gemma.config_from_hf(config)
     assert ours.tied_head and ours.scale_embedding and ours.block.activation == "gelu_tanh"
+    compare_language_model(GemmaForCausalLM(config), ours, gemma.table(ours))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_sizes(seed):
+    config = GemmaConfig(**random_sizes(seed + 40) | dict(tie_word_embeddings=True), hidden_act="gelu")
+    ours = gemma.config_from_hf(config)
+    assert ours.block.activation == "gelu_tanh"  # what old files mean by gelu
     compare_language_model(GemmaForCausalLM(config), ours, gemma.table(ours))
 
 

@@ -1,7 +1,7 @@
 """MPT against transformers, logit by logit: ALiBi for any number of heads, and a fused Wqkv."""
 
 import pytest
-from torch_helpers import VOCAB, compare_language_model
+from torch_helpers import VOCAB, compare_language_model, random_sizes
 from transformers import MptConfig, MptForCausalLM
 
 from vlm_jax.interop import mpt
@@ -25,6 +25,15 @@ def test_mpt(heads, changes):
         build = model.transformer.build_mpt_alibi_tensor
         model.transformer.build_mpt_alibi_tensor = lambda heads, length, device: build(heads, length, 4, device)
     compare_language_model(model, ours, mpt.table(ours))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_sizes(seed):
+    sizes = random_sizes(seed + 60)
+    heads, layers, tied = (sizes[name] for name in ("num_attention_heads", "num_hidden_layers", "tie_word_embeddings"))
+    config = MptConfig(vocab_size=VOCAB, d_model=6 * heads, n_heads=heads, n_layers=layers, tie_word_embeddings=tied)
+    ours = mpt.config_from_hf(config)
+    compare_language_model(MptForCausalLM(config), ours, mpt.table(ours))
 
 
 def test_clipped_projections_are_refused():

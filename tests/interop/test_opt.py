@@ -1,7 +1,7 @@
 """OPT against transformers, logit by logit."""
 
 import pytest
-from torch_helpers import VOCAB, compare_language_model
+from torch_helpers import VOCAB, compare_language_model, random_sizes
 from transformers import OPTConfig, OPTForCausalLM
 
 from vlm_jax.interop import opt
@@ -24,6 +24,20 @@ SIZES = dict(
 )
 def test_opt(changes):
     config = OPTConfig(**SIZES | changes)
+    ours = opt.config_from_hf(config)
+    compare_language_model(OPTForCausalLM(config), ours, opt.table(ours))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_sizes(seed):
+    sizes = random_sizes(seed + 50)
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+    config = OPTConfig(
+        **{name: sizes[name] for name in names},
+        ffn_dim=sizes["intermediate_size"],
+        word_embed_proj_dim=sizes["hidden_size"],
+        max_position_embeddings=20,
+    )
     ours = opt.config_from_hf(config)
     compare_language_model(OPTForCausalLM(config), ours, opt.table(ours))
 

@@ -1,0 +1,179 @@
+"""GGUF files of the LLaMA kind, as llama.cpp writes them: weights, config, tokenizer and chat template in one file.
+
+Quantised weights become float32 as they are read, by the `gguf` package.
+
+Axis letters of the table: those of `table.py`, and of a head's width P rotary pairs and Q which of the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_jax.config import BlockConfig, DecoderConfig, LinearScaling, LongRopeScaling, NormConfig, RopeConfig
+from vlm_jax.interop.gguf_tokenizer import tokenizer_of
+from vlm_jax.interop.source import CheckpointError, Source, Tensor
+from vlm_jax.interop.table import Index, Table, row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LAYER = "blk.{}."
+FREQUENCIES = "rope_freqs.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """What a file holds; `table` is between the names of `source` and the paths of a `Decoder`."""
+
+    config: DecoderConfig
+    source: Source
+    table: Table
+    tokenizer: PreTrainedTokenizerFast
+    chat_template: str | None
+
+
+class GgufTensors:
+    """A `Source`: of the tensors of a file, the rows that are asked for are read and made float32."""
+
+    def __init__(self, reader: Any) -> None:
+        self._found = {tensor.name: tensor for tensor in reader.tensors}
+        # GGUF names the fastest axis first.
+        self.tensors = {
+            name: Tensor(tuple(int(size) for size in reversed(tensor.shape)), np.dtype(np.float32))
+            for name, tensor in self._found.items()
+        }
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        from gguf import dequantize
+
+        tensor = self._found[name]
+        try:
+            # Blocks of quantised numbers lie along the last axis: any rows can be taken.
+            values = dequantize(tensor.data[index[0]], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{name}: {error}; quantise the file otherwise") from error
+        return values[(slice(None), *index[1:])]
+
+
+def read_gguf(path: str | Path) -> Gguf:
+    """
+    Raises:
+      CheckpointError: no such file, or not one that can be read.
+      TokenizerError: a kind of tokenizer that is not implemented.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise CheckpointError(f"{path}: the gguf package reads GGUF files: pip install 'vlm_jax[gguf]'") from error
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, OverflowError) as error:  # each from another kind of damage
+        raise CheckpointError(f"{path}: no GGUF file, or a damaged one: {error}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    source = GgufTensors(reader)
+    try:
+        config = config_from_fields(fields, source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Gguf(config, source, table(config), tokenizer_of(fields), fields.get("tokenizer.chat_template"))
+
+
+def table(config: DecoderConfig) -> Table:
+    """Names in the file <-> the paths of a `Decoder`.
+
+    llama.cpp turns neighbours of a head where LLaMA's published layout turns its halves; rows of queries and keys are ordered
+    for that.
+    """
+    attention, pairs = "layers/attention/", dict(P=config.block.head_width // 2, Q=2)
+    rows = [
+        row("token_embd.weight", "embedding", "V D -> V D"),
+        row("output_norm.weight", "final_norm/scale", "D -> D"),
+        row(f"{LAYER}attn_norm.weight", "layers/attention_norm/scale", "D -> D"),
+        row(f"{LAYER}attn_q.weight", f"{attention}query/kernel", "(N P Q) D -> D N (Q P)", **pairs),
+        row(f"{LAYER}attn_k.weight", f"{attention}key/kernel", "(K P Q) D -> D K (Q P)", **pairs),
+        row(f"{LAYER}attn_v.weight", f"{attention}value/kernel", "(K H) D -> D K H"),
+        row(f"{LAYER}attn_output.weight", f"{attention}out/kernel", "D (N H) -> N H D"),
+        row(f"{LAYER}ffn_norm.weight", "layers/mlp_norm/scale", "D -> D"),
+        row(f"{LAYER}ffn_gate.weight", "layers/mlp/gate/kernel", "F D -> D F"),
+        row(f"{LAYER}ffn_up.weight", "layers/mlp/up/kernel", "F D -> D F"),
+        row(f"{LAYER}ffn_down.weight", "layers/mlp/down/kernel", "D F -> F D"),
+    ]
+    if not config.tied_head:
+        rows.append(row("output.weight", "lm_head/kernel", "V D -> D V"))
+    return Table(tuple(rows), ignored=(FREQUENCIES,))
+
+
+def config_from_fields(fields: Mapping[str, Any], source: Source) -> DecoderConfig:
+    """The metadata of a file -> ours.
+
+    Raises:
+      CheckpointError: a model of another kind, or metadata that is missing.
+    """
+    if (kind := fields.get("general.architecture")) != "llama":
+        raise CheckpointError(f"general.architecture is {kind!r}; only 'llama' is implemented")
+    if missing := [name for name in REQUIRED if f"llama.{name}" not in fields]:
+        raise CheckpointError(f"the metadata have no {', '.join(f'llama.{name}' for name in missing)}")
+    of = lambda name, default=None: fields.get(f"llama.{name}", default)
+    width, heads = of("embedding_length"), of("attention.head_count")
+    head_width = of("attention.key_length", width // heads)
+    for name, expected in (
+        ("attention.value_length", head_width),
+        ("rope.dimension_count", head_width),
+        ("rope.scale_linear", 1.0),
+        ("expert_count", 0),
+    ):
+        if (value := of(name, expected)) != expected:
+            raise CheckpointError(f"llama.{name}={value}; only {expected} is implemented")
+    block = BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=of("attention.head_count_kv", heads),
+        head_width=head_width,
+        mlp_width=of("feed_forward_length"),
+        activation="silu",
+        gated_mlp=True,
+        norm=NormConfig(kind="rms", eps=of("attention.layer_norm_rms_epsilon")),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+    )
+    return DecoderConfig(
+        vocab_size=source.tensors["token_embd.weight"].shape[0],
+        layers=of("block_count"),
+        block=block,
+        positions=RopeConfig(base=float(of("rope.freq_base", 10_000.0)), scaling=_scaling(of, source)),
+        max_positions=of("context_length"),
+        window=of("attention.sliding_window") or None,
+        tied_head="output.weight" not in source.tensors,
+    )
+
+
+REQUIRED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+
+
+def _scaling(of: Any, source: Source) -> LinearScaling | LongRopeScaling | None:
+    if FREQUENCIES in source.tensors:
+        # LLaMA 3.1's scaling, written out as a divisor of every frequency.
+        factors = tuple(source.read(FREQUENCIES, (slice(0, source.tensors[FREQUENCIES].shape[0]),)).tolist())
+        return LongRopeScaling(
+            short_factors=factors, long_factors=factors, original_max_positions=of("context_length"), attention_factor=1.0
+        )
+    kind = of("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise CheckpointError(f"llama.rope.scaling.type={kind!r}; only none and linear are implemented")
+    return LinearScaling(factor=float(of("rope.scaling.factor"))) if kind == "linear" else None
