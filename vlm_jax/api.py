@@ -22,7 +22,7 @@ from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.processor import RunProcessor
 from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot
 from vlm_jax.interop.folder import is_published
-from vlm_jax.interop.published import Published, open_published
+from vlm_jax.interop.published import Checkpoint, open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
@@ -43,7 +43,7 @@ class Vlm:
       checkpoint: what it was loaded from; generator: for batches of `Request`s; model, params, processor: its parts.
     """
 
-    def __init__(self, checkpoint: Run | Published, generator: Generator) -> None:
+    def __init__(self, checkpoint: Run | Checkpoint, generator: Generator) -> None:
         self.checkpoint, self.generator = checkpoint, generator
         self.model, self.params, self.processor = generator.model, generator.params, generator.processor
 
@@ -110,13 +110,13 @@ class Run:
         return VisionLanguageModel(run.config.model, compute), run.params
 
 
-def open_checkpoint(path: str | Path, step: int | None = None, pickles: bool = False) -> Run | Published:
+def open_checkpoint(path: str | Path, step: int | None = None, pickles: bool = False) -> Run | Checkpoint:
     """Reads everything of a checkpoint but its weights; for the arguments see `load`."""
     return open_published(path, pickles) if is_published(path) else Run(Path(path).expanduser(), step)
 
 
 def load(
-    path: str | Path | Run | Published,
+    path: str | Path | Run | Checkpoint,
     mesh: str | None = None,
     dtype: str | None = None,
     step: int | None = None,

@@ -17,7 +17,7 @@ from vlm_jax.data.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.interop.engine import boxed_params, load_params, to_published
 from vlm_jax.interop.gguf import Gguf, read_gguf
 from vlm_jax.interop.gguf_tokenizer import tokenizer_of
-from vlm_jax.interop.source import CheckpointError
+from vlm_jax.interop.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
 
 PLAIN = byte_level("smollm")
@@ -138,11 +138,11 @@ def test_digits_stand_alone_for_smollm():
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        (dict(architecture="gemma"), CheckpointError, r"a.gguf: general.architecture is 'gemma'; only 'llama'"),
-        ({"llama.rope.scaling.type": "yarn"}, CheckpointError, "llama.rope.scaling.type='yarn'; only none and linear"),
-        ({"llama.expert_count": 8}, CheckpointError, "llama.expert_count=8; only 0"),
-        ({"llama.rope.dimension_count": 8}, CheckpointError, "llama.rope.dimension_count=8; only 16"),
-        ({"llama.context_length": None}, CheckpointError, "the metadata have no llama.context_length"),
+        (dict(architecture="gemma"), PublishedError, r"a.gguf: general.architecture is 'gemma'; only 'llama'"),
+        ({"llama.rope.scaling.type": "yarn"}, PublishedError, "llama.rope.scaling.type='yarn'; only none and linear"),
+        ({"llama.expert_count": 8}, PublishedError, "llama.expert_count=8; only 0"),
+        ({"llama.rope.dimension_count": 8}, PublishedError, "llama.rope.dimension_count=8; only 16"),
+        ({"llama.context_length": None}, PublishedError, "the metadata have no llama.context_length"),
         ({"tokenizer.ggml.pre": "tekken"}, TokenizerError, r"tokenizer.ggml.pre is 'tekken'; expected one of \['gpt-2'"),
         ({"tokenizer.ggml.model": None}, TokenizerError, r"tokenizer.ggml.model is None; expected one of \['gpt2', 'llama'\]"),
     ],
@@ -154,14 +154,14 @@ def test_what_is_not_implemented_is_refused(tmp_path, fields, error, message):
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match=r"none\.gguf: there is no such file"):
+    with pytest.raises(PublishedError, match=r"none\.gguf: there is no such file"):
         read_gguf(tmp_path / "none.gguf")
     write_gguf(tmp_path / "a.gguf", llama_of(num_hidden_layers=1), PLAIN, (Type.F16,))
     content = (tmp_path / "a.gguf").read_bytes()
     for name, damaged in (("text", b"no model at all"), ("short", content[: len(content) // 2]), ("stump", content[:3000])):
         (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"{name}: no GGUF file, or a damaged one"):
+        with pytest.raises(PublishedError, match=f"{name}: no GGUF file, or a damaged one"):
             read_gguf(tmp_path / name)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'vlm_jax\[gguf\]'"):
+    with pytest.raises(PublishedError, match=r"pip install 'vlm_jax\[gguf\]'"):
         read_gguf(tmp_path / "a.gguf")

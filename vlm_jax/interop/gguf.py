@@ -16,7 +16,7 @@ import numpy as np
 
 from vlm_jax.config import BlockConfig, DecoderConfig, LinearScaling, LongRopeScaling, NormConfig, RopeConfig
 from vlm_jax.interop.gguf_tokenizer import tokenizer_of
-from vlm_jax.interop.source import CheckpointError, Source, Tensor
+from vlm_jax.interop.source import PublishedError, Source, Tensor
 from vlm_jax.interop.table import Index, Table, row
 
 if TYPE_CHECKING:
@@ -56,33 +56,33 @@ class GgufTensors:
             # Blocks of quantised numbers lie along the last axis: any rows can be taken.
             values = dequantize(tensor.data[index[0]], tensor.tensor_type)
         except NotImplementedError as error:
-            raise CheckpointError(f"{name}: {error}; quantise the file otherwise") from error
+            raise PublishedError(f"{name}: {error}; quantise the file otherwise") from error
         return values[(slice(None), *index[1:])]
 
 
 def read_gguf(path: str | Path) -> Gguf:
     """
     Raises:
-      CheckpointError: no such file, or not one that can be read.
+      PublishedError: no such file, or not one that can be read.
       TokenizerError: a kind of tokenizer that is not implemented.
     """
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise CheckpointError(f"{path}: the gguf package reads GGUF files: pip install 'vlm_jax[gguf]'") from error
+        raise PublishedError(f"{path}: the gguf package reads GGUF files: pip install 'vlm_jax[gguf]'") from error
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+        raise PublishedError(f"{path}: there is no such file")
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, OverflowError) as error:  # each from another kind of damage
-        raise CheckpointError(f"{path}: no GGUF file, or a damaged one: {error}") from error
+        raise PublishedError(f"{path}: no GGUF file, or a damaged one: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     source = GgufTensors(reader)
     try:
         config = config_from_fields(fields, source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except PublishedError as error:
+        raise PublishedError(f"{path}: {error}") from error
     return Gguf(config, source, table(config), tokenizer_of(fields), fields.get("tokenizer.chat_template"))
 
 
@@ -115,12 +115,12 @@ def config_from_fields(fields: Mapping[str, Any], source: Source) -> DecoderConf
     """The metadata of a file -> ours.
 
     Raises:
-      CheckpointError: a model of another kind, or metadata that is missing.
+      PublishedError: a model of another kind, or metadata that is missing.
     """
     if (kind := fields.get("general.architecture")) != "llama":
-        raise CheckpointError(f"general.architecture is {kind!r}; only 'llama' is implemented")
+        raise PublishedError(f"general.architecture is {kind!r}; only 'llama' is implemented")
     if missing := [name for name in REQUIRED if f"llama.{name}" not in fields]:
-        raise CheckpointError(f"the metadata have no {', '.join(f'llama.{name}' for name in missing)}")
+        raise PublishedError(f"the metadata have no {', '.join(f'llama.{name}' for name in missing)}")
     of = lambda name, default=None: fields.get(f"llama.{name}", default)
     width, heads = of("embedding_length"), of("attention.head_count")
     head_width = of("attention.key_length", width // heads)
@@ -131,7 +131,7 @@ def config_from_fields(fields: Mapping[str, Any], source: Source) -> DecoderConf
         ("expert_count", 0),
     ):
         if (value := of(name, expected)) != expected:
-            raise CheckpointError(f"llama.{name}={value}; only {expected} is implemented")
+            raise PublishedError(f"llama.{name}={value}; only {expected} is implemented")
     block = BlockConfig(
         width=width,
         heads=heads,
@@ -175,5 +175,5 @@ def _scaling(of: Any, source: Source) -> LinearScaling | LongRopeScaling | None:
         )
     kind = of("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise CheckpointError(f"llama.rope.scaling.type={kind!r}; only none and linear are implemented")
+        raise PublishedError(f"llama.rope.scaling.type={kind!r}; only none and linear are implemented")
     return LinearScaling(factor=float(of("rope.scaling.factor"))) if kind == "linear" else None

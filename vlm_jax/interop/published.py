@@ -17,6 +17,7 @@ from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
 from vlm_jax.interop.families import FAMILIES, Family
 from vlm_jax.interop.folder import find, model_type, open_weights, read_config
+from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
 from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo
 from vlm_jax.interop.processor import PublishedProcessor
 from vlm_jax.interop.source import PublishedError
@@ -72,13 +73,18 @@ class Published:
                 shutil.copyfile(file, folder / file.name)
 
 
-def open_published(name: str | Path, pickles: bool = False) -> Published | OpenFlamingo:
+Checkpoint = Published | OpenFlamingo | GgufCheckpoint  # what can be read, each with the methods of the first
+
+
+def open_published(name: str | Path, pickles: bool = False) -> Checkpoint:
     """Finds (or fetches) a checkpoint and reads all of it but the weights.
 
     Raises:
       PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
     """
     folder = find(name, pickles)
+    if folder.is_file():
+        return GgufCheckpoint(folder)
     if model_type(folder) == MODEL_TYPE:
         return OpenFlamingo(folder, pickles)
     hf_config = read_config(folder, FAMILIES)

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-from vlm_jax.interop.source import CheckpointError
+from vlm_jax.interop.source import PublishedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +33,34 @@ SMOLLM2 = RealPart(
 )
 
 
+PARTS = {part.package: part for part in (SMOLLM2,)}
+
+
+def part_of(package: str) -> RealPart:
+    """
+    Raises:
+      PublishedError: a package that brings no weights that are known here.
+    """
+    if package not in PARTS:
+        raise PublishedError(f"package {package!r} brings no weights that are known: expected one of {', '.join(PARTS)}")
+    return PARTS[package]
+
+
 @functools.cache
 def locate(part: RealPart) -> Path:
     """The path of a part's file, checked.
 
     Raises:
-      CheckpointError: it is not installed, or is another file than the one that was tested; the message says what to do.
+      PublishedError: it is not installed, or is another file than the one that was tested; the message says what to do.
     """
     try:
         path = Path(str(importlib.metadata.distribution(part.package).locate_file(part.file)))
     except importlib.metadata.PackageNotFoundError as error:
-        raise CheckpointError(f"{part.package} is not installed: {part.install}") from error
+        raise PublishedError(f"{part.package} is not installed: {part.install}") from error
     if not path.is_file():
-        raise CheckpointError(f"{part.package} has no file {part.file}: {part.install}")
+        raise PublishedError(f"{part.package} has no file {part.file}: {part.install}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != part.sha256:
-        raise CheckpointError(f"{path}: SHA-256 is {found}, expected {part.sha256}: {part.install} --force-reinstall")
+        raise PublishedError(f"{path}: SHA-256 is {found}, expected {part.sha256}: {part.install} --force-reinstall")
     return path
