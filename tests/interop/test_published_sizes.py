@@ -1,4 +1,4 @@
-"""Published language models have as many parameters here as in transformers, from shapes alone."""
+"""Published models have as many parameters here as in transformers, from shapes alone."""
 
 import math
 
@@ -7,21 +7,30 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    IdeficsConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
     MixtralConfig,
     MptConfig,
     OPTConfig,
+    PaliGemmaConfig,
+    PreTrainedConfig,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from vlm_jax.config import ModelConfig
 from vlm_jax.interop import gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
 from vlm_jax.interop.engine import abstract_params
+from vlm_jax.interop.families import FAMILIES
 from vlm_jax.interop.plan import Problems, resolve
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.training.params import by_path
+from vlm_jax.paths import by_path
 
 
 def sizes(width: int, layers: int, heads: int, hidden: int, vocab: int, **others) -> dict:
@@ -55,6 +64,74 @@ PUBLISHED = {
     "opt-125m": (125_239_296, opt, OPTConfig()),
     "mpt-7b": (6_649_286_656, mpt, MptConfig(d_model=4096, n_heads=32, n_layers=32, vocab_size=50_432, no_bias=True)),
 }
+
+
+CLIP_L = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+VICUNA_7B, VICUNA_13B = sizes(4096, 32, 32, 11_008, 32_064), sizes(5120, 40, 40, 13_824, 32_064)
+MISTRAL = sizes(4096, 32, 32, 14_336, 32_064, num_key_value_heads=8)
+
+
+def llava(kind: type, text: PreTrainedConfig, **changes) -> PreTrainedConfig:
+    return kind(vision_config=CLIPVisionConfig(**CLIP_L), text_config=text, **changes)
+
+
+def paligemma(side: int) -> PaliGemmaConfig:
+    tower = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14)
+    text = sizes(2048, 18, 8, 16_384, 257_216, num_key_value_heads=1)
+    vision = SiglipVisionConfig(**tower, image_size=side, vision_use_head=False)
+    return PaliGemmaConfig(vision_config=vision, text_config=GemmaConfig(**text))
+
+
+SYSTEMS = {
+    "llava-1.5-7b-hf": (7_063_427_072, llava(LlavaConfig, LlamaConfig(**VICUNA_7B))),
+    "liuhaotian/llava-v1.5-7b": (7_062_902_784, llava(LlavaConfig, LlamaConfig(**VICUNA_7B | dict(vocab_size=32_000)))),
+    "llava-1.5-13b-hf": (13_351_494_656, llava(LlavaConfig, LlamaConfig(**VICUNA_13B))),
+    "liuhaotian/llava-v1.5-13b": (13_350_839_296, llava(LlavaConfig, LlamaConfig(**VICUNA_13B | dict(vocab_size=32_000)))),
+    "bakLlava-v1-hf": (7_566_743_552, llava(LlavaConfig, MistralConfig(**MISTRAL))),
+    "llava-v1.6-vicuna-7b-hf": (7_063_431_168, llava(LlavaNextConfig, LlamaConfig(**VICUNA_7B))),
+    "llava-v1.6-vicuna-13b-hf": (13_351_499_776, llava(LlavaNextConfig, LlamaConfig(**VICUNA_13B))),
+    "llava-v1.6-mistral-7b-hf": (7_566_747_648, llava(LlavaNextConfig, MistralConfig(**MISTRAL))),
+    "idefics-9b": (
+        8_929_679_632,
+        IdeficsConfig(
+            cross_layer_interval=4,
+            qk_layer_norms=True,
+            additional_vocab_size=2,
+            vision_config=dict(embed_dim=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16),
+            perceiver_config=dict(qk_layer_norms_perceiver=True),
+            use_resampler=True,
+        ),
+    ),
+    "paligemma-3b-pt-224": (2_923_466_480, paligemma(224)),
+    "paligemma-3b-pt-448": (2_924_351_216, paligemma(448)),
+}
+PARTS = {
+    "llava-1.5-7b-hf": {"vision": 303_507_456, "connector": 20_979_712},
+    "llava-1.5-13b-hf": {"connector": 31_467_520},
+    "idefics-9b": {"fusion": 1_434_519_568, "connector": 125_961_984, "vision": 630_766_080},
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_systems(name):
+    published, hf_config = SYSTEMS[name]
+    family = FAMILIES[hf_config.model_type]
+    config = family.config_from_hf(hf_config)
+    params = abstract_params(VisionLanguageModel(config))
+    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    assert count(params) == published
+    assert {part: count(params[part]) for part in PARTS.get(name, {})} == PARTS.get(name, {})
+    problems = Problems()
+    resolve(family.table(config, hf_config), {path: leaf.shape for path, leaf in by_path(params).items()}, problems)
+    problems.check()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
