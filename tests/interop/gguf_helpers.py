@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 TEXTS = [
     "A giraffe is 1234 cm tall, isn't it?",
     "  Überall\n\nzwei Füße:\t42",
-    "<image> 猫が2匹 🙂 <|im_start|>user</s> the the there",
+    "<image> 猫が2匹 🙂 <|im_start|>user<|im_end|></s> the the there",
 ]
 WORDS = [*TEXTS, "the giraffe and the heron and the frog are there " * 3]
 NAMES = {
@@ -93,11 +93,11 @@ def write_gguf(path: Path, model: torch.nn.Module, tokenizer: dict[str, Any], ty
 
 
 def byte_level(pre: str) -> dict[str, Any]:
-    """Metadata of a byte-level BPE as GPT-2's, its two first tokens special."""
+    """Metadata of a byte-level BPE as GPT-2's, its three first tokens special."""
     fast = Tokenizer(models.BPE())
     digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
     fast.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    special = ["<|endoftext|>", "<|im_start|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast.train_from_iterator(
         WORDS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
@@ -108,7 +108,7 @@ def byte_level(pre: str) -> dict[str, Any]:
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(tokens) - 3),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.padding_token_id": 0,
@@ -123,12 +123,14 @@ def sentencepiece() -> dict[str, Any]:
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁")
     fast.train_from_iterator(WORDS[3:], trainers.BpeTrainer(vocab_size=90, show_progress=False))
     learned, _ = _trained(fast)
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned, "<think>"]
+    # The scores, not the order of the tokens, say what is merged first.
+    scores = [-float(number) for number in range(len(learned))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned[::-1], "<think>"]
     types = [2, 3, 3] + [6] * 256 + [1] * len(learned) + [4]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [-float(number) if kind == 1 else 0.0 for number, kind in enumerate(types)],
+        "tokenizer.ggml.scores": [0.0] * 259 + scores[::-1] + [0.0],
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,

@@ -35,7 +35,7 @@ def tokenizer_of(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     fast = KINDS[kind](of)
     types = of("token_type", [])
     named = lambda wanted: [token for token, found in zip(tokens, types, strict=False) if found == wanted]
-    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in named(CONTROL)])
+    fast.add_special_tokens([AddedToken(token, normalized=False) for token in named(CONTROL)])
     fast.add_tokens([AddedToken(token, normalized=False) for token in named(USER_DEFINED)])
     special = {
         f"{ours}_token": tokens[of(f"{theirs}_token_id")]
