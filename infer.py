@@ -58,6 +58,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, help=warm)
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: the checkpoint's, or all)")
     add("--top-p", type=float, metavar="P", help="sample from the likeliest that together reach P (default: likewise)")
+    penalty = "above 1: what was said already, also in the prompt, is less likely (default: the checkpoint's, or 1)"
+    add("--repetition-penalty", type=float, metavar="P", help=penalty)
+    add("--beams", type=int, metavar="N", help="beam search with N beams (default: the checkpoint's, or 1)")
+    lengths = "of beams: above 0 prefers longer answers, 0 counts log-probabilities alone (default: the checkpoint's, or 1)"
+    add("--length-penalty", type=float, metavar="P", help=lengths)
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeat it for several")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print words as they come (default: on a terminal)")
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     from vlm_jax.generation.request import Shot
 
     logging.set_verbosity(logging.ERROR)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "length_penalty", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | {"stop": tuple(args.stop)}
     shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
     asked = (args.prompt, args.image, shots)
@@ -110,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         text, maps = vlm.attention(*asked, **given)
         maps.save(args.attention)
         print(text)
-    elif args.stream or (args.stream is None and one and sys.stdout.isatty()):
+    elif args.stream or (args.stream is None and one and settings.beams == 1 and sys.stdout.isatty()):
         for piece in vlm.stream(*asked, **given):
             print(piece, end="", flush=True)
         print()

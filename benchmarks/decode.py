@@ -60,6 +60,7 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
         temperature=np.zeros(rows, np.float32),
         top_k=np.zeros(rows, np.int32),
         top_p=np.ones(rows, np.float32),
+        repetition_penalty=np.ones(rows, np.float32),
         seeds=np.zeros(rows, np.uint32),
     )
     rules = Rules(

@@ -17,7 +17,9 @@ draw = jax.jit(sample)
 def settings(rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, first_seed: int = 0) -> Sampling:
     fill = lambda value, dtype: jnp.full(rows, value, dtype)
     seeds = jnp.arange(first_seed, first_seed + rows, dtype=jnp.uint32)
-    return Sampling(fill(temperature, jnp.float32), fill(top_k, jnp.int32), fill(top_p, jnp.float32), seeds)
+    return Sampling(
+        fill(temperature, jnp.float32), fill(top_k, jnp.int32), fill(top_p, jnp.float32), jnp.ones(len(seeds)), seeds
+    )
 
 
 def frequencies(**changes) -> np.ndarray:
@@ -59,7 +61,11 @@ def test_greedy_is_the_likeliest_whatever_the_rest():
 
 def test_rows_of_different_settings_go_together():
     mixed = Sampling(
-        jnp.asarray([0.0, 1.0] * 500), jnp.asarray([0, 2] * 500), jnp.ones(1000), jnp.arange(1000, dtype=jnp.uint32)
+        jnp.asarray([0.0, 1.0] * 500),
+        jnp.asarray([0, 2] * 500),
+        jnp.ones(1000),
+        jnp.ones(1000),
+        jnp.arange(1000, dtype=jnp.uint32),
     )
     tokens = np.asarray(draw(jnp.tile(LOGITS, (1000, 1)), mixed, 0))
     assert set(tokens[::2]) == {0} and set(tokens[1::2]) == {0, 2}

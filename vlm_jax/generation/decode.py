@@ -10,12 +10,13 @@ slot, E end tokens, K stop sequences of W tokens, G gated layers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.generation.sampling import Sampling, sample
+from vlm_jax.generation.sampling import Sampling, penalise, sample
 from vlm_jax.generation.streaming import deliver
 from vlm_jax.layers.decoder import CACHE_AXES, Cache, empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -70,19 +71,24 @@ class _Progress:
     last: Array  # [B] int32, the newest token
     tail: Array  # [B, W] int32, the newest W tokens
     cache: Cache
+    seen: Array  # [B, V] bool, the tokens so far, the prompt's among them
     out: Generated
 
 
-def generate(
-    model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, sampling: Sampling, rules: Rules, stream: Any = None
-) -> Generated:
-    """Up to `new` tokens for every prompt.
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """The prompt read, and what every further token needs."""
+
+    logits: Array  # [B, V] float32, of the first new token
+    cache: Cache
+    seen: Array  # [B, V] bool, the prompt's tokens
+    step: Callable[[Array, Array, Cache], tuple[Array, Cache]]  # newest tokens [B], how many are new, cache -> logits, cache
+
+
+def start(model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, beams: int = 1) -> Started:
+    """Reads the prompts, with room for `new` tokens; from there on, each row `beams` times, one after the other.
 
     New tokens see the images that the prompt's last token sees.
-
-    Args:
-      new: N; no limit in `rules` is above it.
-      stream: [] int32, the number of an open `streaming.Stream` that gets every token at once; None: none.
     """
     apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
     visual, images, slots = _images(model, params, prompts)
@@ -91,22 +97,46 @@ def generate(
     media = prompts.media_first, prompts.media_last
     x = apply("embed", prompts.tokens, prompts.positions, prompts.visual, visual)
     hidden, cache, _ = apply("step", x, prompts.positions, prompts.segments, *media, cache, images, slots, False, True)
-    first, last = (m[:, -1:] for m in media)
-    start = prompts.positions[:, -1:] + 1
-    segments = prompts.segments[:, -1:]
+    logits = apply("logits", hidden[:, -1:])[:, -1]
+    vocabulary = logits.shape[-1]
+    # Padding is written behind the vocabulary, where it is dropped.
+    written = jnp.where(prompts.segments > 0, prompts.tokens, vocabulary)
+    seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], written].set(True, mode="drop")
+
+    again = lambda x, axis=0: jnp.repeat(x, beams, axis=axis) if beams > 1 else x
+    first, last = (again(m[:, -1:]) for m in media)
+    begin, segments = again(prompts.positions[:, -1:] + 1), again(prompts.segments[:, -1:])
+    images = jax.tree.map(lambda kv: again(kv, axis=kv.ndim - 4), images)
+    keys, values = again(cache.keys, axis=1), again(cache.values, axis=1)
+    cache = Cache(keys, values, again(cache.positions), again(cache.segments), cache.used)
+
+    def step(tokens: Array, count: Array, cache: Cache) -> tuple[Array, Cache]:
+        positions = begin + count - 1
+        x = apply("embed", tokens[:, None], positions)
+        hidden, cache, _ = apply("step", x, positions, segments, first, last, cache, images, slots)
+        return apply("logits", hidden)[:, -1], _lay(cache)
+
+    return Started(again(logits), _lay(cache), again(seen), step)
+
+
+def generate(
+    model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, sampling: Sampling, rules: Rules, stream: Any = None
+) -> Generated:
+    """Up to `new` tokens for every prompt.
+
+    Args:
+      new: N; no limit in `rules` is above it.
+      stream: [] int32, the number of an open `streaming.Stream` that gets every token at once; None: none.
+    """
+    started = start(model, new, params, prompts)
+    rows = prompts.tokens.shape[0]
 
     def running(progress: _Progress) -> Array:
         return jnp.any(progress.out.reasons == RUNNING)
 
     def step(progress: _Progress) -> _Progress:
-        positions = start + progress.count - 1
-        x = apply("embed", progress.last[:, None], positions)
-        hidden, cache, _ = apply("step", x, positions, segments, first, last, progress.cache, images, slots)
-        return pick(dataclasses.replace(progress, cache=_lay(cache)), hidden)
-
-    def pick(progress: _Progress, hidden: Array) -> _Progress:
-        logits = apply("logits", hidden)[:, -1]
-        return _pick(progress, logits, sampling, rules, stream)
+        logits, cache = started.step(progress.last, progress.count, progress.cache)
+        return _pick(dataclasses.replace(progress, cache=cache), logits, sampling, rules, stream)
 
     nothing = Generated(
         tokens=jnp.full((rows, new), rules.pad, jnp.int32),
@@ -116,8 +146,9 @@ def generate(
     )
     blank = jnp.full(rows, NEVER, jnp.int32)
     tail = jnp.full((rows, rules.stops.shape[1]), NEVER, jnp.int32)
-    progress = _Progress(jnp.zeros((), jnp.int32), blank, tail, _lay(cache), nothing)
-    return jax.lax.while_loop(running, step, pick(progress, hidden[:, -1:])).out
+    progress = _Progress(jnp.zeros((), jnp.int32), blank, tail, started.cache, started.seen, nothing)
+    progress = _pick(progress, started.logits, sampling, rules, stream)
+    return jax.lax.while_loop(running, step, progress).out
 
 
 def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[Any, Any, int]:
@@ -147,7 +178,8 @@ def _pick(progress: _Progress, logits: Array, sampling: Sampling, rules: Rules, 
     """One more token for every row that runs."""
     count, out = progress.count, progress.out
     runs = out.reasons == RUNNING
-    token = sample(jnp.where(rules.allowed, logits, -jnp.inf), sampling, count)
+    penalised = penalise(logits, progress.seen, sampling.repetition_penalty)
+    token = sample(jnp.where(rules.allowed, penalised, -jnp.inf), sampling, count)
     token = jnp.where(runs, token, rules.pad)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     log_probability = jnp.where(runs, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
@@ -169,4 +201,5 @@ def _pick(progress: _Progress, logits: Array, sampling: Sampling, rules: Rules, 
         lengths=out.lengths + runs,
         reasons=reason,
     )
-    return _Progress(count + 1, token, tail, progress.cache, generated)
+    seen = progress.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    return _Progress(count + 1, token, tail, progress.cache, seen, generated)

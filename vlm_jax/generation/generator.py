@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.generation import decode
+from vlm_jax.generation import beam, decode
 from vlm_jax.generation.buckets import LENGTH, NEW, STOP_WIDTH, STOPS, bucket, row_bucket
 from vlm_jax.generation.processor import Layout, Processor
 from vlm_jax.generation.request import Request, RequestError, Settings
@@ -72,6 +72,7 @@ class Generator:
         self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
         self.params = unstack(params) if worth_unstacking(params) else params
         self._program = jax.jit(functools.partial(decode.generate, model), static_argnums=0)
+        self._beam_program = jax.jit(functools.partial(beam.generate, model), static_argnums=(0, 1))
         self._allowed = processor.allowed(model.config.language.vocab_size)
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
@@ -102,6 +103,8 @@ class Generator:
         """
         if self.mesh.size > 1:
             raise RequestError(f"streaming works on one device, and this mesh has {self.mesh.size}: use generate()")
+        if settings.beams > 1:
+            raise RequestError(f"beams={settings.beams}: the best answer is known at the end only; do not stream it")
         prompt = self.prompt(request, 0, settings)
         text = TextStream(self.processor.tokenizer, self.processor.ends, settings.stop)
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -195,7 +198,7 @@ class Generator:
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""
-        return self._program._cache_size()
+        return self._program._cache_size() + self._beam_program._cache_size()
 
     def mesh_context(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh)
@@ -212,16 +215,21 @@ class Generator:
         limits[:count] = [min(settings.max_new_tokens, most - p.length) for p in prompts]
         seeds = np.zeros(rows, np.uint32)
         seeds[:count] = [p.seed for p in prompts]
-        fill = lambda value, dtype: np.full(rows, value, dtype)
-        sampling = Sampling(
-            fill(settings.temperature, np.float32), fill(settings.top_k, np.int32), fill(settings.top_p, np.float32), seeds
-        )
+        fill = lambda value, dtype=np.float32: np.full(rows, value, dtype)
+        penalty = fill(settings.repetition_penalty)
+        if settings.beams > 1:
+            choice = beam.Search(np.float32(settings.length_penalty), np.bool_(settings.early_stopping), penalty)
+        else:
+            top_k = fill(settings.top_k, np.int32)
+            choice = Sampling(fill(settings.temperature), top_k, fill(settings.top_p), penalty, seeds)
         ends, pad = np.asarray(sorted(self.processor.ends), np.int32), np.int32(self.processor.pad_id)
         rules = decode.Rules(self._allowed, ends, self._stops(settings), limits, pad)
-        sampling, rules = jax.device_put((sampling, rules), NamedSharding(self.mesh, PartitionSpec()))
+        choice, rules = jax.device_put((choice, rules), NamedSharding(self.mesh, PartitionSpec()))
         new = bucket(min(settings.max_new_tokens, most), NEW)
         with self.mesh_context():
-            return jax.device_get(self._program(new, self.params, batch, sampling, rules, stream))
+            if settings.beams > 1:
+                return jax.device_get(self._beam_program(new, settings.beams, self.params, batch, choice, rules))
+            return jax.device_get(self._program(new, self.params, batch, choice, rules, stream))
 
     def _stops(self, settings: Settings) -> np.ndarray:
         """[K, W] of `decode.Rules`."""

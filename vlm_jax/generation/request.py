@@ -54,6 +54,10 @@ class Settings:
     temperature: float = 0.0  # 0: always the likeliest token
     top_k: int = 0  # only the k likeliest; 0: all
     top_p: float = 1.0  # only the likeliest that together reach p
+    repetition_penalty: float = 1.0  # above 1: tokens that were there already, also in the prompt, are less likely
+    beams: int = 1  # above 1: beam search, which is deterministic and knows no stop strings
+    length_penalty: float = 1.0  # of beams: an answer counts with its log-probability / its length to this power
+    early_stopping: bool = False  # of beams: end as soon as that many answers are finished
     stop: tuple[str, ...] = ()
     seed: int = 0
 
@@ -66,6 +70,13 @@ class Settings:
         check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more")
         check("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more")
         check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
+        check("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0")
+        check("beams", self.beams >= 1, "1 or more")
+        check("length_penalty", abs(self.length_penalty) < float("inf"), "a number")
+        if self.beams > 1 and (self.temperature or self.stop):
+            raise RequestError(
+                f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0, leave stop out"
+            )
         check("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty")
         check("seed", 0 <= self.seed < 2**63, "0 or more")
 

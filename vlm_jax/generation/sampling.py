@@ -24,7 +24,23 @@ class Sampling:
     temperature: Array  # [B] float32, 0: greedy
     top_k: Array  # [B] int32, only the k likeliest; 0: all
     top_p: Array  # [B] float32, only the likeliest that together reach p; 1: all
+    repetition_penalty: Array  # [B] float32, above 1 for fewer repetitions; 1: none
     seeds: Array  # [B] uint32
+
+
+def penalise(scores: Array, seen: Array, penalty: Array) -> Array:
+    """Makes the tokens that were there already less likely (Keskar et al. 2019, CTRL): [B, V] logits or log-probabilities.
+
+    Args:
+      seen: [B, V] bool, the tokens of the prompt and of the answer so far.
+      penalty: [B] float32.
+    """
+
+    def apply(scores: Array, seen: Array, penalty: Array) -> Array:
+        factor = penalty[:, None]
+        return jnp.where(seen, jnp.where(scores < 0, scores * factor, scores / factor), scores)
+
+    return jax.lax.cond(jnp.any(penalty != 1), apply, lambda scores, *_: scores, scores, seen, penalty)
 
 
 def sample(logits: Array, sampling: Sampling, step: Array) -> Array:

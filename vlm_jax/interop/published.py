@@ -145,6 +145,9 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     if said.get("do_sample"):
         settings = {"temperature": said.get("temperature") or 1.0, "top_k": said.get("top_k", 50) or 0}
         settings["top_p"] = said.get("top_p") or 1.0
-    if said.get("max_new_tokens"):
-        settings["max_new_tokens"] = said["max_new_tokens"]
+    settings["beams"] = said.get("num_beams") or 1
+    settings["early_stopping"] = said.get("early_stopping") is True
+    for name in ("max_new_tokens", "repetition_penalty", "length_penalty"):
+        if said.get(name) is not None:
+            settings[name] = said[name]
     return ends, Settings(**settings)
