@@ -1,10 +1,16 @@
 """Asks a trained model about pictures: one question, or a file of them."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlm_jax import Encoder
 
 EXAMPLES = """
 one question about one picture:
@@ -30,6 +36,9 @@ a file of questions; the same command, given again, goes on where it stopped:
 a published checkpoint, as transformers saved it or by its name on the hub:
   infer.py --checkpoint=llava-hf/llava-1.5-7b-hf --image=a.png --prompt="What is in this picture?"
 
+which of some names fits a picture best, by CLIP or SigLIP:
+  infer.py --checkpoint=openai/clip-vit-base-patch32 --image=a.png --classes="cat,dog,red bicycle"
+
 a model spread over eight devices:
   infer.py --checkpoint=runs/large --mesh=tensor=8 --dtype=bfloat16 --image=a.png --prompt="what is this?"
 """
@@ -50,6 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
     shot = ("IMAGE", "QUESTION", "ANSWER")
     add("--shot", action="append", default=[], nargs=3, metavar=shot, help="a solved example; repeat it for several")
+    add("--classes", metavar="NAMES", help="names with commas between them: how well each fits the picture (CLIP, SigLIP)")
+    add("--template", default="a photo of a {}.", help="what is said of the picture, {} for a name (default: %(default)r)")
     add("--input", type=Path, metavar="FILE.jsonl", help="many questions, one a line")
     add("--output", type=Path, metavar="FILE.jsonl", help="their answers; lines that are there already are not asked again")
     add("--batch", type=int, default=16, metavar="N", help="at most so many questions at once (default: %(default)s)")
@@ -71,8 +82,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pickles", action="store_true", help="read PyTorch's .bin files where there are no safetensors; nothing is executed")
     add("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation (default: the run's)")
     args = parser.parse_args(argv)
-    if (args.prompt is None) == (args.input is None):
-        parser.error("give either --prompt or --input")
+    if sum(given is not None for given in (args.prompt, args.input, args.classes)) != 1:
+        parser.error("give either --prompt or --input, or --classes for CLIP and SigLIP")
+    if args.classes is not None and not args.image:
+        parser.error("--classes are for an --image")
+    if args.classes is not None and "{}" not in args.template:
+        parser.error(f"--template={args.template!r} has no {{}}, the place of a name")
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
     if args.input and (args.image or args.shot or args.attention or args.stream):
@@ -80,6 +95,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.batch < 1:
         parser.error(f"--batch={args.batch}: expected 1 or more")
     return args
+
+
+def classify(encoder: Encoder, args: argparse.Namespace) -> None:
+    """Prints the probability of every class, the likeliest first."""
+    names = [name.strip() for name in args.classes.split(",")]
+    for image, chances in zip(args.image, encoder.classify(args.image, names, args.template), strict=True):
+        if len(args.image) > 1:
+            print(image)
+        for chance, name in sorted(zip(chances, names, strict=True), reverse=True):
+            print(f"{chance:7.2%}  {name}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     from vlm_jax.data.images import check_image
     from vlm_jax.generation.answer_file import answer_file, read_questions
     from vlm_jax.generation.request import Shot
+    from vlm_jax.interop.encoder_processor import EncoderProcessor
 
     logging.set_verbosity(logging.ERROR)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "length_penalty", "seed")
@@ -99,6 +125,19 @@ def run(args: argparse.Namespace) -> None:
     asked = (args.prompt, args.image, shots)
     # What can be wrong is found before a large model is read.
     checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles)
+    encodes = isinstance(checkpoint.processor, EncoderProcessor)
+    if encodes != (args.classes is not None):
+        raise ValueError(
+            f"{args.checkpoint} answers no questions: it is an encoder, ask it with --classes"
+            if encodes
+            else f"{args.checkpoint} answers questions: --classes are for CLIP and SigLIP"
+        )
+    if encodes:
+        for image in args.image:
+            check_image(image)
+        compilation_cache.enable()
+        classify(vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image))), args)
+        return
     settings = dataclasses.replace(checkpoint.processor.defaults, **given)
     questions = read_questions(args.input) if args.input else None
     if not questions:

@@ -6,9 +6,11 @@ import pytest
 from tests.tiny import tiny_run
 from vlm_jax.config import (
     AlibiConfig,
+    DualEncoderConfig,
     DynamicNtkScaling,
     EasyVqaConfig,
     ExpertsConfig,
+    ImageTowerConfig,
     LearnedPositionsConfig,
     Llama3Scaling,
     LongRopeScaling,
@@ -17,6 +19,7 @@ from vlm_jax.config import (
     ParamRule,
     RopeConfig,
     RunConfig,
+    TextTowerConfig,
     YarnScaling,
 )
 from vlm_jax.config_dict import from_config_dict, from_dict, to_config_dict, to_dict
@@ -56,6 +59,14 @@ def test_a_run_comes_back_from_json_and_from_a_config_dict(run):
     back = from_config_dict(RunConfig, to_config_dict(run))
     assert back == run
     assert hash(back) == hash(run)  # tuples are still tuples
+
+
+def test_two_towers_come_back_from_json():
+    model = tiny_run().model
+    image = ImageTowerConfig(encoder=model.vision, pool="attention", projection=8)
+    text = TextTowerConfig(encoder=model.language, causal=False, pool="last", projection=8, projection_bias=True)
+    config = DualEncoderConfig(image=image, text=text, loss="sigmoid", logit_scale=2.0, logit_bias=-10.0)
+    assert from_dict(DualEncoderConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_the_command_line_overrides_leaves_and_refuses_new_ones():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_jax.api import Vlm, export, load
+    from vlm_jax.api import Encoder, Vlm, export, load
 
-__all__ = ["Vlm", "export", "load"]
+__all__ = ["Encoder", "Vlm", "export", "load"]
 
 
 def __getattr__(name: str) -> Any:

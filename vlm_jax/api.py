@@ -17,12 +17,14 @@ import jax
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.data.tokenizer import load_tokenizer
+from vlm_jax.encoders import Encoder
 from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.processor import RunProcessor
 from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot
+from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.folder import is_published
-from vlm_jax.interop.published import Checkpoint, open_published
+from vlm_jax.interop.published import MODELS, Checkpoint, open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
@@ -40,12 +42,14 @@ class Vlm:
     given is the checkpoint's own.
 
     Attributes:
-      checkpoint: what it was loaded from; generator: for batches of `Request`s; model, params, processor: its parts.
+      checkpoint: what it was loaded from; generator: for batches of `Request`s; model, params, processor: its parts; mesh: the
+        devices it lies on.
     """
 
     def __init__(self, checkpoint: Run | Checkpoint, generator: Generator) -> None:
         self.checkpoint, self.generator = checkpoint, generator
         self.model, self.params, self.processor = generator.model, generator.params, generator.processor
+        self.mesh = generator.mesh
 
     def settings(self, **changes: Any) -> Settings:
         """The checkpoint's own settings with some changed."""
@@ -123,8 +127,10 @@ def load(
     rows: int = 16,
     pickles: bool = False,
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> Vlm:
+) -> Vlm | Encoder:
     """Reads a run of ours (the `--workdir` of train.py) or a published checkpoint.
+
+    What answers is a `Vlm`; CLIP, SigLIP and image encoders are an `Encoder`.
 
     Args:
       path: a run's folder; a folder that transformers saved, or the cache folder of a hub repository; or the repository's
@@ -148,8 +154,10 @@ def load(
             model, params = checkpoint.load(placed, dtype)
         else:
             compute = compute_dtype(dtype or "auto")
-            model = VisionLanguageModel(checkpoint.config, compute)
+            model = MODELS[type(checkpoint.config)](checkpoint.config, compute)
             params = checkpoint.load_params(placed, compute, tell)
+    if isinstance(checkpoint.processor, EncoderProcessor):
+        return Encoder(checkpoint, model, params, placed, rows)
     return Vlm(checkpoint, Generator(model, params, checkpoint.processor, placed, rows))
 
 

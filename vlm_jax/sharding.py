@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pixels": (),
     "positions": (),
     "latents": (),
+    "projection": (),
     # activations
     "batch": ("data", "fsdp"),
     "length": (),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import vlm_jax
 from vlm_jax.api import Vlm
 from vlm_jax.data.batch import Batch
+from vlm_jax.encoders import Encoder
 from vlm_jax.generation.request import Request, Settings
 
 LINES = ["USER: what color is the shape? ASSISTANT: red", "a cat sits on the mat", "two dogs run in the park"]
@@ -69,7 +70,7 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(array.clip(0, 255).astype(np.uint8))
 
 
-def load(folder: Path, mesh: str | None = None, **settings: Any) -> Vlm:
+def load(folder: Path, mesh: str | None = None, **settings: Any) -> Vlm | Encoder:
     return vlm_jax.load(folder, mesh, "float32", **settings)
 
 
@@ -113,9 +114,9 @@ def names_in(folder: Path) -> set[str]:
     return {name for file in folder.glob("*.safetensors") for name in safe_open(file, "np").keys()}  # noqa: SIM118
 
 
-def exported_again(vlm: Vlm, folder: Path, kind: type, new: Path) -> torch.nn.Module:
+def exported_again(vlm: Vlm | Encoder, folder: Path, kind: type, new: Path) -> torch.nn.Module:
     """Exports, and loads it with transformers, which must find every key and no other."""
-    vlm.checkpoint.export(vlm.checkpoint.load_params(vlm.generator.mesh), new)
+    vlm.checkpoint.export(vlm.checkpoint.load_params(vlm.mesh), new)
     model, info = kind.from_pretrained(new, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     for file in folder.iterdir():

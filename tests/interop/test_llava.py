@@ -21,6 +21,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    SiglipVisionConfig,
 )
 
 from vlm_jax.interop.anyres import anyres_places
@@ -43,11 +44,11 @@ VISION = dict(
 )
 
 
-def llava(folder, text=LlamaConfig, chat=CHAT, seed=0, sizes=None, **changes):
+def llava(folder, text=LlamaConfig, vision=CLIPVisionConfig, chat=CHAT, seed=0, sizes=None, **changes):
     """(the torch model, its processor), saved in the folder."""
     words = tokenizer()
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
+        vision_config=vision(**VISION),
         text_config=text(**SIZES | (sizes or {}), vocab_size=len(words)),
         **dict(image_token_index=IMAGE, image_seq_length=16) | changes,
     )
@@ -56,7 +57,7 @@ def llava(folder, text=LlamaConfig, chat=CHAT, seed=0, sizes=None, **changes):
         tokenizer=words,
         patch_size=PATCH,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(vision is CLIPVisionConfig),
         chat_template=chat,
     )
     return saved(folder, LlavaForConditionalGeneration(config), processor, seed), processor
@@ -95,8 +96,9 @@ TWO = "USER: <image><image> two dogs? ASSISTANT: yes USER: and <image>? ASSISTAN
         dict(text=MistralConfig, sizes=dict(sliding_window=9, head_dim=12, num_attention_heads=3, num_key_value_heads=1)),
         dict(vision_feature_layer=-1, vision_feature_select_strategy="full", multimodal_projector_bias=False),
         dict(tie_word_embeddings=True, vision_feature_layer=1, projector_hidden_act="relu"),
+        dict(vision=SiglipVisionConfig, vision_feature_select_strategy="full"),
     ],
-    ids=["llama", "mistral", "last_layer_full", "tied_first_layer"],
+    ids=["llama", "mistral", "last_layer_full", "tied_first_layer", "siglip"],
 )
 def test_logits_and_back(tmp_path, changes):
     model, processor = llava(tmp_path / "a", **changes)

@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Blip2VisionConfig,
+    CLIPConfig,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     GemmaConfig,
     GPTNeoXConfig,
     IdeficsConfig,
@@ -21,6 +25,7 @@ from transformers import (
     PaliGemmaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    SiglipConfig,
     SiglipVisionConfig,
 )
 
@@ -29,6 +34,7 @@ from vlm_jax.interop import gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
 from vlm_jax.interop.engine import abstract_params
 from vlm_jax.interop.families import FAMILIES
 from vlm_jax.interop.plan import Problems, resolve
+from vlm_jax.interop.published import MODELS
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import by_path
 
@@ -113,6 +119,33 @@ SYSTEMS = {
     "paligemma-3b-pt-224": (2_923_466_480, paligemma(224)),
     "paligemma-3b-pt-448": (2_924_351_216, paligemma(448)),
 }
+CLIP_L_TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+DINOV2_S = dict(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+DINOV2_G = dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=24, image_size=518, use_swiglu_ffn=True)
+
+
+def clip_l(side: int) -> CLIPConfig:
+    return CLIPConfig(vision_config=CLIP_L | dict(image_size=side), text_config=CLIP_L_TEXT, projection_dim=768)
+
+
+def so400m(side: int, texts: int) -> SiglipConfig:
+    text = SO400M | dict(vocab_size=32_000, max_position_embeddings=texts)
+    return SiglipConfig(vision_config=SO400M | dict(image_size=side, patch_size=14), text_config=text)
+
+
+SYSTEMS |= {
+    "clip-vit-base-patch32": (151_277_313, CLIPConfig(vision_config={}, text_config={})),
+    "clip-vit-large-patch14": (427_616_513, clip_l(224)),
+    "clip-vit-large-patch14-336": (427_944_193, clip_l(336)),
+    "siglip-base-patch16-224": (203_155_970, SiglipConfig(vision_config={}, text_config={})),
+    "siglip-so400m-patch14-384": (877_960_498, so400m(384, 64)),
+    "siglip-so400m-patch14-224": (877_360_306, so400m(224, 16)),
+    "blip2": (985_952_256, Blip2VisionConfig()),
+    "dinov2-small": (22_056_576, Dinov2Config(**DINOV2_S)),
+    "dinov2-giant": (1_136_480_768, Dinov2Config(**DINOV2_G)),
+    "dinov2-with-registers-small": (22_058_112, Dinov2WithRegistersConfig(**DINOV2_S)),
+}
 PARTS = {
     "llava-1.5-7b-hf": {"vision": 303_507_456, "connector": 20_979_712},
     "llava-1.5-13b-hf": {"connector": 31_467_520},
@@ -125,7 +158,7 @@ def test_systems(name):
     published, hf_config = SYSTEMS[name]
     family = FAMILIES[hf_config.model_type]
     config = family.config_from_hf(hf_config)
-    params = abstract_params(VisionLanguageModel(config))
+    params = abstract_params(MODELS[type(config)](config))
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     assert count(params) == published
     assert {part: count(params[part]) for part in PARTS.get(name, {})} == PARTS.get(name, {})

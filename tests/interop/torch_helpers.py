@@ -6,6 +6,7 @@ import math
 import tempfile
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,13 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 from transformers import DynamicCache, PreTrainedModel
 
-from vlm_jax.config import DecoderConfig, ModelConfig
+from vlm_jax.config import DecoderConfig, ModelConfig, VitConfig
 from vlm_jax.data.batch import Batch
 from vlm_jax.interop.engine import abstract_params, to_ours, to_published
 from vlm_jax.interop.table import Table
 from vlm_jax.layers.decoder import Between, Cache, Decoder, empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import Named
 
 VOCAB, TOKENS = 40, 12
 
@@ -63,6 +65,22 @@ def converted(state: dict[str, np.ndarray], table: Table, abstract: Any) -> Any:
     for path, leaf in flatten_dict(params, sep="/").items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
     return params
+
+
+def shapes_of(module: nn.Module, *args: Any) -> Any:
+    """Of the parameters of `module` called with `args`."""
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    return jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: isinstance(x, Named))
+
+
+def random_images(height: int, width: int, rows: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (rows, height, width, 3), dtype=np.uint8)
+
+
+def pixel_values(pixels: np.ndarray, config: VitConfig) -> torch.Tensor:
+    """What a published processor makes of pictures of the right size."""
+    x = (pixels / 255.0 - np.array(config.mean)) / np.array(config.std)
+    return torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32)
 
 
 def text_batch(tokens: np.ndarray, **fields: np.ndarray) -> Batch:

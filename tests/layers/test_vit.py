@@ -50,6 +50,44 @@ def test_the_class_token_stands_in_front():
     assert features().shape == (2, 5, 16)
 
 
+def test_registers_are_seen_and_never_given():
+    config = dataclasses.replace(CONFIG, registers=3)
+    params = random_params(Vit(config, jnp.float32), IMAGES)
+    assert params["registers"].shape == (3, 16)
+
+    def run(**changes):
+        return np.asarray(Vit(dataclasses.replace(config, **changes), jnp.float32).apply({"params": params}, IMAGES))
+
+    before = run()
+    assert before.shape == (2, 5, 16)
+    np.testing.assert_array_equal(run(class_token="dropped"), before[:, 1:])
+    params["registers"] = -params["registers"]
+    assert np.abs(run() - before).max() > 0.01
+
+
+def test_a_tower_may_have_no_class_token():
+    config = dataclasses.replace(CONFIG, class_token="none")
+    params = random_params(Vit(config, jnp.float32), IMAGES)
+    assert "class_embedding" not in params and params["position_embedding"].shape == (4, 16)
+    assert Vit(config, jnp.float32).apply({"params": params}, IMAGES).shape == (2, 4, 16)
+
+
+@pytest.mark.parametrize("held", [dict(pooling_head=True), dict(mask_token=True), dict(post_norm="held")], ids=str)
+def test_what_is_held_changes_nothing(held):
+    some = random_params(Vit(dataclasses.replace(CONFIG, **held), jnp.float32), IMAGES)
+    extra = some.keys() - params().keys()
+    run = lambda **changes: Vit(dataclasses.replace(CONFIG, **changes), jnp.float32).apply({"params": some}, IMAGES)
+    assert extra or "post_norm" in held
+    np.testing.assert_array_equal(run(**held), run())
+
+
+def test_a_remainder_is_left_out_only_where_the_published_size_has_one():
+    config = dataclasses.replace(CONFIG, image_size=19)
+    run = lambda images: jax.jit(Vit(config, jnp.float32).apply)({"params": params()}, images)
+    images = np.random.default_rng(2).integers(0, 256, (1, 19, 19, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(run(images), run(images[:, :16, :16]))
+
+
 def test_post_norm_normalises_what_leaves():
     plain, scale, bias = features(), params()["post_norm"]["scale"], params()["post_norm"]["bias"]
     centred = plain - plain.mean(-1, keepdims=True)

@@ -28,12 +28,14 @@ def test_positions_of_the_learned_grid_are_left_alone():
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (3, 3), (7, 5), (4, 6), (1, 9)])
-def test_positions_of_other_grids_are_torchs_bicubic(grid):
+@pytest.mark.parametrize("antialias", [False, True])
+def test_positions_of_other_grids_are_torchs_bicubic(grid, antialias):
     table = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32)
     square = torch.tensor(table).reshape(1, 4, 4, 5).permute(0, 3, 1, 2)
-    expected = torch.nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    resize = torch.nn.functional.interpolate
+    expected = resize(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     expected = expected.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
-    ours = jax.jit(resize_positions, static_argnums=1)(table, grid)
+    ours = jax.jit(resize_positions, static_argnums=(1, 2))(table, grid, antialias)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 

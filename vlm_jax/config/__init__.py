@@ -9,6 +9,7 @@ Where a part can be one of several kinds, its dataclass has a `kind` field that 
 from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
 from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
+from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
 from vlm_jax.config.fusion import GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -32,10 +33,12 @@ __all__ = [
     "BlockConfig",
     "DataConfig",
     "DecoderConfig",
+    "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
     "ExpertsConfig",
     "GatedCrossAttentionConfig",
+    "ImageTowerConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
     "LearnedPositionsConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "TextTowerConfig",
     "VitConfig",
     "YarnScaling",
 ]

@@ -18,6 +18,7 @@ class VitConfig:
     layers: int
     block: BlockConfig
     class_token: Literal["none", "dropped", "kept"] = "dropped"  # SigLIP has none; the others' may be among the features
+    registers: int = 0  # learned tokens behind it, never among the features (Darcet et al. 2024)
     patch_bias: bool = False
     pre_norm: bool = True  # before the first block; CLIP alone
     feature_layer: int = -1  # which hidden state leaves: -1 the last, -2 the one before (LLaVA), 0 the embeddings
@@ -25,7 +26,9 @@ class VitConfig:
     # checkpoint's, which no feature is made of.
     post_norm: Literal["none", "held", "applied"] = "applied"
     mask_token: bool = False  # DINOv2's, for masked pretraining; held
+    pooling_head: bool = False  # SigLIP's, where a language model reads the features before it; held
     position_init: float | None = None  # deviation the positions start with; None: width ** -0.5, as CLIP's
+    antialias: bool = False  # of positions for another size of picture; DINOv2 with registers
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 

@@ -1,83 +1,95 @@
-"""The vision towers of CLIP (Radford et al. 2021; `CLIPVisionModel`, IDEFICS's copy of it) and SigLIP (Zhai et al. 2023)."""
+"""CLIP (Radford et al. 2021): transformers' `CLIPModel` and `CLIPVisionModelWithProjection`."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from vlm_jax.config import BlockConfig, NormConfig, VitConfig
-from vlm_jax.interop.hf_config import activation, require
+from vlm_jax.config import (
+    DecoderConfig,
+    DualEncoderConfig,
+    ImageTowerConfig,
+    LearnedPositionsConfig,
+    TextTowerConfig,
+)
+from vlm_jax.interop import vit
+from vlm_jax.interop.rows import attention, norm, norms_and_mlp
 from vlm_jax.interop.table import Table, row
 
-LAYER = "encoder.layers.{}."
 
-
-def table(config: VitConfig) -> Table:
-    """Of the tower alone: published names with the `vision_model.` of hub files or without it."""
-    return rows(config).under("[vision_model.]")
-
-
-def rows(config: VitConfig) -> Table:
-    """Published names <-> the paths of a `Vit`."""
-    attention = [
-        entry
-        for published, ours in (("q", "query"), ("k", "key"), ("v", "value"))
-        for entry in (
-            row(f"{LAYER}self_attn.{published}_proj.weight", f"layers/attention/{ours}/kernel", "(N H) D -> D N H"),
-            row(f"{LAYER}self_attn.{published}_proj.bias", f"layers/attention/{ours}/bias", "(N H) -> N H"),
-        )
-    ]
-    norms = [(f"{LAYER}layer_norm1", "layers/attention_norm"), (f"{LAYER}layer_norm2", "layers/mlp_norm")]
-    norms += [("pre_layrnorm", "pre_norm")] if config.pre_norm else []
-    norms += [("post_layernorm", "post_norm")] if config.post_norm != "none" else []
-    patch = config.patch_size
-    entries = [
-        row("embeddings.patch_embedding.weight", "patch_embedding/kernel", "D C Y X -> (Y X C) D", C=3, Y=patch, X=patch),
-        row("embeddings.position_embedding.weight", "position_embedding", "T D -> T D"),
-        *attention,
-        row(f"{LAYER}self_attn.out_proj.weight", "layers/attention/out/kernel", "D (N H) -> N H D"),
-        row(f"{LAYER}self_attn.out_proj.bias", "layers/attention/out/bias", "D -> D"),
-        row(f"{LAYER}mlp.fc1.weight", "layers/mlp/up/kernel", "F D -> D F"),
-        row(f"{LAYER}mlp.fc1.bias", "layers/mlp/up/bias", "F -> F"),
-        row(f"{LAYER}mlp.fc2.weight", "layers/mlp/down/kernel", "D F -> F D"),
-        row(f"{LAYER}mlp.fc2.bias", "layers/mlp/down/bias", "D -> D"),
-        *(row(f"{published}.weight", f"{ours}/scale", "D -> D") for published, ours in norms),
-        *(row(f"{published}.bias", f"{ours}/bias", "D -> D") for published, ours in norms),
-    ]
-    if config.class_token != "none":
-        entries.append(row("embeddings.class_embedding", "class_embedding", "D -> D"))
-    if config.patch_bias:
-        entries.append(row("embeddings.patch_embedding.bias", "patch_embedding/bias", "D -> D"))
-    return Table(tuple(entries), ignored=("embeddings.position_ids",))
-
-
-def config_from_hf(config: Any) -> VitConfig:
-    """`CLIPVisionConfig`, `IdeficsVisionConfig` or `SiglipVisionConfig` -> ours, with the default choice of features."""
-    require(config, num_channels=3)
-    for name in ("image_size", "patch_size"):
-        if not isinstance(getattr(config, name), int):
-            raise ValueError(
-                f"{type(config).__name__}: {name}={getattr(config, name)}; only squares (one number) are implemented"
-            )
-    block = BlockConfig(
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_width=config.hidden_size // config.num_attention_heads,
-        mlp_width=config.intermediate_size,
-        activation=activation(config.hidden_act),
-        gated_mlp=False,
-        norm=NormConfig(kind="layer", eps=config.layer_norm_eps),
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
+def table(config: DualEncoderConfig) -> Table:
+    """Published names <-> the paths of a `DualEncoder`."""
+    entries = (
+        row("text_projection.weight", "text/projection/kernel", "F D -> D F"),
+        row("logit_scale", "logit_scale", "->"),
     )
-    siglip = config.model_type == "siglip_vision_model"
-    return VitConfig(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
+    return image_table(config.image).under(ours="image/") + text_rows(config.text.encoder) + Table(entries)
+
+
+def image_table(config: ImageTowerConfig) -> Table:
+    """Names of `CLIPVisionModel` or `CLIPVisionModelWithProjection` <-> the paths of an `ImageTower`."""
+    if config.projection is None:
+        return vit.table(config.encoder).under(ours="encoder/")
+    projection = row("visual_projection.weight", "projection/kernel", "F D -> D F")
+    return vit.rows(config.encoder).under("vision_model.", "encoder/") + Table((projection,))
+
+
+def text_rows(config: DecoderConfig) -> Table:
+    """Names of the text tower without its projection, which SigLIP's are too."""
+    entries = (
+        row("embeddings.token_embedding.weight", "embedding", "V D -> V D"),
+        row("embeddings.position_embedding.weight", "position_embedding", "T D -> T D"),
+        *attention(config.block),
+        *norms_and_mlp(config.block),
+        *norm("final_layer_norm", "final_norm"),
+    )
+    return Table(entries, ignored=("embeddings.position_ids",)).under("text_model.", "text/encoder/")
+
+
+def config_from_hf(config: Any) -> DualEncoderConfig:
+    """`CLIPConfig` -> ours.
+
+    Raises:
+      ValueError: several end tokens or none, where transformers could not pool either.
+    """
+    end = config.text_config.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError(f"CLIPTextConfig: eos_token_id={end}; only one number is implemented")
+    return DualEncoderConfig(
+        image=_image(config.vision_config, config.projection_dim),
+        text=TextTowerConfig(
+            encoder=text_encoder(config.text_config),
+            causal=True,
+            pool="end_token",
+            # Configs from before transformers knew the end token say 2, and mean the greatest number.
+            end_token=None if end == 2 else end,
+            projection=config.projection_dim,
+            projection_bias=False,
+        ),
+        loss="softmax",
+        logit_scale=float(config.logit_scale_init_value),
+    )
+
+
+def image_config_from_hf(config: Any) -> ImageTowerConfig:
+    """`CLIPVisionConfig`, as `CLIPVisionModel` or `CLIPVisionModelWithProjection` saved it -> ours."""
+    projected = "CLIPVisionModelWithProjection" in (config.architectures or ())
+    return _image(config, config.projection_dim if projected else None)
+
+
+def _image(config: Any, projection: int | None) -> ImageTowerConfig:
+    encoder = dataclasses.replace(vit.config_from_hf(config), class_token="kept")
+    return ImageTowerConfig(encoder=encoder, pool="class_token", projection=projection)
+
+
+def text_encoder(config: Any) -> DecoderConfig:
+    """`CLIPTextConfig` or `SiglipTextConfig` -> ours."""
+    return DecoderConfig(
+        vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
-        block=block,
-        class_token="none" if siglip else "dropped",
-        patch_bias=siglip,
-        pre_norm=not siglip,
+        block=vit.block(config),
+        positions=LearnedPositionsConfig(),
+        max_positions=config.max_position_embeddings,
+        window=None,
+        tied_head=True,
     )

@@ -10,32 +10,30 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.data.batch import Batch
 from vlm_jax.interop.plan import Problems, plan, resolve
 from vlm_jax.interop.source import Arrays, Source
-from vlm_jax.interop.table import Index, Shape, Table, written
-from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.interop.table import Index, Shape, Table, pattern, written
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named, place_tree, shardings_of
 
 State = dict[str, np.ndarray]
 
 
-def boxed_params(model: VisionLanguageModel) -> Any:
-    """Shapes, types and axis names of a model's parameters; nothing is computed."""
-    vision = model.config.vision
-    side = vision.image_size if vision else 1
-    row = lambda dtype: np.zeros((1, 1), dtype)
-    images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
-    batch = Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32), row(np.int32))
-    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+def boxed_params(model: nn.Module) -> Any:
+    """Shapes, types and axis names of a model's parameters; nothing is computed.
+
+    Args:
+      model: of `models/`, or a `Vit`: it has an `example`.
+    """
+    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
 
 
-def abstract_params(model: VisionLanguageModel) -> Any:
+def abstract_params(model: nn.Module) -> Any:
     """Shapes and types of a model's parameters; nothing is computed."""
     return jax.tree.map(lambda box: box.value, boxed_params(model), is_leaf=lambda x: isinstance(x, Named))
 
@@ -54,6 +52,12 @@ def to_ours(state: State, table: Table, abstract_params: Any) -> Any:
     parameters = plan(table, source, shapes)
     whole = lambda shape: tuple(slice(0, size) for size in shape)
     return nested({path: parameters[path].read(source, whole(shape)) for path, shape in shapes.items()})
+
+
+def names_known(table: Table, source: Source) -> int:
+    """How many of the source's tensors the table has a row for: which of several tables a file is written by."""
+    patterns = [pattern(name) for row in table.rows for name in row.published]
+    return sum(any(regex.fullmatch(name) for regex in patterns) for name in source.tensors)
 
 
 def load_params(
@@ -120,7 +124,7 @@ def published_tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarr
             ends = list(itertools.accumulate(one.row.split))
             parts = np.split(whole, ends[:-1]) if ends else [whole]
             for template, part in zip(one.row.published, parts, strict=True):
-                yield written(template, numbers), np.ascontiguousarray(part)
+                yield written(template, numbers), np.asarray(part, order="C")
 
 
 def _shapes(params: Any) -> Mapping[str, Shape]:

@@ -8,22 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import ModelConfig
-from vlm_jax.generation.request import Settings
-from vlm_jax.interop import idefics, llava, paligemma
+from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
+from vlm_jax.interop import clip, dinov2, eva_clip, idefics, llava, open_clip, paligemma, siglip
 from vlm_jax.interop.anyres import anyres_places
+from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.idefics_processor import IdeficsProcessor
 from vlm_jax.interop.parts import LANGUAGE, LanguageModel
 from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped
 from vlm_jax.interop.table import Table
 
+Config = ModelConfig | DualEncoderConfig | ImageTowerConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    config_from_hf: Callable[[Any], ModelConfig]
-    table: Callable[[ModelConfig, Any], Table]
-    # From our configuration and transformers'; the rest as `PublishedProcessor` takes it.
-    processor: Callable[[ModelConfig, Any, Wrapped, set[int], Settings], PublishedProcessor]
+    config_from_hf: Callable[[Any], Config]
+    table: Callable[[Config, Any], Table]  # from our configuration and transformers'
+    # The same two and transformers' processor; of a model that answers, the rest as `PublishedProcessor` takes it.
+    processor: Callable[..., PublishedProcessor | EncoderProcessor]
+    other_tables: tuple[Callable[[Config], Table], ...] = ()  # of the same tensors under names that are read, not written
 
 
 def _alone(part: LanguageModel) -> Family:
@@ -45,6 +48,29 @@ def _anyres(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> Publi
     return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, places))
 
 
+def _dual(module: Any, *other_tables: Callable[[Config], Table]) -> Family:
+    length = lambda config: config.text.encoder.max_positions
+    processor = lambda config, hf, wrapped: EncoderProcessor(wrapped, length(config))
+    return Family(module.config_from_hf, lambda config, hf: module.table(config), processor, other_tables)
+
+
+def _tower(config_from_hf: Callable[[Any], Any], *tables: Callable[[Any], Table]) -> Family:
+    """An image encoder alone."""
+    first, *others = tables
+    processor = lambda config, hf, wrapped: EncoderProcessor(wrapped)
+    return Family(config_from_hf, lambda config, hf: first(config), processor, tuple(others))
+
+
+def _first_token(module: Any, *tables: Callable[[VitConfig], Table]) -> Family:
+    """An image encoder whose class token stands for the image."""
+    config_from_hf = lambda hf: ImageTowerConfig(encoder=module.config_from_hf(hf), pool="class_token")
+    under = lambda table: lambda config: table(config.encoder).under(ours="encoder/")
+    return _tower(config_from_hf, *map(under, tables))
+
+
+_DINOV2 = _first_token(dinov2, dinov2.table, dinov2.state_dict_table)
+_EVA_CLIP = _first_token(eva_clip, eva_clip.table)
+
 FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
     "idefics": Family(idefics.config_from_hf, idefics.table, lambda config, hf, *rest: IdeficsProcessor(*rest)),
     "llava": Family(llava.config_from_hf, llava.table, _every_patch),
@@ -54,4 +80,12 @@ FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
         lambda config, hf, *rest: paligemma.PaliGemmaProcessor(*rest, config.vision.frame_features),
     ),
     "llava_next": Family(llava.config_from_hf, llava.table, _anyres),
+    "clip": _dual(clip, open_clip.table),
+    "siglip": _dual(siglip),
+    "clip_vision_model": _tower(clip.image_config_from_hf, clip.image_table),
+    "siglip_vision_model": _tower(siglip.image_config_from_hf, siglip.image_table),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "blip_2_vision_model": _EVA_CLIP,
+    "instructblip_vision_model": _EVA_CLIP,
 }

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from vlm_jax.config import BlockConfig, DecoderConfig, GatedCrossAttentionConfig, ModelConfig, NormConfig, PerceiverConfig
-from vlm_jax.interop import clip, llama
+from vlm_jax.interop import llama, vit
 from vlm_jax.interop.hf_config import activation, require, rope
 from vlm_jax.interop.table import Copy, Table, row
 
@@ -18,7 +18,7 @@ BLOCK = RESAMPLER + "blocks.{}."
 def table(config: ModelConfig, hf_config: Any) -> Table:
     """Published names <-> the paths of a `VisionLanguageModel`."""
     return (
-        clip.rows(config.vision).under("model.vision_model.", "vision/")
+        vit.rows(config.vision).under("model.vision_model.", "vision/")
         + _resampler(config.connector)
         + _gated(config.fusion)
         + llama.body(config.language).under(ours="language/")
@@ -109,7 +109,7 @@ def config_from_hf(config: Any) -> ModelConfig:
     )
     return ModelConfig(
         # The resampler reads every token of the last layer, the class token too, before `post_layernorm`.
-        vision=dataclasses.replace(clip.config_from_hf(config.vision_config), post_norm="held", class_token="kept"),
+        vision=dataclasses.replace(vit.config_from_hf(config.vision_config), post_norm="held", class_token="kept"),
         connector=PerceiverConfig(
             latents=perceiver.resampler_n_latents,
             layers=perceiver.resampler_depth,

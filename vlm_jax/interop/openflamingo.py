@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from vlm_jax.config import GatedCrossAttentionConfig, ModelConfig, PerceiverConfig
-from vlm_jax.interop import clip
+from vlm_jax.interop import vit
 from vlm_jax.interop.parts import language_model
 from vlm_jax.interop.table import Table, row
 
@@ -29,7 +29,7 @@ def config_from_parts(
       vocabulary: of the language model with the tokens that were added.
     """
     decoder = language_model(language).config_from_hf(language)
-    tower = clip.config_from_hf(vision)
+    tower = vit.config_from_hf(vision)
     return ModelConfig(
         # The patch tokens before the norm: open_clip gave them so when the models were trained.
         vision=dataclasses.replace(tower, post_norm="held", class_token="dropped"),
@@ -49,7 +49,7 @@ def config_from_parts(
 def table(config: ModelConfig, language: Any) -> Table:
     """Names of the joined parts <-> the paths of a `VisionLanguageModel`."""
     return (
-        clip.rows(config.vision).under(f"{VISION_PART}[vision_model.]", "vision/")
+        vit.rows(config.vision).under(f"{VISION_PART}[vision_model.]", "vision/")
         + _perceiver()
         + _gated()
         + _language(config, language)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.config import DecoderConfig, VitConfig
-from vlm_jax.interop import clip, gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
+from vlm_jax.interop import gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2, vit
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table
 
@@ -39,8 +39,8 @@ class VisionEncoder:
 
 
 VISION = {
-    "clip_vision_model": VisionEncoder(clip.config_from_hf, clip.rows),
-    "siglip_vision_model": VisionEncoder(clip.config_from_hf, clip.rows),
+    "clip_vision_model": VisionEncoder(vit.config_from_hf, vit.rows),
+    "siglip_vision_model": VisionEncoder(vit.config_from_hf, vit.rows),
 }
 
 

@@ -29,6 +29,20 @@ class Pictures:
     places: Callable[[Size], np.ndarray]  # of a picture of this size, which visual tokens stand in its place; see `Layout`
 
 
+def picture_bytes(processor: Any, image: np.ndarray) -> np.ndarray:
+    """What transformers' picture processor makes of a picture [H, W, 3], not rescaled and not normalised: [F, H, W, 3] uint8.
+
+    Raises:
+      PublishedError: it gives numbers of another type.
+    """
+    made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+    tiles = np.asarray(made["pixel_values"][0])
+    tiles = tiles if tiles.ndim == 4 else tiles[None]
+    if tiles.dtype != np.uint8:
+        raise PublishedError(f"{type(processor).__name__} gives {tiles.dtype}, expected uint8")
+    return tiles.transpose(0, 2, 3, 1)
+
+
 class PublishedTokenizer:
     """transformers' tokenizer as the generator uses it."""
 
@@ -130,12 +144,7 @@ class PublishedProcessor:
     def pixels(self, film: tuple[Picture, ...]) -> np.ndarray:
         """A picture's tiles: [F, H, W, 3] uint8."""
         image = self._one(film)
-        made = self.wrapped.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
-        tiles = np.asarray(made["pixel_values"][0])
-        tiles = tiles if tiles.ndim == 4 else tiles[None]
-        if tiles.dtype != np.uint8:
-            raise PublishedError(f"{type(self.wrapped.image_processor).__name__} gives {tiles.dtype}, expected uint8")
-        return tiles.transpose(0, 2, 3, 1)
+        return picture_bytes(self.wrapped.image_processor, image)
 
     def allowed(self, vocabulary: int) -> np.ndarray:
         return np.ones(vocabulary, bool)

@@ -9,20 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from vlm_jax.config import ModelConfig
+from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
 from vlm_jax.generation.request import Settings
 from vlm_jax.interop import safetensors_files
-from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
-from vlm_jax.interop.families import FAMILIES, Family
+from vlm_jax.interop.encoder_processor import EncoderProcessor
+from vlm_jax.interop.engine import boxed_params, load_params, names_known, published_tensors
+from vlm_jax.interop.families import FAMILIES, Config, Family
 from vlm_jax.interop.folder import find, model_type, open_weights, read_config
 from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
 from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo
 from vlm_jax.interop.processor import PublishedProcessor
 from vlm_jax.interop.source import PublishedError
+from vlm_jax.interop.table import Table
+from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.paths import by_path
+
+MODELS = {ModelConfig: VisionLanguageModel, DualEncoderConfig: DualEncoder, ImageTowerConfig: ImageTower}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +37,21 @@ class Published:
     folder: Path
     hf_config: Any  # transformers'
     family: Family
-    config: ModelConfig
-    processor: PublishedProcessor
+    config: Config
+    processor: PublishedProcessor | EncoderProcessor
     pickles: bool
 
     def load_params(self, mesh: Mesh, dtype: Any = None, tell: Callable[[int, int], None] = lambda done, total: None) -> Any:
         """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`."""
         source = open_weights(self.folder, self.pickles)
-        boxed = boxed_params(VisionLanguageModel(self.config))
-        return load_params(source, self.family.table(self.config, self.hf_config), boxed, mesh, dtype, tell)
+        tables = (self.table, *(table(self.config) for table in self.family.other_tables))
+        table = max(tables, key=lambda table: names_known(table, source))
+        return load_params(source, table, boxed_params(MODELS[type(self.config)](self.config)), mesh, dtype, tell)
+
+    @property
+    def table(self) -> Table:
+        """The names that are written."""
+        return self.family.table(self.config, self.hf_config)
 
     def export(self, params: Any, folder: str | Path) -> int:
         """Writes a folder that transformers loads: `params`, and this checkpoint's configuration, tokenizer and processor.
@@ -54,13 +65,13 @@ class Published:
         target = Path(folder).expanduser()
         if target.exists() and any(target.iterdir()):
             raise PublishedError(f"{target} is not empty: export into a new folder")
-        tensors = published_tensors(params, self.family.table(self.config, self.hf_config))
+        tensors = published_tensors(params, self.table)
         target.mkdir(parents=True, exist_ok=True)
         written = safetensors_files.write(target, tensors)
         self.keep_files(target)
         path = target / "config.json"
         config = json.loads(path.read_text())
-        held = str(by_path(params)["language/embedding"].dtype)
+        held = str(jax.tree.leaves(params)[0].dtype)
         if config.get("dtype", held) != held:
             path.write_text(json.dumps(config | {"dtype": held}, indent=2) + "\n")
         return written
@@ -93,12 +104,21 @@ def open_published(name: str | Path, pickles: bool = False) -> Checkpoint:
         config = family.config_from_hf(hf_config)
     except ValueError as error:
         raise PublishedError(f"{folder / 'config.json'}: {error}") from error
-    wrapped = _processor(folder, config.vision is not None)
-    if config.vision:
-        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **_pixels(wrapped.image_processor)))
-    ends, defaults = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped))
-    processor = family.processor(config, hf_config, wrapped, ends, defaults)
+    answers = isinstance(config, ModelConfig)
+    wrapped = _processor(folder, not answers or config.vision is not None)
+    if not answers or config.vision is not None:
+        config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
+    settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
+    processor = family.processor(config, hf_config, wrapped, *settings)
     return Published(folder, hf_config, family, config, processor, pickles)
+
+
+def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
+    """The configuration with this mean and deviation in its vision encoder."""
+    if isinstance(config, VitConfig):
+        return dataclasses.replace(config, **pixels)
+    part = {ModelConfig: "vision", DualEncoderConfig: "image", ImageTowerConfig: "encoder"}[type(config)]
+    return dataclasses.replace(config, **{part: _with_pixels(getattr(config, part), pixels)})
 
 
 def _processor(folder: Path, sees: bool) -> Any:

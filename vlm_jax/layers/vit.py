@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al. 2021): CLIP's (Radford et al. 2021), SigLIP's (Zhai et al. 2023), DINOv2's (Oquab
 et al. 2023) and EVA-CLIP's (Sun et al. 2023), as transformers has them.
 
-Axis letters: B images, H x W pixels, P patches, S tokens (P, and 1 for the class token), D width.
+Axis letters: B images, H x W pixels, P patches, S tokens (class token, registers, patches), D width.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.config import VitConfig
+from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.block import Block, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
@@ -23,7 +25,7 @@ Array = jax.Array
 
 
 class Vit(nn.Module):
-    """Images [B, H, W, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front.
+    """Images [B, H, W, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front; no registers.
 
     Pictures of another size than `image_size` get interpolated positions. `feature_layer` picks the hidden state as
     transformers counts them: 0 the embeddings, i the output of block i, negative from the end.
@@ -40,7 +42,15 @@ class Vit(nn.Module):
         if config.post_norm != "none":
             normed = Norm(config.block.norm, config.block.width, self.dtype, name="post_norm")(hidden)
             hidden = normed if config.post_norm == "applied" else hidden
-        return hidden[:, 1:] if config.class_token == "dropped" else hidden
+        if config.pooling_head:
+            AttentionPool(config.block, self.dtype, name="pooling_head")(hidden)
+        patches = hidden[:, int(config.class_token != "none") + config.registers :]
+        return jnp.concatenate([hidden[:, :1], patches], axis=1) if config.class_token == "kept" else patches
+
+    @nn.nowrap
+    def example(self) -> tuple[np.ndarray]:
+        """The least input that makes all parameters."""
+        return (np.zeros((1, self.config.image_size, self.config.image_size, 3), np.uint8),)
 
     def used_layers(self) -> int:
         """How many blocks run for `feature_layer`.
@@ -65,6 +75,9 @@ class Vit(nn.Module):
         """[B, S, D] after `last` blocks; must run inside `__call__`."""
         config, width = self.config, self.config.block.width
         patch, side = config.patch_size, config.image_size // config.patch_size
+        if config.image_size % patch:
+            # SigLIP-so400m's 384 pixels are 27 patches of 14: the published convolution leaves the last 6 out.
+            images = images[:, : images.shape[1] // patch * patch, : images.shape[2] // patch * patch]
         x = patchify(self.normalise(images), patch)
         inputs, outputs = {"pixels": 3 * patch * patch}, {"embed": width}
         x = Linear(inputs, outputs, config.patch_bias, self.dtype, name="patch_embedding")(x)
@@ -73,13 +86,15 @@ class Vit(nn.Module):
         front = int(config.class_token != "none")
         positions = self.param("position_embedding", named(places, "positions", "embed"), (front + side * side, width))
         grid = (images.shape[1] // patch, images.shape[2] // patch)
-        positions = jnp.concatenate([positions[:front], resize_positions(positions[front:], grid)])
-        if front:
-            token = self.param("class_embedding", named(small, "embed"), (width,))
-            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width)), x], axis=1)
+        x = x + resize_positions(positions[front:], grid, config.antialias).astype(x.dtype)
+        before = [self.param("class_embedding", named(small, "embed"), (width,))[None] + positions[:1]] if front else []
+        if config.registers:
+            before.append(self.param("registers", named(small, "latents", "embed"), (config.registers, width)))
+        if before:
+            tokens = jnp.concatenate(before).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
         if config.mask_token:
             self.param("mask_token", named(nn.initializers.zeros, "embed"), (width,))
-        x = x + positions.astype(x.dtype)
         if config.pre_norm:
             x = Norm(config.block.norm, width, self.dtype, name="pre_norm")(x)
 

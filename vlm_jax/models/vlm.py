@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.config import (
     DecoderConfig,
@@ -90,6 +91,14 @@ class VisionLanguageModel(nn.Module):
         prefix = unlearned(batch.segments, batch.weights) if self.reads_prefix else None
         hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between, prefix=prefix)
         return self.language.head(hidden)
+
+    @nn.nowrap
+    def example(self) -> tuple[Batch]:
+        """The least input that makes all parameters."""
+        side = self.config.vision.image_size if self.sees else 1
+        row = lambda dtype: np.zeros((1, 1), dtype)
+        images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
+        return (Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32), row(np.int32)),)
 
     def encode_images(self, images: Array, frames: Array, want_weights: bool = False) -> tuple[Array, Array | None]:
         """Images [B, M, F, H, W, 3] uint8, frames [B, M] -> visual tokens [B, M, R, D].

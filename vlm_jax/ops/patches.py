@@ -25,16 +25,18 @@ def patchify(images: Array, patch: int) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch * patch * channels)
 
 
-def resize_positions(table: Array, grid: tuple[int, int]) -> Array:
+def resize_positions(table: Array, grid: tuple[int, int], antialias: bool = False) -> Array:
     """A square table of patch positions [P, D], resized to `grid` (rows, columns): [rows * columns, D].
 
-    Bicubic with a = -0.75, half-pixel centres, no antialiasing: `torch.nn.functional.interpolate`, as transformers' CLIP
-    and DINOv2 do it.
+    Bicubic with half-pixel centres, as `torch.nn.functional.interpolate` has it in transformers' vision towers: a = -0.75
+    without antialiasing, and Pillow's a = -0.5 with it.
     """
     side = int(table.shape[0] ** 0.5)
     if grid == (side, side):
         return table
     square = table.reshape(side, side, -1)
+    if antialias:
+        return jax.image.resize(square, (*grid, square.shape[-1]), "cubic").reshape(grid[0] * grid[1], -1)
     rows, columns = (_cubic_matrix(side, size) for size in grid)
     return jnp.einsum("rh,cw,hwd->rcd", rows, columns, square).reshape(grid[0] * grid[1], -1)
 

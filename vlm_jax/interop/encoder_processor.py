@@ -1,0 +1,57 @@
+"""Pictures and texts of published encoders, by transformers' own processor, without PyTorch.
+
+Pictures leave it as bytes, as in `processor.py`.
+
+Axis letters: B images, H x W pixels, C texts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.generation.request import Picture, RequestError, array_of
+from vlm_jax.interop.processor import picture_bytes
+
+
+class EncoderProcessor:
+    """Of an image encoder alone, or with a text encoder.
+
+    Attributes:
+      wrapped: transformers' processor, or its picture processor alone.
+    """
+
+    def __init__(self, wrapped: Any, length: int | None = None) -> None:
+        """
+        Args:
+          length: how many tokens a text has; None: no texts.
+        """
+        self.wrapped, self.length = wrapped, length
+
+    def pixels(self, images: Sequence[Picture]) -> np.ndarray:
+        """[B, H, W, 3] uint8.
+
+        Raises:
+          RequestError: the processor leaves the pictures in different sizes.
+        """
+        processor = getattr(self.wrapped, "image_processor", self.wrapped)
+        made = [picture_bytes(processor, array_of(image, on_white=False))[0] for image in images]
+        shapes = {one.shape for one in made}
+        if len(shapes) > 1:
+            sizes = ", ".join(f"{height}x{width}" for height, width, _ in sorted(shapes))
+            raise RequestError(f"this checkpoint leaves pictures in their own sizes ({sizes}): give those of one size together")
+        return np.stack(made)
+
+    def tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """[C, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
+
+        Raises:
+          RequestError: this encoder reads no texts.
+        """
+        if self.length is None:
+            raise RequestError("this checkpoint encodes images alone: it has no tower for texts")
+        tokenizer = self.wrapped.tokenizer
+        made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
+        return made["input_ids"].astype(np.int32)
