@@ -6,16 +6,18 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import load, logits, picture
+from folders import load, logits, picture, saved, tokenizer
+from test_encoders import two_towers
 from test_idefics import idefics_folder, listed
 from torch_helpers import compare
-from transformers import IdeficsForVisionText2Text
+from transformers import IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalLM
 
 import vlm_jax
 from tests.tiny import tiny_run, write_data
-from vlm_jax.config import JsonLinesConfig, ParamRule, RunConfig
+from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.generation.request import RequestError
 from vlm_jax.interop.published import open_published
+from vlm_jax.paths import by_path
 from vlm_jax.training.checkpoint import CheckpointError
 from vlm_jax.training.loop import train
 
@@ -100,3 +102,53 @@ def test_every_mesh_gets_the_same_numbers(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, spread)
     kernel = spread["language"]["layers"]["attention"]["query"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size, "each device holds its own part"
+
+
+def saved_llama(folder):
+    words = tokenizer()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    saved(folder, LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)), words)
+
+
+def test_parts_start_from_several_checkpoints(tmp_path):
+    """The vision encoder of a CLIP, the language model of its own checkpoint with two tokens more, the rest fresh."""
+    two_towers(tmp_path / "clip", "clip")
+    saved_llama(tmp_path / "llama")
+    base = tiny_run(steps=2, save_every=2, eval_every=2)
+    data = str(write_data(tmp_path / "data", examples=8))
+    vision = dataclasses.replace(open_published(tmp_path / "clip").config.image.encoder, class_token="dropped")
+    decoder = open_published(tmp_path / "llama").config.language
+    known = decoder.vocab_size
+    model = dataclasses.replace(base.model, vision=vision, language=dataclasses.replace(decoder, vocab_size=known + 2))
+    config = dataclasses.replace(
+        base,
+        model=model,
+        data=dataclasses.replace(
+            base.data, source=JsonLinesConfig(train=data, eval=data), tokenizer=str(tmp_path / "llama"), image_size=16
+        ),
+        optimizer=dataclasses.replace(base.optimizer, rules=(ParamRule(pattern="^(vision|language)", frozen=True),)),
+        init_parts=(
+            PartInit(part="vision", checkpoint=str(tmp_path / "clip")),
+            PartInit(part="language", checkpoint=str(tmp_path / "llama")),
+        ),
+    )
+    train(config, tmp_path / "run")
+    params = vlm_jax.load(tmp_path / "run").params
+    jax.tree.map(np.testing.assert_array_equal, params["vision"], load(tmp_path / "clip").params["image"]["encoder"])
+    expected = load(tmp_path / "llama").params["language"]
+    for path, leaf in by_path(params["language"]).items():
+        one = by_path(expected)[path]
+        if path in ("embedding", "lm_head/kernel"):
+            axis = one.shape.index(known)
+            new, leaf = np.take(leaf, [known, known + 1], axis), np.take(leaf, range(known), axis)
+            np.testing.assert_allclose(new, np.repeat(one.mean(axis, keepdims=True), 2, axis), atol=1e-6)
+        np.testing.assert_array_equal(leaf, one, err_msg=path)
+    for wrong, message in (
+        (PartInit(part="fusion", checkpoint=str(tmp_path / "clip")), "fusion=.*clip: this checkpoint has no part of that name"),
+        (PartInit(part="vision", checkpoint=str(tmp_path / "llama")), "this checkpoint has no part of that name"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(dataclasses.replace(config, init_parts=(wrong,)), tmp_path / "other")
+    narrow = dataclasses.replace(model.vision, layers=3)
+    with pytest.raises(CheckpointError, match=r"init_parts vision=.*other parts or sizes than config.model in \d+ parameters"):
+        train(dataclasses.replace(config, model=dataclasses.replace(model, vision=narrow)), tmp_path / "third")

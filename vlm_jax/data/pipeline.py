@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +55,22 @@ def build_source(config: DataConfig, split: str) -> Source:
     return JsonLinesSource(getattr(source, split), source.image_root, config.prompt, config.answer, source.bad_lines)
 
 
-def build_tokenizer(config: DataConfig, source: Source, folder: str | Path | None = None) -> Tokenizer:
+def build_tokenizer(
+    config: DataConfig, source: Source, folder: str | Path | None = None, read: Callable[[str], Tokenizer] = load_tokenizer
+) -> Tokenizer:
     """Reads `config.tokenizer`, or trains one on the source's texts if that is "train".
 
     Args:
       folder: where it is kept: read from there if it is there, else written.
+      read: makes a tokenizer of its name.
 
     Raises:
       TokenizerError: it cannot be had.
     """
     if folder is not None and (Path(folder) / "tokenizer.json").is_file():
         return load_tokenizer(folder)
-    if config.tokenizer == "train":
-        tokenizer = train_tokenizer(_texts(source), config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
+    trains = config.tokenizer == "train"
+    tokenizer = train_tokenizer(_texts(source), config.vocab_size) if trains else read(config.tokenizer)
     if folder is not None:
         tokenizer.save(folder)
     return tokenizer

@@ -39,6 +39,7 @@ FREE = {
     "keep_last",
     "keep_best",
     "init_from",
+    "init_parts",
     "data.workers",
     "data.source.cache_dir",
 }

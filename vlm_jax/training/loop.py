@@ -14,12 +14,10 @@ import numpy as np
 
 from vlm_jax.config import RunConfig
 from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
-from vlm_jax.interop.folder import is_published
-from vlm_jax.interop.published import open_published
-from vlm_jax.paths import by_path
 from vlm_jax.sharding import make_mesh
-from vlm_jax.training.checkpoint import PUBLISHED, CheckpointError, Checkpoints, claim, load_run
+from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.flops import count_flops, peak_flops
+from vlm_jax.training.initial import first_state, read_tokenizer
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.losses import means
 from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
@@ -50,7 +48,7 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
     folder = Path(workdir).expanduser()
     claim(folder, config)
     source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
-    tokenizer = build_tokenizer(config.data, source, folder / "tokenizer")
+    tokenizer = build_tokenizer(config.data, source, folder / "tokenizer", read_tokenizer)
     known = config.model.language.vocab_size
     if tokenizer.vocab_size > known:
         raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {tokenizer.vocab_size}")
@@ -60,7 +58,7 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
         if jax.process_index() == 0:
             print_table(trainer)
         checkpoints = Checkpoints(folder, config.keep_last, config.keep_best)
-        state, start = _first_state(trainer, checkpoints, mesh, folder)
+        state, start = first_state(trainer, checkpoints, folder)
         reporter = Reporter(folder, start)
         run = _Run(config, trainer, checkpoints, reporter, interrupt, tokenizer, source, held_out)
         try:
@@ -68,33 +66,6 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
         finally:
             reporter.close()
             checkpoints.close()
-
-
-def _first_state(trainer: Trainer, checkpoints: Checkpoints, mesh: Any, folder: Path) -> tuple[TrainState, int]:
-    restored = checkpoints.restore(trainer)
-    if restored is not None:
-        return restored
-    origin = trainer.config.init_from
-    if not origin:
-        return trainer.init(), 0
-    if is_published(origin):
-        published = open_published(origin)
-        params = published.load_params(mesh)
-        if jax.process_index() == 0:
-            published.keep_files(folder / PUBLISHED)
-    else:
-        params = load_run(origin, mesh).params
-    expected, found = (
-        {path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trainer.abstract_state.params, params)
-    )
-    if expected != found:
-        wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]
-        there, wanted = (shapes.get(wrong[0], "not there") for shapes in (found, expected))
-        raise CheckpointError(
-            f"config.init_from={origin}: its model has other parts or sizes than config.model in {len(wrong)} parameters; "
-            f"{wrong[0]} is {there} and should be {wanted}"
-        )
-    return trainer.state_of(params), 0
 
 
 @dataclasses.dataclass

@@ -1,0 +1,118 @@
+"""What a run begins with: its newest checkpoint, another run's or a published checkpoint's parameters, or fresh ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, PartInit
+from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vlm_jax.interop.folder import PACKAGE, is_published
+from vlm_jax.interop.published import Checkpoint, open_published
+from vlm_jax.paths import by_path, nested
+from vlm_jax.sharding import Named
+from vlm_jax.training.checkpoint import PUBLISHED, CheckpointError, Checkpoints, load_run
+from vlm_jax.training.step import Trainer, TrainState
+
+Params = Any
+
+
+def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tuple[TrainState, int]:
+    """The state, and how many steps were done.
+
+    Args:
+      folder: of the run; a published checkpoint's configuration is kept there, for `api.export`.
+
+    Raises:
+      CheckpointError: `init_from` or `init_parts` do not fit the model.
+      PublishedError: they cannot be read.
+    """
+    restored = checkpoints.restore(trainer)
+    if restored is not None:
+        return restored
+    config = trainer.config
+    if config.init_from and config.init_parts:
+        raise CheckpointError("config.init_from gives the whole model and config.init_parts its parts: set one of them")
+    if config.init_parts:
+        params = trainer.init().params | {part.part: _part(trainer, part) for part in config.init_parts}
+        return trainer.state_of(params), 0
+    if not config.init_from:
+        return trainer.init(), 0
+    if is_published(config.init_from):
+        published = open_published(config.init_from)
+        params = published.load_params(trainer.mesh)
+        if jax.process_index() == 0:
+            published.keep_files(folder / PUBLISHED)
+    else:
+        params = load_run(config.init_from, trainer.mesh).params
+    _check(f"config.init_from={config.init_from}", params, trainer.abstract_state.params)
+    return trainer.state_of(params), 0
+
+
+def _part(trainer: Trainer, init: PartInit) -> Params:
+    """The parameters of one part; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
+    wanted = trainer.abstract_state.params.get(init.part)
+    name = f"config.init_parts {init.part}={init.checkpoint}"
+    if wanted is None:
+        raise CheckpointError(
+            f"{name}: config.model has no part of that name; it has {', '.join(trainer.abstract_state.params)}"
+        )
+    if is_published(init.checkpoint):
+        published = open_published(init.checkpoint)
+        found = part_of(published, published.load_params(trainer.mesh), init.part)
+    else:
+        found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
+    if found is None:
+        raise CheckpointError(f"{name}: this checkpoint has no part of that name")
+    boxes = by_path(jax.tree.map(lambda box: box.names, trainer.boxed[init.part], is_leaf=lambda x: isinstance(x, Named)))
+    found, sizes = by_path(found), {path: leaf.shape for path, leaf in by_path(wanted).items()}
+    found = {path: _with_new_tokens(leaf, boxes.get(path, ()), sizes.get(path)) for path, leaf in found.items()}
+    _check(name, nested(found), wanted)
+    return nested(found)
+
+
+def part_of(published: Checkpoint, params: Params, part: str) -> Params | None:
+    """One part of a published checkpoint's parameters; an image encoder is `vision`. None: it has none of that name."""
+    match published.config:
+        case ImageTowerConfig():
+            return params["encoder"] if part == "vision" else None
+        case DualEncoderConfig():
+            return params["image"]["encoder"] if part == "vision" else None
+        case _:
+            return params.get(part)
+
+
+def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...] | None) -> jax.Array:
+    if shape is None or "vocab" not in names or leaf.ndim != len(shape):
+        return leaf
+    axis = names.index("vocab")
+    missing = shape[axis] - leaf.shape[axis]
+    if missing <= 0:
+        return leaf
+    mean = jnp.mean(leaf, axis, keepdims=True)
+    return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis)], axis)
+
+
+def _check(name: str, params: Params, wanted: Params) -> None:
+    expected, found = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (wanted, params))
+    if expected != found:
+        wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]
+        there, should = (shapes.get(wrong[0], "not there") for shapes in (found, expected))
+        raise CheckpointError(
+            f"{name}: its model has other parts or sizes than config.model in {len(wrong)} parameters; "
+            f"{wrong[0]} is {there} and should be {should}"
+        )
+
+
+def read_tokenizer(name: str | Path) -> Tokenizer:
+    """`load_tokenizer`, and that of a GGUF file or of a package that brings weights.
+
+    Raises:
+      TokenizerError, PublishedError: it cannot be had.
+    """
+    if not str(name).startswith(PACKAGE) and Path(name).suffix != ".gguf":
+        return load_tokenizer(name)
+    return Tokenizer(open_published(name).processor.tokenizer.wrapped)
