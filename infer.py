@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
     from vlm_jax.generation.answer_file import answer_file, read_questions
     from vlm_jax.generation.request import Shot
     from vlm_jax.interop.encoder_processor import EncoderProcessor
+    from vlm_jax.progress import bytes_read
 
     logging.set_verbosity(logging.ERROR)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "length_penalty", "seed")
@@ -136,7 +137,9 @@ def run(args: argparse.Namespace) -> None:
         for image in args.image:
             check_image(image)
         compilation_cache.enable()
-        classify(vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image))), args)
+        with bytes_read("reading") as tell:
+            encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), tell=tell)
+        classify(encoder, args)
         return
     settings = dataclasses.replace(checkpoint.processor.defaults, **given)
     questions = read_questions(args.input) if args.input else None
@@ -144,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
         for film in checkpoint.processor.ask(*asked).images:
             check_image(*film)
     compilation_cache.enable()
-    vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch)
+    with bytes_read("reading") as tell:
+        vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, tell=tell)
     if questions:
         tell = lambda line: print(line, file=sys.stderr, flush=True)
         answer_file(vlm, args.input, questions, args.output, settings, tell)

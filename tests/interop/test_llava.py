@@ -44,18 +44,18 @@ VISION = dict(
 )
 
 
-def llava(folder, text=LlamaConfig, vision=CLIPVisionConfig, chat=CHAT, seed=0, sizes=None, **changes):
+def llava(folder, text=LlamaConfig, vision=CLIPVisionConfig, chat=CHAT, seed=0, sizes=None, tower=None, **changes):
     """(the torch model, its processor), saved in the folder."""
     words = tokenizer()
     config = LlavaConfig(
-        vision_config=vision(**VISION),
+        vision_config=vision(**VISION | (tower or {})),
         text_config=text(**SIZES | (sizes or {}), vocab_size=len(words)),
         **dict(image_token_index=IMAGE, image_seq_length=16) | changes,
     )
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
         tokenizer=words,
-        patch_size=PATCH,
+        patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(vision is CLIPVisionConfig),
         chat_template=chat,
@@ -63,13 +63,14 @@ def llava(folder, text=LlamaConfig, vision=CLIPVisionConfig, chat=CHAT, seed=0, 
     return saved(folder, LlavaForConditionalGeneration(config), processor, seed), processor
 
 
-def llava_next(folder, text=LlamaConfig, seed=0):
+def llava_next(folder, text=LlamaConfig, seed=0, sizes=None, tower=None, **changes):
     words = tokenizer()
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=text(**SIZES, vocab_size=len(words)),
+        vision_config=CLIPVisionConfig(**VISION | (tower or {})),
+        text_config=text(**SIZES | (sizes or {}), vocab_size=len(words)),
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
+        **changes,
     )
     pixels = LlavaNextImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
@@ -77,8 +78,8 @@ def llava_next(folder, text=LlamaConfig, seed=0):
     processor = LlavaNextProcessor(
         image_processor=pixels,
         tokenizer=words,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
         chat_template=CHAT,
     )

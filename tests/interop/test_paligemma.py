@@ -51,7 +51,7 @@ def paligemma(folder, seed=0, text=None, vision=None, **changes):
         vision_config=SiglipVisionConfig(**tower | (vision or {})),
         text_config=GemmaConfig(**sizes | (text or {}), vocab_size=len(processor.tokenizer)),
         image_token_index=IMAGE,
-        projection_dim=32,
+        projection_dim=(sizes | (text or {}))["hidden_size"],
         **changes,
     )
     return saved(folder, PaliGemmaForConditionalGeneration(config), processor, seed), processor
