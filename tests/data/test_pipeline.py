@@ -13,8 +13,8 @@ from vlm_jax.data.encode import encode_sequence
 from vlm_jax.data.example import DataError
 from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
 
-# A Flamingo row has no visual tokens among its own: `visual` is None.
-FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "visual"]
+# A Flamingo row has no visual tokens among its own, and its frames have one size.
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ("visual", "sizes")]
 replace = dataclasses.replace
 
 
@@ -51,7 +51,7 @@ def test_shapes_and_types(jsonl_config):
         "weights": (row, "float32"),
     }
     assert {name: (getattr(batch, name).shape, getattr(batch, name).dtype.name) for name in FIELDS} == expected
-    assert batch.visual is None
+    assert batch.visual is None and batch.sizes is None
 
 
 def test_a_row_holds_its_sequences_and_their_pictures(jsonl_config):

@@ -94,6 +94,7 @@ def logits(vlm: Vlm, request: Request) -> np.ndarray:
         targets=zeros,
         weights=zeros.astype(np.float32),
         visual=prompts.visual,
+        sizes=prompts.sizes,
     )
     with vlm.generator.mesh_context():
         out = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))[0]

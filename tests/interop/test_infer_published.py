@@ -7,6 +7,7 @@ import pytest
 import torch
 from folders import EOS, picture
 from test_idefics import idefics_folder
+from test_idefics2 import idefics2
 from test_llava import llava, llava_next
 from test_paligemma import paligemma
 
@@ -32,7 +33,14 @@ def in_front(processor, image):
     return inputs
 
 
+def one_list(processor, image):
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    return processor(images=[[image]], text=[text], return_tensors="pt")
+
+
 FAMILIES = {
+    "idefics2": (idefics2, one_list),
     "llava": (llava, in_chat),
     "llava_next": (llava_next, in_chat),
     "idefics": (idefics_folder, listed),

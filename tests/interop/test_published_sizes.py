@@ -14,6 +14,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    Idefics2Config,
     IdeficsConfig,
     LlamaConfig,
     LlavaConfig,
@@ -134,7 +135,16 @@ def so400m(side: int, texts: int) -> SiglipConfig:
     return SiglipConfig(vision_config=SO400M | dict(image_size=side, patch_size=14), text_config=text)
 
 
+MISTRAL_7B = sizes(4096, 32, 32, 14_336, 32_003, num_key_value_heads=8)
 SYSTEMS |= {
+    "idefics2-8b": (
+        8_402_768_112,
+        Idefics2Config(
+            text_config=MistralConfig(**MISTRAL_7B),
+            vision_config=SO400M | dict(image_size=980, patch_size=14),
+            perceiver_config={},
+        ),
+    ),
     "clip-vit-base-patch32": (151_277_313, CLIPConfig(vision_config={}, text_config={})),
     "clip-vit-large-patch14": (427_616_513, clip_l(224)),
     "clip-vit-large-patch14-336": (427_944_193, clip_l(336)),

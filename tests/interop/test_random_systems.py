@@ -5,6 +5,7 @@ import pytest
 import torch
 from folders import asked, exported_again, load, logits, picture
 from test_idefics import idefics_folder, listed
+from test_idefics2 import idefics2
 from test_llava import llava, llava_next
 from test_paligemma import paligemma
 from torch_helpers import compare
@@ -106,7 +107,30 @@ def draw_paligemma(folder, draw):
     return model, inputs, prompt
 
 
-FAMILIES = {"llava": draw_llava, "llava_next": draw_llava_next, "idefics": draw_idefics, "paligemma": draw_paligemma}
+def draw_idefics2(folder, draw):
+    tower = draw.tower() | dict(patch_size=4, image_size=draw(16, 24, 40))
+    kv_heads = draw(1, 2, 3)
+    perceiver = dict(
+        resampler_n_latents=draw(2, 5),
+        resampler_depth=draw(1, 3),
+        resampler_n_heads=kv_heads * draw(1, 2),
+        resampler_head_dim=draw(4, 10),
+        num_key_value_heads=kv_heads,
+        hidden_act=draw("silu", "gelu"),
+    )
+    choices = dict(split=draw(False, True), sides=draw((8, 30), (12, 50)), tie_word_embeddings=draw(False, True))
+    model, processor = idefics2(folder, text=draw.text(), vision=tower, perceiver=perceiver, **choices)
+    text = "a cat <image><image> two dogs run <image> in the park"
+    return model, processor(images=[three()], text=[text], return_tensors="pt"), (text, three())
+
+
+FAMILIES = {
+    "idefics2": draw_idefics2,
+    "llava": draw_llava,
+    "llava_next": draw_llava_next,
+    "idefics": draw_idefics,
+    "paligemma": draw_paligemma,
+}
 
 
 @pytest.mark.parametrize("seed", SEEDS)

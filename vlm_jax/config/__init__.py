@@ -7,7 +7,7 @@ Where a part can be one of several kinds, its dataclass has a `kind` field that 
 """
 
 from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
-from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig
+from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig, ProjectionConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
 from vlm_jax.config.fusion import GatedCrossAttentionConfig, InSequenceConfig
@@ -53,6 +53,7 @@ __all__ = [
     "ParamRule",
     "PartInit",
     "PerceiverConfig",
+    "ProjectionConfig",
     "RopeConfig",
     "RunConfig",
     "SampleRule",

@@ -1,11 +1,20 @@
-"""Connectors: from the features of a picture to visual tokens."""
+"""Connectors: from the features of a picture to visual tokens. Each knows how wide and how many those are."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from vlm_jax.config.block import Activation
+from vlm_jax.config.block import Activation, NormConfig
 from vlm_jax.config.frozen import frozen
+
+
+@frozen
+class ProjectionConfig:
+    """A gated feed-forward that takes features to another width: IDEFICS2's modality projection."""
+
+    width: int
+    mlp_width: int
+    activation: Activation
 
 
 @frozen
@@ -19,8 +28,22 @@ class PerceiverConfig:
     head_width: int
     mlp_ratio: int = 4
     activation: Activation = "squared_relu"  # OpenFlamingo: gelu; IDEFICS: relu
-    norm_eps: float = 1e-5
+    norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
     qk_norm: bool = False  # IDEFICS
+    # IDEFICS2: fewer key/value heads (None: as many), a gated feed-forward, a projection of the features before it, and latents
+    # for every frame of its own, since its frames are the crops of a picture.
+    kv_heads: int | None = None
+    gated_mlp: bool = False
+    projection: ProjectionConfig | None = None
+    per_frame: bool = False
+
+    def visual_width(self, features_width: int) -> int:
+        return features_width if self.projection is None else self.projection.width
+
+    def visual_tokens(self, frames: int, features: int) -> int:
+        """Of a slot of `frames` frames of `features` features."""
+        return self.latents * (frames if self.per_frame else 1)
+
     time_embeddings: int = 0  # frames with a learned time embedding; 0: none (OpenFlamingo, IDEFICS)
 
 
@@ -33,3 +56,10 @@ class MlpProjectorConfig:
     layers: int = 2
     activation: Activation = "gelu"
     bias: bool = True
+
+    def visual_width(self, features_width: int) -> int:
+        return self.width
+
+    def visual_tokens(self, frames: int, features: int) -> int:
+        """Of a slot of `frames` frames of `features` features."""
+        return frames * features

@@ -17,3 +17,12 @@ class ModelConfig:
     connector: PerceiverConfig | MlpProjectorConfig | None
     fusion: GatedCrossAttentionConfig | InSequenceConfig | None
     language: DecoderConfig
+
+    @property
+    def visual_width(self) -> int:
+        """Of the visual tokens."""
+        return self.connector.visual_width(self.vision.block.width)
+
+    def visual_tokens(self, frames: int) -> int:
+        """How many visual tokens there are of an image slot of so many frames of `vision.image_size`."""
+        return self.connector.visual_tokens(frames, self.vision.frame_features)

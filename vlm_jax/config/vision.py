@@ -28,7 +28,10 @@ class VitConfig:
     mask_token: bool = False  # DINOv2's, for masked pretraining; held
     pooling_head: bool = False  # SigLIP's, where a language model reads the features before it; held
     position_init: float | None = None  # deviation the positions start with; None: width ** -0.5, as CLIP's
-    antialias: bool = False  # of positions for another size of picture; DINOv2 with registers
+    # Of pictures of another size: the learned square of positions is resized, or each patch takes the nearest one before it
+    # (NaViT, Dehghani et al. 2023, as IDEFICS2 has it), and pictures of a batch may differ in size.
+    positions: Literal["interpolated", "bucketed"] = "interpolated"
+    antialias: bool = False  # of positions that are interpolated; DINOv2 with registers
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 

@@ -42,3 +42,4 @@ class Batch:
     targets: Array  # [B, T] int32, the token to predict at this place
     weights: Array  # [B, T] float32, the weight of that prediction in the loss
     visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
+    sizes: Array | None = None  # [B, M, F, 2] int32, height and width of frames that differ in size; None: they do not

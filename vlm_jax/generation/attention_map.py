@@ -63,7 +63,7 @@ def rollout(weights: Array) -> Array:
 def look(model: VisionLanguageModel, params: Any, prompts: Prompts) -> Array:
     """Where every token looks: [B, T, M, F * P], the sum over the last two 1, or 0 for a token that sees no image."""
     apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
-    visual, resampler = apply("encode_images", prompts.images, prompts.frames, True)
+    visual, resampler = apply("encode_images", prompts.images, prompts.frames, True, prompts.sizes)
     keys_values = apply("keys_values", visual)
     slots, latents = visual.shape[1:3]
     media = prompts.media_first, prompts.media_last

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 LENGTH, NEW, STOPS, STOP_WIDTH = 32, 16, 4, 8  # the smallest buckets
 
+SIDE_PATCHES = 8  # pictures of any size are put into heights and widths of a multiple of so many patches
+
 
 def bucket(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least `size` and `least`; 0 stays 0.

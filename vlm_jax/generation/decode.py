@@ -41,6 +41,7 @@ class Prompts:
     media_first: Array  # [B, T] int32
     media_last: Array  # [B, T] int32
     visual: Any = None  # [B, T] int32, the visual token that stands here; None: none
+    sizes: Any = None  # [B, M, F, 2] int32, height and width of frames that differ in size; None: they do not
 
 
 @jax.tree_util.register_dataclass
@@ -158,9 +159,10 @@ def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[
         return None, None, 0
     if prompts.images is None:
         # One token that nothing sees: the gated layers' feed-forward still applies to every token.
-        visual = jnp.zeros((prompts.tokens.shape[0], 1, 1, config.vision.block.width), model.dtype)
+        visual = jnp.zeros((prompts.tokens.shape[0], 1, 1, config.visual_width), model.dtype)
     else:
-        visual, _ = model.apply({"params": params}, prompts.images, prompts.frames, method="encode_images")
+        images = (prompts.images, prompts.frames, False, prompts.sizes)
+        visual, _ = model.apply({"params": params}, *images, method="encode_images")
     if not model.crosses:
         return visual, None, visual.shape[1]
     keys_values = model.apply({"params": params}, visual, method="keys_values")

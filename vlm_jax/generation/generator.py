@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.generation import beam, decode
-from vlm_jax.generation.buckets import LENGTH, NEW, STOP_WIDTH, STOPS, bucket, row_bucket
+from vlm_jax.generation.buckets import LENGTH, NEW, SIDE_PATCHES, STOP_WIDTH, STOPS, bucket, row_bucket
 from vlm_jax.generation.processor import Layout, Processor
 from vlm_jax.generation.request import Request, RequestError, Settings
 from vlm_jax.generation.sampling import Sampling
@@ -173,26 +173,36 @@ class Generator:
             arrays["slots"][row, begin:] = layout.slots
             arrays["offsets"][row, begin:] = layout.offsets
         offsets, of_slot = arrays.pop("offsets"), arrays.pop("slots")
-        images = frames = visual = None
+        images = frames = visual = sizes = None
         slots = bucket(max(len(p.request.images) for p in prompts))
         if slots:
             films = [[self.processor.pixels(film) for film in p.request.images] for p in prompts]
             most = bucket(max(len(film) for row in films for film in row))
-            shape = next(film.shape[1:] for row in films for film in row)
-            images = np.zeros((rows, slots, most, *shape), np.uint8)
-            frames = np.zeros((rows, slots), np.int32)
+            height, width = self._picture_size([frame.shape[:2] for row in films for film in row for frame in film])
+            images = np.zeros((rows, slots, most, height, width, 3), np.uint8)
+            frames, sizes = np.zeros((rows, slots), np.int32), np.zeros((rows, slots, most, 2), np.int32)
             for row, of_row in enumerate(films):
                 for slot, film in enumerate(of_row):
                     frames[row, slot] = len(film)
-                    images[row, slot, : len(film)] = film
+                    for place, frame in enumerate(film):
+                        sizes[row, slot, place] = height, width = frame.shape[:2]
+                        images[row, slot, place, :height, :width] = frame
+            sizes = sizes if self.model.config.vision.positions == "bucketed" else None
             if of_slot.any():
                 visual = self._visual(of_slot, offsets, slots, most)
-        batch = decode.Prompts(images, frames, *arrays.values(), visual)
+        batch = decode.Prompts(images, frames, *arrays.values(), visual, sizes)
         return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def _picture_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """Height and width that all frames lie in, in steps of some patches where they differ from picture to picture."""
+        vision = self.model.config.vision
+        most = [max(size[axis] for size in sizes) for axis in (0, 1)]
+        step = SIDE_PATCHES * vision.patch_size if vision.positions == "bucketed" else 1
+        return tuple(-(-side // step) * step for side in most)
 
     def _visual(self, of_slot: np.ndarray, offsets: np.ndarray, slots: int, most: int) -> np.ndarray:
         """`Prompts.visual` [B, T] of `Layout.slots` and `Layout.offsets`, in a batch of `slots` slots of `most` frames."""
-        size = most * self.model.config.vision.frame_features
+        size = self.model.config.visual_tokens(most)
         place = np.where(offsets < 0, slots * size, (of_slot - 1) * size + offsets) + 1
         return np.where(of_slot > 0, place, 0).astype(np.int32)
 

@@ -48,8 +48,8 @@ class Processor(Protocol):
 
     def lay_out(self, request: Request) -> Layout: ...
 
-    def pixels(self, film: tuple[Picture, ...]) -> np.ndarray:
-        """A slot's pictures as the model sees them: [F, H, W, 3] uint8.
+    def pixels(self, film: tuple[Picture, ...]) -> Many[np.ndarray]:
+        """A slot's pictures as the model sees them: F times [H, W, 3] uint8; the sizes differ if the encoder takes such.
 
         Raises:
           ImageError: one cannot be read.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
-from vlm_jax.interop import clip, dinov2, eva_clip, idefics, llava, open_clip, paligemma, siglip
+from vlm_jax.interop import clip, dinov2, eva_clip, idefics, idefics2, llava, open_clip, paligemma, siglip
 from vlm_jax.interop.anyres import anyres_places
 from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.idefics_processor import IdeficsProcessor
@@ -79,6 +79,7 @@ FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
         paligemma.table,
         lambda config, hf, *rest: paligemma.PaliGemmaProcessor(*rest, config.vision.frame_features),
     ),
+    "idefics2": Family(idefics2.config_from_hf, idefics2.table, lambda config, hf, *rest: idefics2.Idefics2Processor(*rest)),
     "llava_next": Family(llava.config_from_hf, llava.table, _anyres),
     "clip": _dual(clip, open_clip.table),
     "siglip": _dual(siglip),

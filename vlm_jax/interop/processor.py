@@ -27,6 +27,8 @@ class Pictures:
 
     token: str  # stands for one visual token
     places: Callable[[Size], np.ndarray]  # of a picture of this size, which visual tokens stand in its place; see `Layout`
+    written: Callable[[int], str] | None = None  # what so many of them are as text; None: that many tokens
+    finished: Callable[[str], str] = lambda text: text  # the whole text, once its pictures are written
 
 
 def picture_bytes(processor: Any, image: np.ndarray) -> np.ndarray:
@@ -35,12 +37,17 @@ def picture_bytes(processor: Any, image: np.ndarray) -> np.ndarray:
     Raises:
       PublishedError: it gives numbers of another type.
     """
-    made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
-    tiles = np.asarray(made["pixel_values"][0])
-    tiles = tiles if tiles.ndim == 4 else tiles[None]
-    if tiles.dtype != np.uint8:
-        raise PublishedError(f"{type(processor).__name__} gives {tiles.dtype}, expected uint8")
-    return tiles.transpose(0, 2, 3, 1)
+    return np.stack(raw_pictures(processor, image, return_tensors="np"))
+
+
+def raw_pictures(processor: Any, image: np.ndarray, **settings: Any) -> list[np.ndarray]:
+    """`picture_bytes` of tiles that may differ in size."""
+    made = processor(image, do_rescale=False, do_normalize=False, **settings)["pixel_values"][0]
+    tiles = made if isinstance(made, list) or np.ndim(made) == 4 else [made]
+    wrong = {tile.dtype for tile in tiles} - {np.dtype(np.uint8)}
+    if wrong:
+        raise PublishedError(f"{type(processor).__name__} gives {wrong.pop()}, expected uint8")
+    return [tile.transpose(1, 2, 0) for tile in tiles]
 
 
 class PublishedTokenizer:
@@ -125,9 +132,11 @@ class PublishedProcessor:
                 text += part.text
                 continue
             places = self.pictures.places(self._one(request.images[part.slot]).shape[:2])
-            text += self.pictures.token * len(places)
+            count = len(places)
+            text += self.pictures.written(count) if self.pictures.written else self.pictures.token * count
             slots.append(np.full(len(places), part.slot + 1))
             offsets.append(places)
+        text = self.pictures.finished(text) if self.pictures else text
         tokens = np.asarray(self.tokenizer.whole(text), np.int32)
         nothing = np.zeros(len(tokens), np.int32)
         laid = Layout(tokens, nothing, nothing, nothing.copy(), nothing.copy())

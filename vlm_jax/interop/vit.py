@@ -60,7 +60,7 @@ def pooling_head() -> Table:
 
 
 def config_from_hf(config: Any) -> VitConfig:
-    """`CLIPVisionConfig`, `IdeficsVisionConfig` or `SiglipVisionConfig` -> ours, with the default choice of features.
+    """`CLIPVisionConfig`, `SiglipVisionConfig` or that of an IDEFICS -> ours, with the default choice of features.
 
     Raises:
       ValueError: another kind of config, or a setting that our model does not have.
@@ -71,8 +71,11 @@ def config_from_hf(config: Any) -> VitConfig:
         case "siglip_vision_model":
             choices = dict(class_token="none", patch_bias=True, pre_norm=False, mean=HALF, std=HALF)
             choices["pooling_head"] = getattr(config, "vision_use_head", True)
+        case "idefics2_vision":
+            choices = dict(class_token="none", patch_bias=True, pre_norm=False, mean=HALF, std=HALF, positions="bucketed")
         case other:
-            raise ValueError(f"vision tower {other!r}; expected clip_vision_model, idefics_vision or siglip_vision_model")
+            known = "clip_vision_model, idefics_vision, idefics2_vision or siglip_vision_model"
+            raise ValueError(f"vision tower {other!r}; expected {known}")
     return VitConfig(**squares(config), layers=config.num_hidden_layers, block=block(config), **choices)
 
 

@@ -86,13 +86,14 @@ class Mlp(nn.Module):
     gated: bool
     bias: bool
     dtype: Dtype
+    outputs: int | None = None  # the width that leaves; None: `width`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         wide = lambda name: Linear({"embed": self.width}, {"mlp": self.hidden}, self.bias, self.dtype, name=name)
         activation = ACTIVATIONS[self.activation]
         hidden = activation(wide("gate")(x)) * wide("up")(x) if self.gated else activation(wide("up")(x))
-        y = Linear({"mlp": self.hidden}, {"embed": self.width}, self.bias, self.dtype, name="down")(hidden)
+        y = Linear({"mlp": self.hidden}, {"embed": self.outputs or self.width}, self.bias, self.dtype, name="down")(hidden)
         return constrain(y, "batch", "length", None)
 
 

@@ -1,6 +1,6 @@
-"""Flamingo's Perceiver resampler (Alayrac et al. 2022, section 3.1 and appendix A.1.1).
+"""Flamingo's Perceiver resampler (Alayrac et al. 2022, section 3.1 and appendix A.1.1), and IDEFICS2's (Laurencon et al. 2024).
 
-Axis letters: B rows, M image slots, F frames, P features of a frame, R latents, D width.
+Axis letters: B rows, M image slots, F frames, P features of a frame, R latents, E width of the features, D width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import NormConfig, PerceiverConfig
+from vlm_jax.config import PerceiverConfig
 from vlm_jax.layers.block import Attention, Mlp, stacked
 from vlm_jax.layers.linear import Norm
 from vlm_jax.sharding import named
@@ -27,20 +27,20 @@ class PerceiverLayer(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        config, norm = self.config, NormConfig(kind="layer", eps=self.config.norm_eps)
+        config, norm = self.config, self.config.norm
         self.feature_norm = Norm(norm, self.width, self.dtype)
         self.latent_norm = Norm(norm, self.width, self.dtype)
         self.attention = Attention(
             self.width,
             self.width,
             config.heads,
-            config.heads,
+            config.kv_heads or config.heads,
             config.head_width,
             self.dtype,
             qk_norm=norm if config.qk_norm else None,
         )
         self.mlp_norm = Norm(norm, self.width, self.dtype)
-        self.mlp = Mlp(self.width, config.mlp_ratio * self.width, config.activation, False, False, self.dtype)
+        self.mlp = Mlp(self.width, config.mlp_ratio * self.width, config.activation, config.gated_mlp, False, self.dtype)
 
     def _inputs(self, latents: Array, features: Array) -> tuple[Array, Any]:
         queries = self.latent_norm(latents)
@@ -57,7 +57,7 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Features [B, M, F, P, D] of any number of frames -> visual tokens [B, M, R, D].
+    """Features [B, M, F, P, E] of any number of frames -> visual tokens [B, M, R, D], or with `per_frame` [B, M, F * R, D].
 
     Frame `f` of a slot with `n` frames gets time embedding `f`; when `n` is more than were learned, the embeddings are
     interpolated linearly over them, as Flamingo does to go from 8 frames in training to 30.
@@ -68,17 +68,29 @@ class PerceiverResampler(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, features: Array, frames: Array, want_weights: bool = False) -> tuple[Array, Array | None]:
+    def __call__(
+        self, features: Array, frames: Array, want_weights: bool = False, there: Array | None = None
+    ) -> tuple[Array, Array | None]:
         """
         Args:
-          features: [B, M, F, P, D].
+          features: [B, M, F, P, E].
           frames: [B, M] int32, how many frames of the slot are there.
           want_weights: also return where every latent of every layer looks.
+          there: [B, M, F, P] bool, the features that are; None: all of the frames that are there.
 
         Returns:
-          visual tokens [B, M, R, D], and None or the weights [layers, B, M, R, F * P + R] (the last R keys are the latents).
+          visual tokens, and None or the weights [layers, B, M, R, F * P + R] (the last R keys are the latents).
+
+        Raises:
+          ValueError: `want_weights` with latents for every frame.
         """
         config = self.config
+        if want_weights and config.per_frame:
+            raise ValueError("where the latents look is told of slots, and this resampler has latents for every frame")
+        if config.projection is not None:
+            wide = config.projection
+            to = Mlp(self.width, wide.mlp_width, wide.activation, True, False, self.dtype, wide.width, name="projection")
+            features = to(features.reshape(features.shape[0], -1, self.width)).reshape(*features.shape[:-1], wide.width)
         rows, slots, most, patches, width = features.shape
         if config.time_embeddings:
             init = named(nn.initializers.normal(0.02), "positions", "embed")
@@ -86,10 +98,13 @@ class PerceiverResampler(nn.Module):
             features = features + _time(table, frames, most)[:, :, :, None].astype(features.dtype)
         init = named(nn.initializers.normal(1.0), "latents", "embed")
         latents = self.param("latents", init, (config.latents, width)).astype(self.dtype)
-        latents = jnp.broadcast_to(latents, (rows * slots, *latents.shape))
-        features = features.reshape(rows * slots, most * patches, width)
-        there = jnp.arange(most) < frames.reshape(-1, 1)
-        mask = jnp.repeat(there, patches, axis=1)
+        # What is made into latents at once: a slot, or each of its frames.
+        count = rows * slots * (most if config.per_frame else 1)
+        latents = jnp.broadcast_to(latents, (count, *latents.shape))
+        features = features.reshape(count, -1, width)
+        in_time = jnp.arange(most) < frames[..., None]
+        mask = jnp.broadcast_to(in_time[..., None], (rows, slots, most, patches))
+        mask = (mask if there is None else mask & there).reshape(count, -1)
         mask = jnp.pad(mask, ((0, 0), (0, config.latents)), constant_values=True)[:, None]
 
         layer = PerceiverLayer(config, width, self.dtype, parent=None)
@@ -102,9 +117,9 @@ class PerceiverResampler(nn.Module):
             return layer.apply(variables, latents, features, mask), seen
 
         latents, weights = jax.lax.scan(step, latents, params)
-        latents = Norm(NormConfig(kind="layer", eps=config.norm_eps), width, self.dtype, name="norm")(latents)
+        latents = Norm(config.norm, width, self.dtype, name="norm")(latents)
         weights = weights.reshape(-1, rows, slots, *weights.shape[2:]) if want_weights else None
-        return latents.reshape(rows, slots, config.latents, width), weights
+        return latents.reshape(rows, slots, -1, width), weights
 
 
 def _time(table: Array, frames: Array, most: int) -> Array:

@@ -26,7 +26,9 @@ class MlpProjector(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, features: Array, frames: Array, want_weights: bool = False) -> tuple[Array, None]:
+    def __call__(
+        self, features: Array, frames: Array, want_weights: bool = False, there: Array | None = None
+    ) -> tuple[Array, None]:
         """
         Raises:
           ValueError: `want_weights`: a visual token is one feature, so there is nothing to tell.

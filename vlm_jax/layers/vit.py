@@ -18,7 +18,7 @@ from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.block import Block, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.patches import patchify, resize_positions
+from vlm_jax.ops.patches import bucketed_positions, patchify, resize_positions
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
@@ -27,7 +27,7 @@ Array = jax.Array
 class Vit(nn.Module):
     """Images [B, H, W, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front; no registers.
 
-    Pictures of another size than `image_size` get interpolated positions. `feature_layer` picks the hidden state as
+    Pictures of another size than `image_size` get interpolated or bucketed positions. `feature_layer` picks the hidden state as
     transformers counts them: 0 the embeddings, i the output of block i, negative from the end.
     """
 
@@ -36,9 +36,19 @@ class Vit(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array, sizes: Array | None = None) -> Array:
+        """
+        Args:
+          sizes: [B, 2] int32, height and width of the pictures, which lie in the upper left of `images`: nothing else is seen.
+            None: they are `images`.
+
+        Raises:
+          ValueError: `sizes` where positions are not bucketed.
+        """
         config = self.config
-        hidden = self.hidden_states(images, last=self.used_layers())
+        if sizes is not None and config.positions != "bucketed":
+            raise ValueError("pictures of several sizes at once need bucketed positions")
+        hidden = self.hidden_states(images, self.used_layers(), sizes)
         if config.post_norm != "none":
             normed = Norm(config.block.norm, config.block.width, self.dtype, name="post_norm")(hidden)
             hidden = normed if config.post_norm == "applied" else hidden
@@ -65,28 +75,43 @@ class Vit(nn.Module):
         return used
 
     @nn.nowrap
+    def patches_there(self, sizes: Array, height: int, width: int) -> Array:
+        """Of pictures of `sizes` pixels [B, 2] in the upper left of `height` x `width`, the whole patches: [B, P] bool."""
+        patch = self.config.patch_size
+        side = self.config.image_size // patch
+        return bucketed_positions(sizes // patch, (height // patch, width // patch), side)[1]
+
+    @nn.nowrap
     def normalise(self, images: Array) -> Array:
         """uint8 RGB -> float32 with the encoder's mean and deviation."""
         mean, std = (jnp.asarray(value, jnp.float32) for value in (self.config.mean, self.config.std))
         return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     @nn.nowrap
-    def hidden_states(self, images: Array, last: int) -> Array:
+    def hidden_states(self, images: Array, last: int, sizes: Array | None = None) -> Array:
         """[B, S, D] after `last` blocks; must run inside `__call__`."""
         config, width = self.config, self.config.block.width
         patch, side = config.patch_size, config.image_size // config.patch_size
-        if config.image_size % patch:
+        grid = (images.shape[1] // patch, images.shape[2] // patch)
+        if config.image_size % patch or config.positions == "bucketed":
             # SigLIP-so400m's 384 pixels are 27 patches of 14: the published convolution leaves the last 6 out.
             images = images[:, : images.shape[1] // patch * patch, : images.shape[2] // patch * patch]
         x = patchify(self.normalise(images), patch)
         inputs, outputs = {"pixels": 3 * patch * patch}, {"embed": width}
         x = Linear(inputs, outputs, config.patch_bias, self.dtype, name="patch_embedding")(x)
         small = nn.initializers.normal(width**-0.5)
-        places = nn.initializers.normal(config.position_init or width**-0.5)
+        spread = nn.initializers.normal(config.position_init or width**-0.5)
         front = int(config.class_token != "none")
-        positions = self.param("position_embedding", named(places, "positions", "embed"), (front + side * side, width))
-        grid = (images.shape[1] // patch, images.shape[2] // patch)
-        x = x + resize_positions(positions[front:], grid, config.antialias).astype(x.dtype)
+        positions = self.param("position_embedding", named(spread, "positions", "embed"), (front + side * side, width))
+        mask = None
+        if config.positions == "bucketed":
+            whole = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (images.shape[0], 2))
+            places, there = bucketed_positions((whole if sizes is None else sizes) // patch, grid, side)
+            x = x + jnp.take(positions[front:], places, axis=0).astype(x.dtype)
+            if sizes is not None:
+                mask = jnp.pad(there, ((0, 0), (front + config.registers, 0)), constant_values=True)[:, None]
+        else:
+            x = x + resize_positions(positions[front:], grid, config.antialias).astype(x.dtype)
         before = [self.param("class_embedding", named(small, "embed"), (width,))[None] + positions[:1]] if front else []
         if config.registers:
             before.append(self.param("registers", named(small, "latents", "embed"), (config.registers, width)))
@@ -99,8 +124,8 @@ class Vit(nn.Module):
             x = Norm(config.block.norm, width, self.dtype, name="pre_norm")(x)
 
         block = Block(config.block, self.dtype, parent=None)
-        see_all = lambda q, k, v: (attend(q, k, v), None)
-        params = stacked(self, "layers", block, config.layers, jnp.zeros((1, 1, width)), see_all)
+        see_all = lambda q, k, v: (attend(q, k, v, mask), None)
+        params = stacked(self, "layers", block, config.layers, jnp.zeros((1, 1, width)), lambda q, k, v: (q, None))
 
         def layer(x: Array, params: Any) -> tuple[Array, None]:
             return constrain(block.apply({"params": params}, x, see_all)[0], "batch", "length", None), None

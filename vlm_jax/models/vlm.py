@@ -62,8 +62,7 @@ class VisionLanguageModel(nn.Module):
             width = config.vision.block.width
             self.vision = VISION[type(config.vision)](config.vision, self.dtype, self.remat)
             self.connector = CONNECTOR[type(config.connector)](config.connector, width, self.dtype)
-            width = config.connector.width if isinstance(config.connector, MlpProjectorConfig) else width
-            self.fusion = FUSION[type(config.fusion)](config.fusion, config.language, width, self.dtype)
+            self.fusion = FUSION[type(config.fusion)](config.fusion, config.language, config.visual_width, self.dtype)
 
     @property
     def sees(self) -> bool:
@@ -84,7 +83,7 @@ class VisionLanguageModel(nn.Module):
         """Logits [B, T, V] float32 of a packed batch."""
         visual = between = None
         if self.sees:
-            visual, _ = self.encode_images(batch.images, batch.frames)
+            visual, _ = self.encode_images(batch.images, batch.frames, sizes=batch.sizes)
         x = self.embed(batch.tokens, batch.positions, batch.visual, visual)
         if self.crosses:
             between = self.fusion(batch.media_first, batch.media_last, batch.frames.shape[1], visual=visual)
@@ -100,14 +99,25 @@ class VisionLanguageModel(nn.Module):
         images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
         return (Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32), row(np.int32)),)
 
-    def encode_images(self, images: Array, frames: Array, want_weights: bool = False) -> tuple[Array, Array | None]:
+    def encode_images(
+        self, images: Array, frames: Array, want_weights: bool = False, sizes: Array | None = None
+    ) -> tuple[Array, Array | None]:
         """Images [B, M, F, H, W, 3] uint8, frames [B, M] -> visual tokens [B, M, R, D].
 
         With `want_weights` also where each visual token looked, as the connector gives it.
+
+        Args:
+          sizes: [B, M, F, 2] int32, height and width of each frame, if they differ (`Vit`).
         """
-        features = self.vision(images.reshape(-1, *images.shape[3:]))
+        flat = images.reshape(-1, *images.shape[3:])
+        there = None
+        if sizes is not None:
+            sizes = sizes.reshape(-1, 2)
+            there = self.vision.patches_there(sizes, *flat.shape[1:3])
+            there = there.reshape(*images.shape[:3], -1)
+        features = self.vision(flat, sizes)
         features = features.reshape(*images.shape[:3], *features.shape[1:])
-        return self.connector(features, frames, want_weights)
+        return self.connector(features, frames, want_weights, there)
 
     def keys_values(self, visual: Array) -> KeyValue:
         """What the gated layers keep of the images: [B, M, R, D] -> two of [G, B, M * R, N, H]."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -39,6 +40,32 @@ def resize_positions(table: Array, grid: tuple[int, int], antialias: bool = Fals
         return jax.image.resize(square, (*grid, square.shape[-1]), "cubic").reshape(grid[0] * grid[1], -1)
     rows, columns = (_cubic_matrix(side, size) for size in grid)
     return jnp.einsum("rh,cw,hwd->rcd", rows, columns, square).reshape(grid[0] * grid[1], -1)
+
+
+def bucketed_positions(sizes: Array, grid: tuple[int, int], side: int) -> tuple[Array, Array]:
+    """For pictures of `sizes` patches [B, 2] (rows, columns) that lie in the upper left of `grid`: positions and what is there.
+
+    A patch that lies a share `f` of the picture's height down takes row `floor(f * side)` of a learned square; likewise
+    columns. The shares are float32, as transformers' `Idefics2VisionEmbeddings` has them.
+
+    Returns:
+      places in the learned table of `side` * `side`: [B, rows * columns] int32; and which patches are there: the same, bool.
+    """
+    buckets = jnp.asarray(_buckets(max(grid), side))
+    rows, columns = (buckets[sizes[:, axis], : grid[axis]] for axis in (0, 1))
+    there = [jnp.arange(grid[axis]) < sizes[:, axis, None] for axis in (0, 1)]
+    flat = lambda x: x.reshape(sizes.shape[0], grid[0] * grid[1])
+    return flat(rows[:, :, None] * side + columns[:, None]), flat(there[0][:, :, None] & there[1][:, None])
+
+
+def _buckets(most: int, side: int) -> np.ndarray:
+    """[most + 1, most] int32: of a picture so many patches long, the bucket of each patch."""
+    step = 1 / side
+    boundaries = np.arange(step, 1.0, step).astype(np.float32)
+    lengths = np.maximum(np.arange(most + 1), 1).astype(np.float32)
+    shares = np.arange(most, dtype=np.float32) * (np.float32(1) / lengths)[:, None]
+    found = np.searchsorted(boundaries, np.minimum(shares, np.float32(1.0 - 1e-6)), side="right")
+    return np.minimum(found, side - 1).astype(np.int32)
 
 
 def _cubic_matrix(source: int, target: int, a: float = -0.75) -> Array:

@@ -1,0 +1,104 @@
+"""IDEFICS2 (Laurencon et al. 2024): `Idefics2ForConditionalGeneration`, and its processing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import InSequenceConfig, ModelConfig, NormConfig, PerceiverConfig, ProjectionConfig
+from vlm_jax.generation.request import Picture
+from vlm_jax.interop import vit
+from vlm_jax.interop.hf_config import activation
+from vlm_jax.interop.parts import language_model
+from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped, raw_pictures
+from vlm_jax.interop.rows import linear, query_key_value
+from vlm_jax.interop.table import Table, row
+
+PROJECTION = "model.connector.modality_projection."
+RESAMPLER = "model.connector.perceiver_resampler."
+LAYER = RESAMPLER + "layers.{}."
+CROPS = 5  # of a picture that is split: its quarters, and the whole
+UP, DOWN = ("F D -> D F", "F -> F"), ("D F -> F D", "D -> D")
+
+
+def config_from_hf(config: Any) -> ModelConfig:
+    """`Idefics2Config` -> ours."""
+    perceiver, text = config.perceiver_config, config.text_config
+    language = language_model(text).config_from_hf(text)
+    return ModelConfig(
+        vision=vit.config_from_hf(config.vision_config),
+        connector=PerceiverConfig(
+            latents=perceiver.resampler_n_latents,
+            layers=perceiver.resampler_depth,
+            heads=perceiver.resampler_n_heads,
+            head_width=perceiver.resampler_head_dim,
+            activation=activation(perceiver.hidden_act),
+            norm=NormConfig(kind="rms", eps=perceiver.rms_norm_eps),
+            kv_heads=perceiver.num_key_value_heads,
+            gated_mlp=True,
+            projection=ProjectionConfig(
+                width=text.hidden_size, mlp_width=text.intermediate_size, activation=activation(text.hidden_act)
+            ),
+            per_frame=True,
+        ),
+        fusion=InSequenceConfig(),
+        language=dataclasses.replace(language, tied_head=config.tie_word_embeddings),
+    )
+
+
+def table(config: ModelConfig, hf_config: Any) -> Table:
+    """Published names <-> the paths of a `VisionLanguageModel`."""
+    language = language_model(hf_config.text_config)
+    spellings = {language.prefix: "model.text_model.", language.head: language.head}
+    return (
+        vit.rows(config.vision).under("model.vision_model.", "vision/")
+        + _connector()
+        + language.table(config.language).renamed(spellings, "language/")
+    )
+
+
+def _connector() -> Table:
+    ours, attention = "connector/layers", "connector/layers/attention"
+    norms = (
+        (f"{LAYER}input_context_norm", f"{ours}/feature_norm"),
+        (f"{LAYER}input_latents_norm", f"{ours}/latent_norm"),
+        (f"{LAYER}post_attention_layernorm", f"{ours}/mlp_norm"),
+        (f"{RESAMPLER}norm", "connector/norm"),
+    )
+    heads = zip("qkv", query_key_value(attention), strict=True)
+    mlps = ((PROJECTION, "connector/projection"), (f"{LAYER}mlp.", f"{ours}/mlp"))
+    return Table(
+        (
+            row(f"{RESAMPLER}latents", "connector/latents", "R D -> R D"),
+            *(row(f"{LAYER}self_attn.{name}_proj.weight", f"{path}/kernel", "(N H) D -> D N H") for name, path in heads),
+            row(f"{LAYER}self_attn.o_proj.weight", f"{attention}/out/kernel", "D (N H) -> N H D"),
+            *(row(f"{name}.weight", f"{path}/scale", "D -> D") for name, path in norms),
+            *(
+                r
+                for name, path in mlps
+                for side in ("gate", "up")
+                for r in linear(f"{name}{side}_proj", f"{path}/{side}", UP, False)
+            ),
+            *(r for name, path in mlps for r in linear(f"{name}down_proj", f"{path}/down", DOWN, False)),
+        )
+    )
+
+
+class Idefics2Processor(PublishedProcessor):
+    """Pictures keep their shape; each crop of one is some `<image>` tokens between two `<fake_token_around_image>`."""
+
+    def __init__(self, wrapped: Wrapped, *rest: Any) -> None:
+        crops = CROPS if wrapped.image_processor.do_image_splitting else 1
+        token, fake, count = wrapped.image_token, wrapped.fake_image_token, wrapped.image_seq_len
+        every, written = np.arange(crops * count), f"{fake}{token * count}{fake}" * crops
+        behind = re.compile(rf"{re.escape(fake)}(?=[^\s<])")
+        # Neighbours share the token between them, and a word behind one begins as a word.
+        finished = lambda text: behind.sub(f"{fake} ", text.replace(fake * 2, fake))
+        super().__init__(wrapped, *rest, Pictures(token, lambda size: every, lambda count: written, finished))
+
+    def pixels(self, film: tuple[Picture, ...]) -> list[np.ndarray]:
+        """A picture's crops: [H, W, 3] uint8 each."""
+        return raw_pictures(self.wrapped.image_processor, self._one(film), do_pad=False)
