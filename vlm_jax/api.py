@@ -105,7 +105,7 @@ class Run:
     def __init__(self, folder: Path, step: int | None) -> None:
         self.folder, self.step = folder, step
         self.config = read_config(folder)
-        self.processor = RunProcessor(load_tokenizer(folder / "tokenizer"), self.config.data)
+        self.processor = RunProcessor(load_tokenizer(folder / "tokenizer", self.config.data.end), self.config.data)
 
     def load(self, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
         compute = compute_dtype(dtype or self.config.dtype)

@@ -9,17 +9,23 @@ import torch
 from folders import load, logits, picture, saved, tokenizer
 from test_encoders import two_towers
 from test_idefics import idefics_folder, listed
-from torch_helpers import compare
+from test_llava import llava
+from test_paligemma import paligemma
+from torch_helpers import compare, rounding
 from transformers import IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalLM
 
 import vlm_jax
 from tests.tiny import tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer
 from vlm_jax.generation.request import RequestError
 from vlm_jax.interop.published import open_published
+from vlm_jax.ops.masks import unlearned
 from vlm_jax.paths import by_path
 from vlm_jax.training.checkpoint import CheckpointError
+from vlm_jax.training.initial import read_tokenizer
 from vlm_jax.training.loop import train
+from vlm_jax.training.step import check_pictures
 
 
 def run_of(tmp_path, folder) -> RunConfig:
@@ -152,3 +158,64 @@ def test_parts_start_from_several_checkpoints(tmp_path):
     narrow = dataclasses.replace(model.vision, layers=3)
     with pytest.raises(CheckpointError, match=r"init_parts vision=.*other parts or sizes than config.model in \d+ parameters"):
         train(dataclasses.replace(config, model=dataclasses.replace(model, vision=narrow)), tmp_path / "third")
+
+
+def sees(folder, family):
+    return {"llava": llava, "paligemma": paligemma}[family](folder, tie_word_embeddings=family == "paligemma")
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])
+def test_visual_tokens_in_packed_rows(tmp_path, family):
+    """A row holds several conversations with pictures; each is what their model reads alone. Then two steps, and back."""
+    folder = tmp_path / "published"
+    model, _ = sees(folder, family)
+    published = open_published(folder)
+    base = run_of(tmp_path, folder)
+    data = dataclasses.replace(base.data, end="</s>", visual_tokens=16, image_size=16, tokens=96)
+    config = dataclasses.replace(base, model=published.config, data=data)
+    source = build_source(data, "train")
+    tokenizer = build_tokenizer(data, source, None, lambda name: read_tokenizer(name, data.end))
+    with TrainBatches(config, tokenizer, source, 0, 0, 1) as batches:
+        batch = next(iter(batches))
+    assert batch.segments.max() > 1 and (batch.visual > 16).any()
+    vlm = load(folder)
+    ours = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))
+    seen = 0
+    for row, segment in [(0, 1), (0, 2), (1, 1), (1, 2)]:
+        place = np.flatnonzero(batch.segments[row] == segment)
+        ids = torch.tensor(batch.tokens[row, place], dtype=torch.long)[None]
+        slots = sorted(set(((batch.visual[row, place] - 1) // 16)[batch.visual[row, place] > 0].tolist()))
+        seen += len(slots)
+        vision = published.config.vision
+        pixels = (batch.images[row, slots, 0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
+        more = dict(pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)) if slots else {}
+        if family == "paligemma":
+            prefix = np.asarray(unlearned(batch.segments, batch.weights))[row, place]
+            more["token_type_ids"] = torch.tensor(~prefix, dtype=torch.long)[None]
+        with torch.no_grad():
+            theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0]
+        compare(ours[row, place], theirs, rounding(theirs))
+    assert seen > 1
+    train(config, tmp_path / "run")
+    run = vlm_jax.load(tmp_path / "run")
+    assert run.answer([run.request("what color?", [picture(1, 20, 30)])], max_new_tokens=4)[0].tokens
+    vlm_jax.export(tmp_path / "run", tmp_path / "back")
+    trained, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before, after = model.state_dict(), trained.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("vision_tower" in name for name in changed)
+
+
+def test_the_data_must_lay_pictures_out_as_the_model_reads_them(tmp_path):
+    llava(tmp_path / "published")
+    config = run_of(tmp_path, tmp_path / "published")
+    for changes, message in (
+        (dict(), "config.data.visual_tokens=0: the model has 16 for a picture"),
+        (dict(visual_tokens=16, image_size=32), "set config.data.image_size=16 and frames=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(config, data=dataclasses.replace(config.data, end="</s>", **changes)), tmp_path / "run")
+    crossing = tiny_run(data=dataclasses.replace(tiny_run().data, visual_tokens=4))
+    with pytest.raises(ValueError, match="visual_tokens is for models with visual tokens in the sequence"):
+        check_pictures(crossing)

@@ -135,6 +135,11 @@ def compare(ours: Any, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
     assert difference < tolerance
 
 
+def rounding(theirs: torch.Tensor) -> float:
+    """What float32 rounding may come to: 1e-4, and more where values are above 10, with which it grows."""
+    return max(1e-4, 1e-5 * float(theirs.abs().max()))
+
+
 def compare_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Table, tolerance: float = 1e-4) -> None:
     """Hidden states layer by layer and logits of the same tokens, from the oracle's weights made random."""
     tokens = random_tokens()

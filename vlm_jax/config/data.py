@@ -47,6 +47,7 @@ class DataConfig:
     source: EasyVqaConfig | JsonLinesConfig
     tokenizer: str  # "train": a byte-level BPE made from the training text; else a folder or a hub name
     vocab_size: int = 512  # of a trained tokenizer, at most
+    end: str = "<EOC>"  # the token that closes a learned text; a published model's own is its end token, as "</s>"
     prompt: str = "Question: {question} Answer:"  # one turn as the model reads it
     answer: str = " {answer}"
     image_size: int
@@ -56,6 +57,9 @@ class DataConfig:
     tokens: int  # T of a row
     images: int  # M of a row
     frames: int = 1  # F of a slot
+    # How many `<image>` tokens a picture is: 0 where it is read by cross-attention, one then says where it stands; else as many
+    # as it has visual tokens, which take their places (LLaVA).
+    visual_tokens: int = 0
     sampling: tuple[SampleRule, ...] = ()  # of training; an evaluation takes every sequence
     augment: AugmentConfig = AugmentConfig()
     blank_images: bool = False  # the control experiment: every picture grey

@@ -11,6 +11,8 @@ closes, because saying it is how a model stops::
     weights      0      0  0   1    1       0      0  0  1    1
     media_last   0      1  1   1    1       1      2  2  2    2
 
+Where visual tokens stand in the sequence itself (LLaVA), a picture is as many `<image>` as it has visual tokens.
+
 Axis letter: T tokens of the sequence.
 """
 
@@ -44,21 +46,24 @@ class Encoded:
     weights: np.ndarray  # float32
 
 
-def lay_out(sequences: list[Sequence], tokenizer: Tokenizer, name: str = "sequence") -> list[Laid]:
+def lay_out(sequences: list[Sequence], tokenizer: Tokenizer, name: str = "sequence", picture: int = 1) -> list[Laid]:
     """Tokens of the sequences, all texts tokenised in one call.
 
     Args:
       name: what messages call the example.
+      picture: how many `<image>` stand for one.
 
     Raises:
       DataError: a sequence whose image slots are not consecutive.
     """
     texts = list({part.text for sequence in sequences for part in sequence if isinstance(part, Text)})
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    return [_lay_out(sequence, ids, tokenizer, name) for sequence in sequences]
+    return [_lay_out(sequence, ids, tokenizer, name, picture) for sequence in sequences]
 
 
-def _lay_out(sequence: Sequence, ids: dict[str, list[int]], tokenizer: Tokenizer, name: str, close: bool = True) -> Laid:
+def _lay_out(
+    sequence: Sequence, ids: dict[str, list[int]], tokenizer: Tokenizer, name: str, picture: int, close: bool = True
+) -> Laid:
     tokens, learned, slots = [tokenizer.bos_id], [False], []
     learning = False
 
@@ -72,8 +77,8 @@ def _lay_out(sequence: Sequence, ids: dict[str, list[int]], tokenizer: Tokenizer
             end_chunk()
             learning = False
             slots.append(part.slot)
-            tokens.append(tokenizer.image_id)
-            learned.append(False)
+            tokens += [tokenizer.image_id] * picture
+            learned += [False] * picture
         else:
             if not part.learn:
                 end_chunk()
@@ -88,7 +93,11 @@ def _lay_out(sequence: Sequence, ids: dict[str, list[int]], tokenizer: Tokenizer
 
 
 def media_of(
-    tokens: np.ndarray, image_id: int, sizes: np.ndarray | list[int], first_slots: np.ndarray | list[int]
+    tokens: np.ndarray,
+    image_id: int,
+    sizes: np.ndarray | list[int],
+    first_slots: np.ndarray | list[int],
+    picture: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`media_last` and `media_first` of sequences that stand one after the other.
 
@@ -99,6 +108,7 @@ def media_of(
       tokens: [T] int, of all sequences.
       sizes: tokens of each sequence, at least 1.
       first_slots: the slot of each sequence's first image, counted from 0.
+      picture: how many `<image>` stand for one.
 
     Returns:
       two [T] int32, slots counted from 1, 0 for none.
@@ -108,10 +118,22 @@ def media_of(
     count = np.cumsum(is_image)
     ends = np.cumsum(sizes)
     before = count[ends - sizes] - is_image[ends - sizes]
-    seen = count - np.repeat(before, sizes)
+    seen = -(-(count - np.repeat(before, sizes)) // picture)
     last = np.where(seen > 0, seen + np.repeat(first_slots, sizes), 0)
     first = np.repeat(np.where(seen[ends - 1] > 0, first_slots + 1, 0), sizes)
     return last.astype(np.int32), first.astype(np.int32)
+
+
+def visual_of(tokens: np.ndarray, image_id: int, media_last: np.ndarray, picture: int) -> np.ndarray:
+    """Which of the row's visual tokens stands at each place, counted from 1, 0 for text: [T] int32 (`layers/in_sequence.py`).
+
+    Args:
+      media_last: of `media_of`; every slot has `picture` visual tokens.
+    """
+    is_image = tokens == image_id
+    # Each picture's tokens stand together, so their number in the whole tells their number in the picture.
+    offset = (np.cumsum(is_image) - 1) % picture
+    return np.where(is_image, (media_last - 1) * picture + offset + 1, 0).astype(np.int32)
 
 
 def encode_sequence(sequence: Sequence, tokenizer: Tokenizer, name: str = "sequence") -> Encoded:
@@ -126,8 +148,11 @@ def encode_sequence(sequence: Sequence, tokenizer: Tokenizer, name: str = "seque
     return Encoded(tokens[:-1], last, first, tokens[1:], np.asarray(laid.learned[1:], np.float32))
 
 
-def prompt_tokens(parts: Sequence, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def prompt_tokens(parts: Sequence, tokenizer: Tokenizer, picture: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A prompt to be gone on with: laid out the same way, without the closing `<EOC>`.
+
+    Args:
+      picture: how many `<image>` stand for one.
 
     Returns:
       tokens, media_last, media_first: [T] int32.
@@ -137,7 +162,7 @@ def prompt_tokens(parts: Sequence, tokenizer: Tokenizer) -> tuple[np.ndarray, np
     """
     texts = [part.text for part in parts if isinstance(part, Text)]
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    laid = _lay_out(parts, ids, tokenizer, "prompt", close=False)
+    laid = _lay_out(parts, ids, tokenizer, "prompt", picture, close=False)
     tokens = np.asarray(laid.tokens, np.int32)
-    last, first = media_of(tokens, tokenizer.image_id, [len(tokens)], [laid.first_slot])
+    last, first = media_of(tokens, tokenizer.image_id, [len(tokens)], [laid.first_slot], picture)
     return tokens, last, first

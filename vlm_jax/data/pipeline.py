@@ -28,7 +28,7 @@ from vlm_jax.data.easy_vqa import EasyVqaSource
 from vlm_jax.data.example import DataError, Source, Text
 from vlm_jax.data.packing import PackedRows, plan_epoch
 from vlm_jax.data.rows import Arrays, RowMaker, empty_rows, to_batch
-from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from vlm_jax.data.tokenizer import EOC, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
 from vlm_jax.data.tokens import Tokens, tokenize
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,10 @@ def build_tokenizer(
       TokenizerError: it cannot be had.
     """
     if folder is not None and (Path(folder) / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, config.end)
     trains = config.tokenizer == "train"
+    if trains and config.end != EOC:
+        raise TokenizerError(f"data.end={config.end!r} is for a published tokenizer; a trained one has {EOC!r}")
     tokenizer = train_tokenizer(_texts(source), config.vocab_size) if trains else read(config.tokenizer)
     if folder is not None:
         tokenizer.save(folder)
@@ -86,7 +88,7 @@ def _texts(source: Source) -> Iterator[str]:
 
 def _tokens(config: DataConfig, tokenizer: Tokenizer, source: Source) -> Tokens:
     """`tokenize`, once for a source: a run evaluates many times."""
-    key = (tokenizer, config.tokens, config.images, config.frames, config.sampling)
+    key = (tokenizer, config.tokens, config.images, config.frames, config.sampling, max(1, config.visual_tokens))
     known = _TOKENIZED.get(source)
     if known is None or known[0] != key:
         skip = getattr(config.source, "bad_lines", "error") == "skip"

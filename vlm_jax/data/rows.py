@@ -26,6 +26,8 @@ def empty_rows(config: DataConfig, rows: int) -> Arrays:
     size, image_shape = config.image_size, (rows, config.images, config.frames)
     names = ("tokens", "positions", "segments", "media_last", "media_first", "targets")
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
+    if config.visual_tokens:
+        arrays["visual"] = np.zeros((rows, config.tokens), np.int32)
     return arrays | {
         "images": np.zeros((*image_shape, size, size, 3), np.uint8),
         "frames": np.zeros(image_shape[:2], np.int32),

@@ -29,8 +29,12 @@ class Tokenizer:
       vocab_size: one more than the greatest id.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerFast):
-        self._wrapped = backend
+    def __init__(self, backend: PreTrainedTokenizerFast, end: str = EOC):
+        """
+        Args:
+          end: the token that is `<EOC>`; a published model's own end token does as well.
+        """
+        self._wrapped, self._end = backend, end
         added = {}
         if backend.pad_token is None:
             added["pad_token"] = PAD
@@ -39,7 +43,7 @@ class Tokenizer:
         if backend.eos_token is None:
             added["eos_token"] = EOS
         vocab = backend.get_vocab()
-        missing = [token for token in (IMAGE, EOC) if token not in vocab]
+        missing = [token for token in (IMAGE, end) if token not in vocab]
         if added:
             backend.add_special_tokens(added)
         if missing:
@@ -48,7 +52,7 @@ class Tokenizer:
         self.bos_id: int = backend.bos_token_id
         self.eos_id: int = backend.eos_token_id
         self.image_id: int = backend.convert_tokens_to_ids(IMAGE)
-        self.eoc_id: int = backend.convert_tokens_to_ids(EOC)
+        self.eoc_id: int = backend.convert_tokens_to_ids(end)
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self._fast = backend.backend_tokenizer
         self._fast.encode_special_tokens = True  # as text, that is
@@ -94,7 +98,7 @@ class Tokenizer:
                 file.replace(folder / file.name)
 
     def __reduce__(self):
-        return (Tokenizer, (self._wrapped,))
+        return (Tokenizer, (self._wrapped, self._end))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -130,8 +134,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(name: str | Path, end: str = EOC) -> Tokenizer:
     """Reads a folder or a hub repository that has a `tokenizer.json`.
+
+    Args:
+      end: see `Tokenizer`.
 
     Raises:
       TokenizerError: there is none, or it cannot be read.
@@ -144,7 +151,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         raise TokenizerError(f"tokenizer {where}: no tokenizer.json in this folder; only fast tokenizers can be read")
     try:
-        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(where))
+        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(where), end)
     except Exception as error:  # the hub client, the JSON reader and the Rust parser each have their own
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TokenizerError(f"tokenizer {where!r}: neither a folder nor a hub repository that can be read: {cause}") from error

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from vlm_jax.config import SampleRule
-from vlm_jax.data.encode import Laid, lay_out, media_of
+from vlm_jax.data.encode import Laid, lay_out, media_of, visual_of
 from vlm_jax.data.example import DataError, Example, Sequence, Source, Text
 from vlm_jax.data.packing import Lengths
 from vlm_jax.data.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ class Tokens:
     images: np.ndarray  # [E] int32
     share: np.ndarray  # [N] float32, the chance to be in an epoch
     image_id: int
+    picture: int  # how many `<image>` stand for a picture
     skipped: int  # examples left out because they fit in no row
 
     @property
@@ -60,9 +61,11 @@ class Tokens:
         row["weights"][:total] = self.learned[here + 1]
         row["positions"][:total] = place - np.repeat(starts, sizes)
         row["segments"][:total] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-        last, first = media_of(row["tokens"][:total], self.image_id, sizes, self.first_slot[sequences] + slots)
+        last, first = media_of(row["tokens"][:total], self.image_id, sizes, self.first_slot[sequences] + slots, self.picture)
         row["media_last"][:total] = last
         row["media_first"][:total] = first
+        if "visual" in row:
+            row["visual"][:total] = visual_of(row["tokens"][:total], self.image_id, last, self.picture)
 
 
 def tokenize(
@@ -72,6 +75,7 @@ def tokenize(
     images: int,
     frames: int,
     sampling: tuple[SampleRule, ...] = (),
+    picture: int = 1,
     skip: bool = False,
 ) -> Tokens:
     """Tokenises every text of the source.
@@ -79,6 +83,7 @@ def tokenize(
     Args:
       tokens, images, frames: T, M and F of a row.
       sampling: which sequences are seen less often.
+      picture: how many `<image>` stand for one.
       skip: leave out, count and report examples that no row can take, instead of raising.
 
     Raises:
@@ -98,7 +103,7 @@ def tokenize(
     began = reported = time.perf_counter()
     for start in range(0, len(source), CHUNK):
         examples = [source[index] for index in range(start, min(start + CHUNK, len(source)))]
-        laid = iter(lay_out([one for example in examples for one in example.sequences], tokenizer))
+        laid = iter(lay_out([one for example in examples for one in example.sequences], tokenizer, picture=picture))
         for index, example in enumerate(examples, start):
             own = [next(laid) for _ in example.sequences]
             problem = _problem(example, own, tokens, images, frames)
@@ -131,6 +136,7 @@ def tokenize(
         pictures,
         np.asarray(shares, np.float32),
         tokenizer.image_id,
+        picture,
         len(refused),
     )
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from vlm_jax.config import DataConfig
-from vlm_jax.data.encode import prompt_tokens
+from vlm_jax.data.encode import prompt_tokens, visual_of
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.generation.request import Picture, Request, Settings, Shot, ask, pixels
 from vlm_jax.generation.text import Codec
@@ -77,8 +77,12 @@ class RunProcessor:
         return ask(self.data, prompt, images, shots, seed)
 
     def lay_out(self, request: Request) -> Layout:
-        tokens, last, first = prompt_tokens(request.parts, self.tokenizer)
-        return Layout(tokens, last, first, np.zeros_like(tokens), np.zeros_like(tokens))
+        picture = self.data.visual_tokens
+        tokens, last, first = prompt_tokens(request.parts, self.tokenizer, max(1, picture))
+        if not picture:
+            return Layout(tokens, last, first, np.zeros_like(tokens), np.zeros_like(tokens))
+        stands = visual_of(tokens, self.tokenizer.image_id, last, picture) - 1
+        return Layout(tokens, last, first, np.where(stands < 0, 0, last), np.where(stands < 0, 0, stands % picture))
 
     def pixels(self, film: tuple[Picture, ...]) -> np.ndarray:
         return np.stack([pixels(picture, self.data) for picture in film])

@@ -107,12 +107,14 @@ def _check(name: str, params: Params, wanted: Params) -> None:
         )
 
 
-def read_tokenizer(name: str | Path) -> Tokenizer:
-    """`load_tokenizer`, and that of a GGUF file or of a package that brings weights.
+def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
+    """`load_tokenizer`, and that of a GGUF file, an OpenFlamingo folder, or a package that brings weights.
 
     Raises:
       TokenizerError, PublishedError: it cannot be had.
     """
-    if not str(name).startswith(PACKAGE) and Path(name).suffix != ".gguf":
-        return load_tokenizer(name)
-    return Tokenizer(open_published(name).processor.tokenizer.wrapped)
+    path = Path(name).expanduser()
+    inside = str(name).startswith(PACKAGE) or path.suffix == ".gguf"
+    if inside or ((path / "config.json").is_file() and not (path / "tokenizer.json").is_file()):
+        return Tokenizer(open_published(name).processor.tokenizer.wrapped, end)
+    return load_tokenizer(name, end)

@@ -21,7 +21,7 @@ from vlm_jax.training.initial import first_state, read_tokenizer
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.losses import means
 from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
-from vlm_jax.training.step import Trainer, TrainState, zeros_batch
+from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
 from vlm_jax.training.table import print_table
 
 
@@ -42,13 +42,15 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
     """Trains until `config.steps`, resuming from the newest checkpoint in `workdir`.
 
     Raises:
+      ValueError: the data does not lay pictures out as the model reads them.
       CheckpointError: `workdir` belongs to another configuration, or all its checkpoints are damaged.
       NonFiniteLoss: more than `config.optimizer.max_bad_steps` updates in a row were not finite.
     """
+    check_pictures(config)
     folder = Path(workdir).expanduser()
     claim(folder, config)
     source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
-    tokenizer = build_tokenizer(config.data, source, folder / "tokenizer", read_tokenizer)
+    tokenizer = build_tokenizer(config.data, source, folder / "tokenizer", lambda name: read_tokenizer(name, config.data.end))
     known = config.model.language.vocab_size
     if tokenizer.vocab_size > known:
         raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {tokenizer.vocab_size}")
