@@ -80,6 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--attention", type=Path, metavar="OUT.png", help="draw where the model looked for every word of the answer")
     add("--mesh", metavar="AXES", help='devices, as in "tensor=8" or "data=2,tensor=4" (default: one device)')
     add("--pickles", action="store_true", help="read PyTorch's .bin files where there are no safetensors; nothing is executed")
+    add("--pad-to-square", action="store_true", help="of LLaVA-1.5: pad pictures to squares first, as its authors evaluated it")
     add("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation (default: the run's)")
     args = parser.parse_args(argv)
     if sum(given is not None for given in (args.prompt, args.input, args.classes)) != 1:
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
     asked = (args.prompt, args.image, shots)
     # What can be wrong is found before a large model is read.
-    checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles)
+    checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles, args.pad_to_square)
     encodes = isinstance(checkpoint.processor, EncoderProcessor)
     if encodes != (args.classes is not None):
         raise ValueError(

@@ -114,9 +114,15 @@ class Run:
         return VisionLanguageModel(run.config.model, compute), run.params
 
 
-def open_checkpoint(path: str | Path, step: int | None = None, pickles: bool = False) -> Run | Checkpoint:
+def open_checkpoint(
+    path: str | Path, step: int | None = None, pickles: bool = False, pad_to_square: bool = False
+) -> Run | Checkpoint:
     """Reads everything of a checkpoint but its weights; for the arguments see `load`."""
-    return open_published(path, pickles) if is_published(path) else Run(Path(path).expanduser(), step)
+    if is_published(path):
+        return open_published(path, pickles, pad_to_square)
+    if pad_to_square:
+        raise RequestError(f"{path} is a run of ours: its pictures are fitted as config.data.image_fit says")
+    return Run(Path(path).expanduser(), step)
 
 
 def load(
@@ -126,6 +132,7 @@ def load(
     step: int | None = None,
     rows: int = 16,
     pickles: bool = False,
+    pad_to_square: bool = False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Vlm | Encoder:
     """Reads a run of ours (the `--workdir` of train.py) or a published checkpoint.
@@ -140,6 +147,7 @@ def load(
       step: which checkpoint of a run; None: the newest.
       rows: at most so many requests are answered at once.
       pickles: whether PyTorch's `.bin` files may be read; nothing in them is executed.
+      pad_to_square: of LLaVA-1.5: pictures are padded to squares first, as its authors evaluated it. transformers does not.
       tell: called with the bytes read so far and in all, of a published checkpoint.
 
     Raises:
@@ -148,7 +156,7 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     placed = parse_mesh(mesh)
-    checkpoint = open_checkpoint(path, step, pickles) if isinstance(path, str | Path) else path
+    checkpoint = open_checkpoint(path, step, pickles, pad_to_square) if isinstance(path, str | Path) else path
     with jax.set_mesh(placed):
         if isinstance(checkpoint, Run):
             model, params = checkpoint.load(placed, dtype)

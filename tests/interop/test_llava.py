@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
@@ -178,6 +179,23 @@ def test_the_chat_template_is_used_as_theirs(tmp_path):
         vlm.processor.lay_out(begun).tokens.tolist()
         == vlm.processor.lay_out(vlm.processor.request(TEXT, pictures[:1])).tokens.tolist()
     ), "a begin token that the template writes is not repeated"
+
+
+def test_square_padding_is_a_choice(tmp_path):
+    """The authors' expand2square, which transformers' LLaVA processor has too; not the default."""
+    llava(tmp_path)
+    padded = LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_pad=True)
+    vlm, plain = load(tmp_path, pad_to_square=True), load(tmp_path)
+    for image in (picture(1, 31, 44), picture(2, 60, 21), picture(3, 20, 20)):
+        theirs = padded(image, return_tensors="np")["pixel_values"][0]
+        pixels, vision = vlm.processor.pixels((image,))[0], vlm.model.config.vision
+        ours = ((pixels / 255.0 - np.array(vision.mean)) / np.array(vision.std)).transpose(2, 0, 1)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        if image.size[0] != image.size[1]:
+            assert not np.array_equal(pixels, plain.processor.pixels((image,))[0])
+    llava_next(tmp_path / "next")
+    with pytest.raises(ValueError, match=r"only LLaVA-1\.5 was evaluated with pictures padded to squares"):
+        load(tmp_path / "next", pad_to_square=True)
 
 
 def spelled(state, tower, projector, language, head):

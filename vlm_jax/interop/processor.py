@@ -31,6 +31,16 @@ class Pictures:
     finished: Callable[[str], str] = lambda text: text  # the whole text, once its pictures are written
 
 
+def squared(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """[H, W, 3] -> [S, S, 3] with S the longer side, in the middle of it (LLaVA's `expand2square`)."""
+    height, width, _ = image.shape
+    side = max(height, width)
+    square = np.full((side, side, 3), background, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
 def picture_bytes(processor: Any, image: np.ndarray) -> np.ndarray:
     """What transformers' picture processor makes of a picture [H, W, 3], not rescaled and not normalised: [F, H, W, 3] uint8.
 
@@ -76,6 +86,9 @@ class PublishedProcessor:
     """
 
     blind = False
+    # The colour with which pictures are first padded to squares, centred, as LLaVA-1.5 was evaluated by its authors; None: they
+    # are not, as transformers' checkpoints of it have it.
+    background: tuple[int, int, int] | None = None
 
     def __init__(self, wrapped: Wrapped, ends: set[int], defaults: Settings, pictures: Pictures | None = None) -> None:
         self.wrapped, self.ends, self.defaults, self.pictures = wrapped, ends, defaults, pictures
@@ -174,4 +187,5 @@ class PublishedProcessor:
     def _one(self, film: tuple[Picture, ...]) -> np.ndarray:
         if len(film) != 1:
             raise RequestError(f"a film of {len(film)} pictures: this checkpoint reads single pictures. Give them one by one")
-        return array_of(film[0], on_white=False)
+        array = array_of(film[0], on_white=False)
+        return array if self.background is None else squared(array, self.background)

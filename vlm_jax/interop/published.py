@@ -88,13 +88,18 @@ class Published:
 Checkpoint = Published | OpenFlamingo | GgufCheckpoint | OnnxDinov2  # what can be read, each with the methods of the first
 
 
-def open_published(name: str | Path, pickles: bool = False) -> Checkpoint:
+def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
     """Finds (or fetches) a checkpoint and reads all of it but the weights.
+
+    Args:
+      pad_to_square: LLaVA-1.5 alone, see `PublishedProcessor.background`.
 
     Raises:
       PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
     """
     folder = find(name, pickles)
+    if pad_to_square and (folder.is_file() or model_type(folder) != "llava"):
+        raise PublishedError(f"{folder}: only LLaVA-1.5 was evaluated with pictures padded to squares")
     if folder.is_file():
         return OnnxDinov2(folder) if folder.suffix == ".onnx" else GgufCheckpoint(folder)
     if model_type(folder) == MODEL_TYPE:
@@ -111,6 +116,8 @@ def open_published(name: str | Path, pickles: bool = False) -> Checkpoint:
         config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
     settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
     processor = family.processor(config, hf_config, wrapped, *settings)
+    if pad_to_square:
+        processor.background = tuple(int(255 * mean) for mean in config.vision.mean)
     return Published(folder, hf_config, family, config, processor, pickles)
 
 
