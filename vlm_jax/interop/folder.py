@@ -52,6 +52,19 @@ def find(name: str | Path, pickles: bool = False, revision: str | None = None) -
         ) from error
 
 
+def new_folder(name: str | Path) -> Path:
+    """Makes the folder that is written into.
+
+    Raises:
+      PublishedError: it holds something already.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise PublishedError(f"{folder} is not empty: export into a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _snapshot(path: Path) -> Path:
     """The folder itself, or the newest snapshot of a hub cache's `models--org--name`."""
     snapshots = path / "snapshots"

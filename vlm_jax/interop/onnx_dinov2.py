@@ -18,6 +18,7 @@ from vlm_jax.config import ImageTowerConfig
 from vlm_jax.interop import dinov2, safetensors_files
 from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
+from vlm_jax.interop.folder import new_folder
 from vlm_jax.interop.source import Arrays, PublishedError
 from vlm_jax.interop.table import Table
 from vlm_jax.models.dual_encoder import ImageTower
@@ -57,10 +58,7 @@ class OnnxDinov2:
         Raises:
           PublishedError: the folder holds something already.
         """
-        target = Path(folder).expanduser()
-        if target.exists() and any(target.iterdir()):
-            raise PublishedError(f"{target} is not empty: export into a new folder")
-        target.mkdir(parents=True, exist_ok=True)
+        target = new_folder(folder)
         written = safetensors_files.write(target, published_tensors(params, self.table))
         self.keep_files(target)
         return written

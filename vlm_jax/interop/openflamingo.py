@@ -13,6 +13,7 @@ from typing import Any
 from vlm_jax.config import GatedCrossAttentionConfig, ModelConfig, PerceiverConfig
 from vlm_jax.interop import vit
 from vlm_jax.interop.parts import language_model
+from vlm_jax.interop.rows import norm
 from vlm_jax.interop.table import Table, row
 
 VISION_PART, LANGUAGE_PART = "vision:", "language:"
@@ -64,16 +65,9 @@ def _attention(published: str, ours: str) -> tuple[Any, ...]:
     )
 
 
-def _norm(published: str, ours: str) -> tuple[Any, ...]:
-    return (
-        row(f"{published}.weight", f"{ours}/scale", "D -> D"),
-        row(f"{published}.bias", f"{ours}/bias", "D -> D"),
-    )
-
-
 def _feed_forward(published: str, ours: str) -> tuple[Any, ...]:
     return (
-        *_norm(f"{published}0", f"{ours}/mlp_norm"),
+        *norm(f"{published}0", f"{ours}/mlp_norm"),
         row(f"{published}1.weight", f"{ours}/mlp/up/kernel", "F D -> D F"),
         row(f"{published}3.weight", f"{ours}/mlp/down/kernel", "D F -> F D"),
     )
@@ -83,11 +77,11 @@ def _perceiver() -> Table:
     layer, ours = "perceiver.layers.{}.", "connector/layers"
     rows = (
         row("perceiver.latents", "connector/latents", "R D -> R D"),
-        *_norm(f"{layer}0.norm_media", f"{ours}/feature_norm"),
-        *_norm(f"{layer}0.norm_latents", f"{ours}/latent_norm"),
+        *norm(f"{layer}0.norm_media", f"{ours}/feature_norm"),
+        *norm(f"{layer}0.norm_latents", f"{ours}/latent_norm"),
         *_attention(f"{layer}0.", f"{ours}/attention"),
         *_feed_forward(f"{layer}1.", ours),
-        *_norm("perceiver.norm", "connector/norm"),
+        *norm("perceiver.norm", "connector/norm"),
     )
     return Table(rows)
 
@@ -95,7 +89,7 @@ def _perceiver() -> Table:
 def _gated() -> Table:
     ours = "fusion/layers"
     rows = (
-        *_norm(f"{GATED}attn.norm", f"{ours}/attention_norm"),
+        *norm(f"{GATED}attn.norm", f"{ours}/attention_norm"),
         *_attention(f"{GATED}attn.", f"{ours}/attention"),
         *_feed_forward(f"{GATED}ff.", ours),
         row(f"{GATED}attn_gate", f"{ours}/attention_gate", "() ->"),

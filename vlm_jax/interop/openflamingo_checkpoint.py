@@ -32,7 +32,7 @@ from vlm_jax.generation.processor import Layout
 from vlm_jax.generation.request import Request, Settings
 from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
-from vlm_jax.interop.folder import find, open_weights, read_config
+from vlm_jax.interop.folder import find, new_folder, open_weights, read_config
 from vlm_jax.interop.openflamingo import (
     LANGUAGE_PART,
     VISION_PART,
@@ -133,10 +133,7 @@ class OpenFlamingo:
         Raises:
           PublishedError: the folder holds something already.
         """
-        target = Path(folder).expanduser()
-        if target.exists() and any(target.iterdir()):
-            raise PublishedError(f"{target} is not empty: export into a new folder")
-        target.mkdir(parents=True, exist_ok=True)
+        target = new_folder(folder)
         layers = language_layers(self.language)
         own = (
             (layer_name(name, layers, self.every), tensor)

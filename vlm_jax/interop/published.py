@@ -18,7 +18,7 @@ from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.engine import boxed_params, load_params, names_known, published_tensors
 from vlm_jax.interop.families import FAMILIES, Config, Family
-from vlm_jax.interop.folder import find, model_type, open_weights, read_config
+from vlm_jax.interop.folder import find, model_type, new_folder, open_weights, read_config
 from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
 from vlm_jax.interop.onnx_dinov2 import OnnxDinov2
 from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo
@@ -63,12 +63,8 @@ class Published:
         Raises:
           PublishedError: the folder holds something already; ConversionError: the parameters are not of this model.
         """
-        target = Path(folder).expanduser()
-        if target.exists() and any(target.iterdir()):
-            raise PublishedError(f"{target} is not empty: export into a new folder")
-        tensors = published_tensors(params, self.table)
-        target.mkdir(parents=True, exist_ok=True)
-        written = safetensors_files.write(target, tensors)
+        target = new_folder(folder)
+        written = safetensors_files.write(target, published_tensors(params, self.table))
         self.keep_files(target)
         path = target / "config.json"
         config = json.loads(path.read_text())
