@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from folders import load, logits, picture, saved, tokenizer
-from test_encoders import two_towers
+from test_encoder_folders import two_towers
 from test_idefics import idefics_folder, listed
 from test_llava import llava
 from test_paligemma import paligemma
