@@ -90,6 +90,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give either --prompt or --input, or --classes for CLIP and SigLIP")
     if args.classes is not None and not args.image:
         parser.error("--classes are for an --image")
+    if args.classes is not None and not all(name.strip() for name in args.classes.split(",")):
+        parser.error(f"--classes={args.classes!r}: expected names with commas between them")
+    if args.classes is not None and (args.attention or args.shot or args.stop or args.stream):
+        parser.error("--attention, --shot, --stop and --stream are for a --prompt")
     if args.classes is not None and "{}" not in args.template:
         parser.error(f"--template={args.template!r} has no {{}}, the place of a name")
     if (args.input is None) != (args.output is None):
@@ -131,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
     # What can be wrong is found before a large model is read.
     checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles, args.pad_to_square)
     encodes = isinstance(checkpoint.processor, EncoderProcessor)
+    if encodes and checkpoint.processor.length is None:
+        raise ValueError(f"{args.checkpoint} gives features alone: vlm_jax.load({args.checkpoint!r}).features([...]) in Python")
     if encodes != (args.classes is not None):
         raise ValueError(
             f"{args.checkpoint} answers no questions: it is an encoder, ask it with --classes"

@@ -1,4 +1,5 @@
-"""Any published checkpoint that answers about pictures, trained further on data of your own and written back for PyTorch.
+"""A published checkpoint that answers about pictures (IDEFICS, LLaVA-1.5, PaliGemma, OpenFlamingo), trained further on data of
+your own and written back for PyTorch.
 
     python train.py --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf --workdir=runs/tuned \
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
@@ -6,12 +7,24 @@
 
 Behind the colon stands a folder that transformers saved, or the name of a hub repository. The vision encoder stays frozen. The
 data's formats are those of `vlm_jax/data/jsonl.py`.
+
+A picture stands where the data says `<image>`, and a turn is written as `config.data.prompt` and `.answer` say: ask the trained
+model in that layout. Only LLaVA's is also its chat template's. Weights in pickles are not read.
 """
 
 import ml_collections
 
 from vlm_jax.api import open_checkpoint
-from vlm_jax.config import DataConfig, InSequenceConfig, JsonLinesConfig, ModelConfig, OptimizerConfig, ParamRule, RunConfig
+from vlm_jax.config import (
+    DataConfig,
+    InSequenceConfig,
+    JsonLinesConfig,
+    MlpProjectorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParamRule,
+    RunConfig,
+)
 from vlm_jax.config_dict import to_config_dict
 
 
@@ -26,11 +39,11 @@ def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
     data = DataConfig(
         source=JsonLinesConfig(train="", eval=""),
         tokenizer=checkpoint,
-        end=found.processor.tokenizer.wrapped.eos_token,
+        end=found.processor.tokenizer.wrapped.convert_ids_to_tokens(min(found.processor.ends)),
         prompt="USER: {question} ASSISTANT:",
         answer=" {answer}",
         image_size=model.vision.image_size,
-        image_fit="crop",
+        image_fit="crop" if isinstance(model.connector, MlpProjectorConfig) and model.connector.layers > 1 else "stretch",
         rows=8,
         tokens=2048,
         images=4,

@@ -121,14 +121,39 @@ def test_open_clips_names_are_read(tmp_path):
     two_towers(tmp_path, "clip")
     encoder = load(tmp_path)
     expected = encoder.classify(pictures(), NAMES)
-    save_file(to_published(encoder.params, open_clip.table(encoder.checkpoint.config)), tmp_path / "model.safetensors")
-    assert "visual.proj" in load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file(to_published(encoder.params, open_clip.table(encoder.checkpoint.config)), file)
+    assert "visual.proj" in load_file(file)
     np.testing.assert_array_equal(load(tmp_path).classify(pictures(), NAMES), expected)
     # A file of neither spelling is told against the one it is nearest to.
-    state = load_file(tmp_path / "model.safetensors")
+    state = load_file(file)
     del state["visual.ln_pre.weight"]
-    save_file(state, tmp_path / "model.safetensors")
+    save_file(state, file)
     with pytest.raises(ValueError, match=r"(?s)do not have.*visual\.ln_pre\.weight"):
+        load(tmp_path)
+
+
+def test_lists_are_lists(tmp_path):
+    two_towers(tmp_path, "clip")
+    encoder = load(tmp_path)
+    for call in (
+        lambda: encoder.classify(pictures(), "cat"),
+        lambda: encoder.embed_texts("cat"),
+        lambda: encoder.embed_images("a.png"),
+    ):
+        with pytest.raises(RequestError, match="expected a list; put it in brackets"):
+            call()
+    with pytest.raises(RequestError, match="images: the list is empty"):
+        encoder.features([])
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
+    """transformers makes an empty tokenizer of it, whose answers mean nothing."""
+    two_towers(tmp_path, "clip")
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"holds no tokenizer: expected one of .*tokenizer\.json.*; fetch it again"):
         load(tmp_path)
 
 

@@ -137,6 +137,14 @@ def test_the_checkpoints_own_settings(tmp_path):
     assert tokens == until_an_end(out[len(words(TEXTS[0])["input_ids"]) :].tolist())
 
 
+def test_settings_that_are_not_implemented_are_told(tmp_path, caplog):
+    model, _ = language_model(tmp_path)
+    model.generation_config.update(num_beams=3, do_sample=True, top_k=7, no_repeat_ngram_size=2)
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).settings() == Settings(temperature=1.0, top_k=7)
+    assert "no_repeat_ngram_size=2: not implemented" in caplog.text
+
+
 def test_what_does_not_go_together(text):
     vlm = text[2]
     with pytest.raises(RequestError, match="beams=2: beam search neither samples nor knows stop strings"):

@@ -181,6 +181,15 @@ def test_the_chat_template_is_used_as_theirs(tmp_path):
     ), "a begin token that the template writes is not repeated"
 
 
+def test_pictures_that_are_no_squares_are_refused(tmp_path):
+    _, processor = llava(tmp_path)
+    processor.image_processor.do_center_crop = False
+    processor.save_pretrained(tmp_path)
+    vlm = load(tmp_path)
+    with pytest.raises(ValueError, match="gives pictures of 16x32 pixels where the vision encoder takes 16x16"):
+        vlm.generate("what?", images=[picture(1, 20, 40)])
+
+
 def test_square_padding_is_a_choice(tmp_path):
     """The authors' expand2square, which transformers' LLaVA processor has too; not the default."""
     llava(tmp_path)

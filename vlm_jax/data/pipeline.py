@@ -50,6 +50,8 @@ def build_source(config: DataConfig, split: str) -> Source:
     if isinstance(source, EasyVqaConfig):
         part = {"train": "train", "eval": "test"}[split]
         return EasyVqaSource(part, source.cache_dir, config.prompt, config.answer)
+    if not getattr(source, split):
+        raise DataError(f"data.source.{split} is empty: set --config.data.source.{split} to a JSON-lines file")
     from vlm_jax.data.jsonl import JsonLinesSource
 
     return JsonLinesSource(getattr(source, split), source.image_root, config.prompt, config.answer, source.bad_lines)

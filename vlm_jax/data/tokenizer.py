@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm_jax.errors import first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -153,5 +155,5 @@ def load_tokenizer(name: str | Path, end: str = EOC) -> Tokenizer:
     try:
         return Tokenizer(PreTrainedTokenizerFast.from_pretrained(where), end)
     except Exception as error:  # the hub client, the JSON reader and the Rust parser each have their own
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)
         raise TokenizerError(f"tokenizer {where!r}: neither a folder nor a hub repository that can be read: {cause}") from error

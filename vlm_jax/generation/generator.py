@@ -197,6 +197,13 @@ class Generator:
         """Height and width that all frames lie in, in steps of some patches where they differ from picture to picture."""
         vision = self.model.config.vision
         most = [max(size[axis] for size in sizes) for axis in (0, 1)]
+        expected = sizes[0] if self.model.crosses else (vision.image_size, vision.image_size)
+        wrong = {f"{height}x{width}" for height, width in sizes if (height, width) != expected}
+        if wrong and vision.positions != "bucketed":
+            raise RequestError(
+                f"the checkpoint's picture processor gives pictures of {', '.join(sorted(wrong))} pixels where the vision "
+                f"encoder takes {expected[0]}x{expected[1]}: make squares of them first"
+            )
         step = SIDE_PATCHES * vision.patch_size if vision.positions == "bucketed" else 1
         return tuple(-(-side // step) * step for side in most)
 

@@ -75,7 +75,8 @@ class Settings:
         check("length_penalty", abs(self.length_penalty) < float("inf"), "a number")
         if self.beams > 1 and (self.temperature or self.stop):
             raise RequestError(
-                f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0, leave stop out"
+                f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0 and leave stop "
+                "out, or set beams=1"
             )
         check("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty")
         check("seed", 0 <= self.seed < 2**63, "0 or more")

@@ -8,6 +8,7 @@ Axis letters: B images, H x W pixels, C texts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ class EncoderProcessor:
         """[B, H, W, 3] uint8.
 
         Raises:
-          RequestError: the processor leaves the pictures in different sizes.
+          RequestError: no list of pictures, or the processor leaves them in different sizes; ImageError: one cannot be read.
         """
+        _check_list("images", images)
         processor = getattr(self.wrapped, "image_processor", self.wrapped)
         made = [picture_bytes(processor, array_of(image, on_white=False))[0] for image in images]
         shapes = {one.shape for one in made}
@@ -48,10 +50,18 @@ class EncoderProcessor:
         """[C, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
 
         Raises:
-          RequestError: this encoder reads no texts.
+          RequestError: this encoder reads no texts, or it is no list of them.
         """
         if self.length is None:
             raise RequestError("this checkpoint encodes images alone: it has no tower for texts")
+        _check_list("texts", texts)
         tokenizer = self.wrapped.tokenizer
         made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
         return made["input_ids"].astype(np.int32)
+
+
+def _check_list(name: str, values: Any) -> None:
+    if isinstance(values, str | bytes | Path):
+        raise RequestError(f"{name}={values!r}: expected a list; put it in brackets")
+    if len(values) == 0:
+        raise RequestError(f"{name}: the list is empty")

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.errors import first_line
 from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.real_parts import locate, part_of
 from vlm_jax.interop.safetensors_files import SafetensorsFiles
@@ -15,6 +16,7 @@ from vlm_jax.interop.source import PublishedError, Source
 from vlm_jax.interop.torch_pickle import TorchPickles
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+OPEN_CLIP = "open_clip_model.safetensors"
 PACKAGE = "pypi:"
 FILES = (".gguf", ".onnx")
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
@@ -45,7 +47,7 @@ def find(name: str | Path, pickles: bool = False, revision: str | None = None) -
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client's own, and those of every layer of the network below it
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)
         raise PublishedError(
             f"no checkpoint {name}: there is no such folder, and it cannot be fetched from the hub ({cause}). Check the name "
             "and the network, or copy the checkpoint into a folder and name that"
@@ -118,7 +120,7 @@ def read_config(folder: Path, known: Collection[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a wrong value makes transformers raise
-        raise PublishedError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+        raise PublishedError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
 
 
 def open_weights(folder: Path, pickles: bool = False) -> Source:
@@ -133,8 +135,9 @@ def open_weights(folder: Path, pickles: bool = False) -> Source:
     index, single = folder / safetensors_files.INDEX, folder / safetensors_files.NAME
     if index.is_file():
         return safetensors_files.from_index(index)
-    if single.is_file():
-        return SafetensorsFiles([single])
+    for file in (single, folder / OPEN_CLIP):
+        if file.is_file():
+            return SafetensorsFiles([file])
     bins = safetensors_files.files_of_index(folder / PICKLE_INDEX) if (folder / PICKLE_INDEX).is_file() else []
     bins = bins or [file for file in [folder / PICKLE] if file.is_file()]
     if bins and pickles:
@@ -144,8 +147,7 @@ def open_weights(folder: Path, pickles: bool = False) -> Source:
             f"{folder} holds its weights in {bins[0].name} only, a pickle. Allow it with pickles=True (--pickles); nothing "
             "in it is executed, but take safetensors where they exist"
         )
-    raise PublishedError(f"{folder} holds no weights: expected {single.name}, or {index.name} and the files it names")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise PublishedError(
+        f"{folder} holds no weights: expected {single.name}, or {index.name} and the files it names. PyTorch's .bin files of a "
+        "hub repository are fetched and read with pickles=True (--pickles)"
+    )

@@ -84,7 +84,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         raise PublishedError(f"{path}: there is no such file")
     try:
         graph = onnx.load(str(path)).graph
-    except (DecodeError, ValueError, OSError) as error:
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         raise PublishedError(f"{path}: no ONNX file, or a damaged one: {error}") from error
     found = {tensor.name: tensor for tensor in graph.initializer}
     array = lambda name: onnx.numpy_helper.to_array(found[name])
@@ -113,9 +113,15 @@ def _config(state: dict[str, np.ndarray], path: Path) -> Any:
     """`Dinov2Config` by the shapes."""
     from transformers import Dinov2Config
 
-    width, _, _, patch = state["embeddings.patch_embeddings.projection.weight"].shape
-    if width % HEAD_WIDTH or "encoder.layer.0.mlp.fc1.weight" not in state:
-        raise PublishedError(f"{path}: a backbone of width {width} without an MLP of two layers is none of the published ones")
+    needed = ("embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise PublishedError(
+            f"{path}: it holds no {missing[0]}, so it is none of the published DINOv2 with an MLP of two layers"
+        )
+    width, _, _, patch = state[needed[0]].shape
+    if width % HEAD_WIDTH:
+        raise PublishedError(f"{path}: width {width} does not divide into heads of {HEAD_WIDTH}")
     layers = {match[1] for name in state if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
     return Dinov2Config(
         hidden_size=width,

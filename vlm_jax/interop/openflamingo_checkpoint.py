@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax.data.example import Text
+from vlm_jax.errors import first_line
 from vlm_jax.generation.processor import Layout
 from vlm_jax.generation.request import Request, Settings
 from vlm_jax.interop import safetensors_files
@@ -44,7 +45,7 @@ from vlm_jax.interop.openflamingo import (
     table,
 )
 from vlm_jax.interop.parts import LANGUAGE
-from vlm_jax.interop.processor import Pictures, PublishedProcessor
+from vlm_jax.interop.processor import Pictures, PublishedProcessor, check_tokenizer
 from vlm_jax.interop.safetensors_files import SafetensorsFiles
 from vlm_jax.interop.source import Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.torch_pickle import TorchPickles
@@ -177,6 +178,7 @@ def _wrapped(parts: dict[str, Path]) -> Wrapped:
             more = {"backend": "pil"} if name == "vision" else {}
             read[name] = reader.from_pretrained(parts[name], trust_remote_code=False, **more)
         except Exception as error:  # whatever a missing or wrong file makes transformers raise
-            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            cause = first_line(error)
             raise PublishedError(f"{parts[name]}: {reader.__name__} cannot read it ({cause})") from error
+    check_tokenizer(parts["language"], read["language"])
     return Wrapped(read["language"], read["vision"])

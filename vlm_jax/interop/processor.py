@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,18 @@ def raw_pictures(processor: Any, image: np.ndarray, **settings: Any) -> list[np.
     if wrong:
         raise PublishedError(f"{type(processor).__name__} gives {wrong.pop()}, expected uint8")
     return [tile.transpose(1, 2, 0) for tile in tiles]
+
+
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """
+    Raises:
+      PublishedError: it was read from a folder that has none; transformers makes an empty one then, which reads nothing.
+    """
+    if not hasattr(tokenizer, "vocab_files_names"):
+        return  # a picture processor alone
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in files):
+        raise PublishedError(f"{folder} holds no tokenizer: expected one of {', '.join(sorted(files))}; fetch it again")
 
 
 class PublishedTokenizer:
@@ -123,6 +136,8 @@ class PublishedProcessor:
         Raises:
           RequestError: another number of pictures than of tokens.
         """
+        if images and not self.pictures:
+            raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
         pieces = text.split(self._token) if self.pictures else [text]
         if len(pieces) - 1 != len(images):
             raise RequestError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
+from vlm_jax.errors import first_line
 from vlm_jax.generation.request import Settings
 from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.encoder_processor import EncoderProcessor
@@ -22,12 +24,31 @@ from vlm_jax.interop.folder import find, model_type, new_folder, open_weights, r
 from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
 from vlm_jax.interop.onnx_dinov2 import OnnxDinov2
 from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo
-from vlm_jax.interop.processor import PublishedProcessor
+from vlm_jax.interop.processor import PublishedProcessor, check_tokenizer
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table
 from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
 from vlm_jax.models.vlm import VisionLanguageModel
 
+log = logging.getLogger(__name__)
+
+# Of generation_config.json, what changes answers and is not implemented, with the values that change nothing.
+UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "num_beam_groups": (None, 1),
+    "diversity_penalty": (None, 0, 0.0),
+    "typical_p": (None, 1, 1.0),
+    "min_p": (None,),
+    "guidance_scale": (None, 1, 1.0),
+}
 MODELS = {ModelConfig: VisionLanguageModel, DualEncoderConfig: DualEncoder, ImageTowerConfig: ImageTower}
 
 
@@ -131,12 +152,18 @@ def _processor(folder: Path, sees: bool) -> Any:
     try:
         if sees:
             # The slow processors: the fast ones need torchvision.
-            return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            found = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        else:
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:  # SigLIP's tokenizer
+        needed = " ".join(str(error).split())[:200]
+        raise PublishedError(f"{folder}: {needed}; pip install 'vlm_jax[sentencepiece]' has it") from error
     except Exception as error:  # whatever a missing or wrong file makes transformers raise
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)
         what = "processor and tokenizer" if sees else "tokenizer"
         raise PublishedError(f"{folder}: its {what} cannot be read ({cause})") from error
+    check_tokenizer(folder, getattr(found, "tokenizer", found))
+    return found
 
 
 def _pixels(image_processor: Any) -> dict[str, tuple[float, ...]]:
@@ -165,11 +192,16 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     candidates = (said.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id)
     end = next((value for value in candidates if value is not None), None)
     ends = set(end) if isinstance(end, list) else {end} - {None}
+    ignored = [name for name in UNKNOWN_SETTINGS if said.get(name) not in UNKNOWN_SETTINGS[name]]
+    if ignored:
+        log.warning("%s: %s: not implemented, answers may differ", path, ", ".join(f"{name}={said[name]}" for name in ignored))
     settings: dict[str, Any] = {}
-    if said.get("do_sample"):
+    samples = bool(said.get("do_sample"))
+    if samples:
         settings = {"temperature": said.get("temperature") or 1.0, "top_k": said.get("top_k", 50) or 0}
         settings["top_p"] = said.get("top_p") or 1.0
-    settings["beams"] = said.get("num_beams") or 1
+    # Beams that are sampled are not implemented: sampling it is then.
+    settings["beams"] = 1 if samples else said.get("num_beams") or 1
     settings["early_stopping"] = said.get("early_stopping") is True
     for name in ("max_new_tokens", "repetition_penalty", "length_penalty"):
         if said.get(name) is not None:

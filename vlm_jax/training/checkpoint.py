@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_dict, to_dict
+from vlm_jax.errors import first_line
 from vlm_jax.training.step import Trainer, TrainState
 
 PUBLISHED = "published"
@@ -161,7 +162,7 @@ class Checkpoints:
             try:
                 return self._restore(trainer, step)
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-                cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                cause = first_line(error)
                 logging.error("checkpoint %s is damaged (%s)", self.folder / "checkpoints" / str(step), cause[:300])
                 self._set_aside(step)
         if steps:
@@ -230,7 +231,7 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
             try:
                 params = _params_of(checkpoints, config, mesh, candidate)
             except Exception as error:
-                cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                cause = first_line(error)
                 logging.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(candidate), cause[:300])
                 continue
             if dtype is not None:

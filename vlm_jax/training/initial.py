@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, PartInit
-from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vlm_jax.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.folder import PACKAGE, is_published
 from vlm_jax.interop.published import Checkpoint, open_published
 from vlm_jax.paths import by_path, nested
@@ -116,5 +117,8 @@ def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
     path = Path(name).expanduser()
     inside = str(name).startswith(PACKAGE) or path.suffix == ".gguf"
     if inside or ((path / "config.json").is_file() and not (path / "tokenizer.json").is_file()):
-        return Tokenizer(open_published(name).processor.tokenizer.wrapped, end)
+        processor = open_published(name).processor
+        if isinstance(processor, EncoderProcessor):
+            raise TokenizerError(f"data.tokenizer={name}: this checkpoint writes no texts")
+        return Tokenizer(processor.tokenizer.wrapped, end)
     return load_tokenizer(name, end)
