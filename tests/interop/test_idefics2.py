@@ -28,7 +28,7 @@ CHAT = (
 )
 
 
-def idefics2(folder, seed=0, split=False, sides=(12, 36), text=None, vision=None, perceiver=None, **changes):
+def idefics2(folder, seed=0, split=False, sides=(12, 36), pixels=None, text=None, vision=None, perceiver=None, **changes):
     """(the torch model, its processor), saved in the folder. The tower has 6 x 6 positions of 4 pixels."""
     named = dict(image_token="<image>", image_boundary_token="<fake_token_around_image>")
     words = tokenizer("<fake_token_around_image>", "<end_of_utterance>", extra_special_tokens=named)
@@ -63,8 +63,10 @@ def idefics2(folder, seed=0, split=False, sides=(12, 36), text=None, vision=None
         pad_token_id=PAD,
         **changes,
     )
-    pixels = Idefics2ImageProcessorPil(size=dict(shortest_edge=sides[0], longest_edge=sides[1]), do_image_splitting=split)
-    processor = Idefics2Processor(pixels, words, image_seq_len=config.perceiver_config.resampler_n_latents, chat_template=CHAT)
+    size = dict(shortest_edge=sides[0], longest_edge=sides[1])
+    pictures = Idefics2ImageProcessorPil(size=size, do_image_splitting=split, **pixels or {})
+    count = config.perceiver_config.resampler_n_latents
+    processor = Idefics2Processor(pictures, words, image_seq_len=count, chat_template=CHAT)
     return saved(folder, Idefics2ForConditionalGeneration(config), processor, seed), processor
 
 
@@ -78,6 +80,7 @@ CASES = {
     "gqa": dict(),
     "crops": dict(split=True),
     "odd": dict(
+        pixels=dict(image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.4]),
         text=dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=30, sliding_window=9),
         vision=dict(num_attention_heads=1, hidden_act="gelu", layer_norm_eps=0.01, num_hidden_layers=3),
         perceiver=dict(resampler_n_heads=3, num_key_value_heads=3, resampler_depth=1, resampler_n_latents=5, rms_norm_eps=1e-3),
@@ -104,7 +107,8 @@ def test_logits_answers_and_back(tmp_path, case):
             mask = theirs["pixel_attention_mask"][0, number].numpy()
             assert frame.shape[:2] == (mask.any(1).sum(), mask.any(0).sum())
             expected = theirs["pixel_values"][0, number].numpy()[:, : frame.shape[0], : frame.shape[1]]
-            np.testing.assert_allclose((frame / 255.0 - 0.5).transpose(2, 0, 1) / 0.5, expected, atol=1e-6)
+            mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+            np.testing.assert_allclose(((frame / 255.0 - mean) / std).transpose(2, 0, 1), expected, atol=1e-6)
         with torch.no_grad():
             compare(logits(vlm, request), model(**theirs).logits[0])
         alone += their_answer(model, theirs, 10)
