@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm_jax import Encoder
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells at every start that PyTorch is not there
 
 EXAMPLES = """
 one question about one picture:

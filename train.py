@@ -7,6 +7,7 @@ Every leaf of the recipe can be overridden. The same command, given again, resum
 """
 
 import logging
+import os
 import sys
 
 import jax
@@ -17,6 +18,8 @@ from ml_collections import config_flags
 from vlm_jax import compilation_cache
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_config_dict
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells at every start that PyTorch is not there
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: a file in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and metrics.")

@@ -11,13 +11,17 @@ data's formats are those of `vlm_jax/data/jsonl.py`.
 import ml_collections
 
 from vlm_jax.api import open_checkpoint
-from vlm_jax.config import DataConfig, InSequenceConfig, JsonLinesConfig, OptimizerConfig, ParamRule, RunConfig
+from vlm_jax.config import DataConfig, InSequenceConfig, JsonLinesConfig, ModelConfig, OptimizerConfig, ParamRule, RunConfig
 from vlm_jax.config_dict import to_config_dict
 
 
-def get_config(checkpoint: str) -> ml_collections.ConfigDict:
+def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
+    if not checkpoint:
+        raise ValueError("name a checkpoint behind a colon: --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf")
     found = open_checkpoint(checkpoint)
     model = found.config
+    if not isinstance(model, ModelConfig) or model.vision is None:
+        raise ValueError(f"{checkpoint} does not answer about pictures, so it cannot be trained with this recipe")
     in_sequence = isinstance(model.fusion, InSequenceConfig)
     data = DataConfig(
         source=JsonLinesConfig(train="", eval=""),

@@ -15,8 +15,10 @@ from torch_helpers import compare, rounding
 from transformers import IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalLM
 
 import vlm_jax
+from configs import finetune
 from tests.tiny import tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer
 from vlm_jax.generation.request import RequestError
 from vlm_jax.interop.published import open_published
@@ -205,6 +207,19 @@ def test_visual_tokens_in_packed_rows(tmp_path, family):
     before, after = model.state_dict(), trained.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("vision_tower" in name for name in changed)
+
+
+def test_the_recipe_for_any_checkpoint(tmp_path):
+    llava(tmp_path / "llava")
+    idefics_folder(tmp_path / "idefics")
+    for name, tokens in (("llava", 16), ("idefics", 0)):
+        run = from_config_dict(RunConfig, finetune.get_config(str(tmp_path / name)))
+        assert (run.data.visual_tokens, run.data.end) == (tokens, "</s>")
+        assert run.model == open_published(tmp_path / name).config
+        check_pictures(run)
+    two_towers(tmp_path / "clip", "clip")
+    with pytest.raises(ValueError, match="does not answer about pictures"):
+        finetune.get_config(str(tmp_path / "clip"))
 
 
 def test_the_data_must_lay_pictures_out_as_the_model_reads_them(tmp_path):
