@@ -1,5 +1,7 @@
 """IDEFICS2 against transformers: pictures of several shapes at once, crops, the resampler, answers, and back."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from transformers import (
     Idefics2ForConditionalGeneration,
     Idefics2ImageProcessorPil,
     Idefics2Processor,
+    Idefics2VisionConfig,
     MistralConfig,
 )
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
+from vlm_jax.interop.source import PublishedError
 from vlm_jax.ops.patches import bucketed_positions
 
 CHAT = (
@@ -23,7 +28,7 @@ CHAT = (
 )
 
 
-def idefics2(folder, seed=0, split=False, sides=(12, 36), text=None, vision=None, perceiver=None, **changes):
+def idefics2(folder, seed=0, split=False, sides=(12, 36), pixels=None, text=None, vision=None, perceiver=None, **changes):
     """(the torch model, its processor), saved in the folder. The tower has 6 x 6 positions of 4 pixels."""
     named = dict(image_token="<image>", image_boundary_token="<fake_token_around_image>")
     words = tokenizer("<fake_token_around_image>", "<end_of_utterance>", extra_special_tokens=named)
@@ -58,8 +63,10 @@ def idefics2(folder, seed=0, split=False, sides=(12, 36), text=None, vision=None
         pad_token_id=PAD,
         **changes,
     )
-    pixels = Idefics2ImageProcessorPil(size=dict(shortest_edge=sides[0], longest_edge=sides[1]), do_image_splitting=split)
-    processor = Idefics2Processor(pixels, words, image_seq_len=config.perceiver_config.resampler_n_latents, chat_template=CHAT)
+    size = dict(shortest_edge=sides[0], longest_edge=sides[1])
+    pictures = Idefics2ImageProcessorPil(size=size, do_image_splitting=split, **pixels or {})
+    count = config.perceiver_config.resampler_n_latents
+    processor = Idefics2Processor(pictures, words, image_seq_len=count, chat_template=CHAT)
     return saved(folder, Idefics2ForConditionalGeneration(config), processor, seed), processor
 
 
@@ -73,6 +80,7 @@ CASES = {
     "gqa": dict(),
     "crops": dict(split=True),
     "odd": dict(
+        pixels=dict(image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.4]),
         text=dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=30, sliding_window=9),
         vision=dict(num_attention_heads=1, hidden_act="gelu", layer_norm_eps=0.01, num_hidden_layers=3),
         perceiver=dict(resampler_n_heads=3, num_key_value_heads=3, resampler_depth=1, resampler_n_latents=5, rms_norm_eps=1e-3),
@@ -99,20 +107,58 @@ def test_logits_answers_and_back(tmp_path, case):
             mask = theirs["pixel_attention_mask"][0, number].numpy()
             assert frame.shape[:2] == (mask.any(1).sum(), mask.any(0).sum())
             expected = theirs["pixel_values"][0, number].numpy()[:, : frame.shape[0], : frame.shape[1]]
-            np.testing.assert_allclose((frame / 255.0 - 0.5).transpose(2, 0, 1) / 0.5, expected, atol=1e-6)
+            mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+            np.testing.assert_allclose(((frame / 255.0 - mean) / std).transpose(2, 0, 1), expected, atol=1e-6)
         with torch.no_grad():
             compare(logits(vlm, request), model(**theirs).logits[0])
         alone += their_answer(model, theirs, 10)
     assert [answer.tokens for answer in vlm.answer(requests, max_new_tokens=10)] == alone
-    assert len({tuple(tokens) for tokens in alone}) > 1
+    assert [vlm.answer([request], max_new_tokens=10)[0].tokens for request in requests] == alone
+    texts, pictures = map(list, zip(*PROMPTS, strict=True))
+    batched = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    assert their_answer(model, batched, 10) == alone
+    assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
     again = exported_again(vlm, tmp_path / "a", Idefics2ForConditionalGeneration, tmp_path / "b")
     with torch.no_grad():
         compare(logits(vlm, requests[3]), again(**theirs).logits[0])
 
 
-def test_visual_tokens(tmp_path):
-    """Of each picture by itself: those of others, of other shapes, and the padding change nothing."""
-    model, processor = idefics2(tmp_path, split=True)
+def encoded(vlm, text, pictures):
+    """Of each crop of a prompt's pictures: its patches' features, and its visual tokens."""
+    prompts = vlm.generator.place([vlm.generator.prompt(vlm.processor.request(text, pictures), 0, vlm.settings())])
+
+    def parts(model, images, frames, sizes):
+        flat, of_each = images.reshape(-1, *images.shape[3:]), sizes.reshape(-1, 2)
+        there = model.vision.patches_there(of_each, *flat.shape[1:3])
+        return model.vision(flat, of_each), there, model.encode_images(images, frames, sizes=sizes)[0]
+
+    run = jax.jit(lambda params, *x: vlm.model.apply({"params": params}, *x, method=parts))
+    features, there, visual = map(np.asarray, run(vlm.params, prompts.images, prompts.frames, prompts.sizes))
+    visual = visual.reshape(len(features), -1, visual.shape[-1])
+    # Slots and frames are padded to powers of two.
+    used = (np.arange(prompts.images.shape[2]) < np.asarray(prompts.frames)[0, :, None]).ravel()
+    return [feature[mask] for feature, mask in zip(features[used], there[used], strict=True)], visual[used]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_and_visual_tokens(tmp_path, case):
+    """The tower and the connector by themselves: of every crop, its own patches."""
+    model, processor = idefics2(tmp_path, seed=4, **CASES[case])
+    features, visual = encoded(load(tmp_path), *PROMPTS[1])
+    inputs = theirs_of(processor, *PROMPTS[1])
+    with torch.no_grad():
+        theirs = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
+    whole = inputs["pixel_attention_mask"][0].unfold(1, 4, 4).unfold(2, 4, 4).flatten(-2).all(-1).flatten(1)
+    assert len(features) == len(whole) == 3 * (5 if CASES[case].get("split") else 1)
+    assert len({mask.sum().item() for mask in whole}) > 1, "pictures of several sizes"
+    for ours, expected, mask in zip(features, theirs.last_hidden_state, whole, strict=True):
+        compare(ours, expected[mask])
+    compare(visual.reshape(-1, visual.shape[-1]), torch.cat(list(theirs.pooler_output)))
+
+
+def test_padding_changes_nothing(tmp_path):
+    """Neither what lies around a picture nor the pictures beside it, bit for bit."""
+    idefics2(tmp_path, split=True)
     vlm = load(tmp_path)
     text, pictures = PROMPTS[1]
     prompts = vlm.generator.place([vlm.generator.prompt(vlm.processor.request(text, pictures), 0, vlm.settings())])
@@ -125,10 +171,16 @@ def test_visual_tokens(tmp_path):
     there = rows[..., :, None, None] & columns[..., None, :, None]
     again = np.asarray(run(vlm.params, np.where(there, prompts.images, noisy), *arguments[1:])).reshape(ours.shape)
     np.testing.assert_array_equal(again[:3, :5], ours[:3, :5])
-    inputs = theirs_of(processor, text, pictures)
-    with torch.no_grad():
-        theirs = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"]).pooler_output
-    compare(ours[:3, :5].reshape(-1, 32), torch.cat(list(theirs)))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_processor_of_another_model(tmp_path, count):
+    """The model makes 3 visual tokens of a picture."""
+    idefics2(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(image_seq_len=count)))
+    with pytest.raises(PublishedError, match=f"image_seq_len={count} .* 3 visual tokens"):
+        load(tmp_path)
 
 
 def test_a_mesh_answers_the_same(tmp_path):
@@ -148,16 +200,24 @@ def test_the_chat_template(tmp_path):
     assert vlm.processor.lay_out(vlm.request("what?", [picture(1, 20, 20)])).tokens.tolist() == expected
 
 
-def test_positions_of_every_length_of_the_published_tower():
-    """980 pixels of 14: the shares and their buckets are float32, and not what whole numbers would give."""
-    side = 70
-    boundaries = torch.arange(1 / side, 1.0, 1 / side)
-    whole_numbers = 0
-    for length in range(1, 131):
-        shares = torch.arange(length, dtype=torch.float32) * (1.0 / torch.tensor(length))
-        expected = torch.bucketize(shares.clamp(max=1.0 - 1e-6), boundaries, right=True).numpy()
-        places, there = bucketed_positions(np.array([[length, 1]]), (130, 1), side)
-        np.testing.assert_array_equal(np.asarray(places)[0, :length], expected * side)
-        assert np.asarray(there)[0].sum() == length
-        whole_numbers += not np.array_equal(expected, np.arange(length) * side // length)
-    assert whole_numbers > 0
+@pytest.mark.parametrize("side", [1, 2, 6, 16, 20, 27, 49, 70, 98])
+def test_positions_of_every_length(side):
+    """Against the embedding itself; 980 pixels of 14 are 70. Shares and boundaries are float32, no whole numbers."""
+    most = 2 * side + 3
+    tower = Idefics2VisionConfig(hidden_size=1, num_attention_heads=1, image_size=side, patch_size=1)
+    embedding = Idefics2VisionEmbeddings(tower)
+    embedding.patch_embedding.weight.data.zero_()
+    embedding.patch_embedding.bias.data.zero_()
+    embedding.position_embedding.weight.data = torch.arange(side * side, dtype=torch.float32)[:, None]
+    lengths = torch.arange(1, most + 1)
+    sizes = torch.stack([lengths, lengths.flip(0)], dim=1)
+    there = (torch.arange(most) < sizes[:, :1])[:, :, None] & (torch.arange(most) < sizes[:, 1:])[:, None]
+    with torch.no_grad():
+        expected = embedding(torch.zeros(most, 3, most, most), there)[..., 0].numpy().astype(int)
+    places, mask = map(np.asarray, bucketed_positions(sizes.numpy(), (most, most), side))
+    np.testing.assert_array_equal(mask, there.flatten(1).numpy())
+    np.testing.assert_array_equal(places[mask], expected[mask])
+    if side == 70:
+        row = lambda length: np.arange(length) * side // length
+        wrong = [n for n in range(1, most + 1) if not np.array_equal(places[n - 1].reshape(most, most)[:n, 0] // side, row(n))]
+        assert wrong, "whole numbers would do"

@@ -79,7 +79,11 @@ FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
         paligemma.table,
         lambda config, hf, *rest: paligemma.PaliGemmaProcessor(*rest, config.vision.frame_features),
     ),
-    "idefics2": Family(idefics2.config_from_hf, idefics2.table, lambda config, hf, *rest: idefics2.Idefics2Processor(*rest)),
+    "idefics2": Family(
+        idefics2.config_from_hf,
+        idefics2.table,
+        lambda config, hf, *rest: idefics2.Idefics2Processor(*rest, config.connector.latents),
+    ),
     "llava_next": Family(llava.config_from_hf, llava.table, _anyres),
     "clip": _dual(clip, open_clip.table),
     "siglip": _dual(siglip),

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import InSequenceConfig, ModelConfig, NormConfig, PerceiverConfig, ProjectionConfig
-from vlm_jax.generation.request import Picture
+from vlm_jax.generation.request import Picture, Settings
 from vlm_jax.interop import vit
 from vlm_jax.interop.hf_config import activation
 from vlm_jax.interop.parts import language_model
 from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped, raw_pictures
 from vlm_jax.interop.rows import linear, query_key_value
+from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table, row
 
 PROJECTION = "model.connector.modality_projection."
@@ -90,14 +91,26 @@ def _connector() -> Table:
 class Idefics2Processor(PublishedProcessor):
     """Pictures keep their shape; each crop of one is some `<image>` tokens between two `<fake_token_around_image>`."""
 
-    def __init__(self, wrapped: Wrapped, *rest: Any) -> None:
+    def __init__(self, wrapped: Wrapped, ends: set[int], defaults: Settings, count: int) -> None:
+        """
+        Args:
+          count: visual tokens of a crop.
+
+        Raises:
+          PublishedError: the processor writes another number of `<image>` tokens.
+        """
+        if wrapped.image_seq_len != count:
+            raise PublishedError(
+                f"image_seq_len={wrapped.image_seq_len} in the processor's config, and the model makes {count} visual tokens "
+                "of a picture (perceiver_config.resampler_n_latents): set it to that"
+            )
         crops = CROPS if wrapped.image_processor.do_image_splitting else 1
-        token, fake, count = wrapped.image_token, wrapped.fake_image_token, wrapped.image_seq_len
+        token, fake = wrapped.image_token, wrapped.fake_image_token
         every, written = np.arange(crops * count), f"{fake}{token * count}{fake}" * crops
         behind = re.compile(rf"{re.escape(fake)}(?=[^\s<])")
         # Neighbours share the token between them, and a word behind one begins as a word.
         finished = lambda text: behind.sub(f"{fake} ", text.replace(fake * 2, fake))
-        super().__init__(wrapped, *rest, Pictures(token, lambda size: every, lambda count: written, finished))
+        super().__init__(wrapped, ends, defaults, Pictures(token, lambda size: every, lambda count: written, finished))
 
     def pixels(self, film: tuple[Picture, ...]) -> list[np.ndarray]:
         """A picture's crops: [H, W, 3] uint8 each."""

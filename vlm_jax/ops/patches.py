@@ -60,12 +60,25 @@ def bucketed_positions(sizes: Array, grid: tuple[int, int], side: int) -> tuple[
 
 def _buckets(most: int, side: int) -> np.ndarray:
     """[most + 1, most] int32: of a picture so many patches long, the bucket of each patch."""
-    step = 1 / side
-    boundaries = np.arange(step, 1.0, step).astype(np.float32)
     lengths = np.maximum(np.arange(most + 1), 1).astype(np.float32)
     shares = np.arange(most, dtype=np.float32) * (np.float32(1) / lengths)[:, None]
-    found = np.searchsorted(boundaries, np.minimum(shares, np.float32(1.0 - 1e-6)), side="right")
+    found = np.searchsorted(_boundaries(side), np.minimum(shares, np.float32(1.0 - 1e-6)), side="right")
     return np.minimum(found, side - 1).astype(np.int32)
+
+
+def _boundaries(side: int, block: int = 8) -> np.ndarray:
+    """Where the buckets 1, 2, ... begin: 1 / side, 2 / side, ..., float32 to the last bit as `torch.arange` makes them on x86.
+
+    A picture as long as the table has a patch on every boundary, so that one bit decides its row. torch rounds the first of
+    every eight before it goes on from there, as long as there are twice eight to come, and counts the rest from the start.
+    """
+    step = 1 / side
+    places = np.arange(len(np.arange(step, 1.0, step)))
+    exact = step + places * step
+    first = exact[places // block * block].astype(np.float32)
+    blocked = first.astype(np.float64) + places % block * step
+    whole = len(places) // (2 * block) * (2 * block)
+    return np.where(places < whole, blocked, exact).astype(np.float32)
 
 
 def _cubic_matrix(source: int, target: int, a: float = -0.75) -> Array:
