@@ -8,7 +8,15 @@ import pytest
 
 from tests.tiny import mesh_of, tiny_run
 from vlm_jax.config_dict import to_dict
-from vlm_jax.training.checkpoint import CheckpointError, Checkpoints, claim, differences, fingerprint, load_run
+from vlm_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    claim,
+    differences,
+    fingerprint,
+    load_run,
+    read_config,
+)
 from vlm_jax.training.step import Trainer
 
 
@@ -147,3 +155,11 @@ def test_a_fingerprint_sees_a_flipped_bit_and_an_exchange_but_not_the_sharding()
     mesh = mesh_of(1, 1, 8)
     spread = jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor")))
     assert int(fingerprint({"a": spread, "b": jax.device_put(b, spread.sharding)})) == base
+
+
+def test_a_run_of_another_version_is_told(tmp_path):
+    fields = to_dict(tiny_run())
+    fields["model"]["connector"]["norm_eps"] = 1e-5
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged, or of a run of another version of vlm_jax"):
+        read_config(tmp_path)

@@ -82,14 +82,19 @@ def read_config(folder: str | Path) -> RunConfig:
     """The configuration of a run.
 
     Raises:
-      CheckpointError: there is no such folder, or it is not a run.
+      CheckpointError: there is no such folder, it is not a run, or one of another version.
     """
     path = Path(folder).expanduser() / "config.json"
     if not path.parent.is_dir():
         raise CheckpointError(f"no checkpoint at {path.parent}: there is no such folder")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path.parent}: it holds no config.json, so it is not a run's --workdir")
-    return from_dict(RunConfig, json.loads(path.read_text()))
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or of a run of another version of vlm_jax, which alone can read it: {error}"
+        ) from error
 
 
 def claim(folder: Path, config: RunConfig) -> None:
