@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.generation.request import Picture, RequestError
+from vlm_jax.generation.request import Picture
+from vlm_jax.interop.encoder_processor import check_list
 from vlm_jax.interop.published import Published
 from vlm_jax.sharding import batch_sharding
 
@@ -78,8 +79,7 @@ class Encoder:
         Raises:
           RequestError: there is no text encoder, or no list of names; ImageError: a picture cannot be read.
         """
-        if isinstance(names, str):
-            raise RequestError(f"names={names!r}: expected a list; put it in brackets")
+        check_list("names", names)
         texts = self.embed_texts([template.replace("{}", name) for name in names])
         images = self.embed_images(images)
         with jax.set_mesh(self.mesh):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import BOS, EOS, PAD, exported_again, load, logits, picture, saved, their_answer, tokenizer
+from folders import PAD, exported_again, load, logits, picture, saved, their_answer, tokenizer
+from test_llava import SIZES
 from torch_helpers import compare
 from transformers import (
     Idefics2Config,
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
 from vlm_jax.interop.source import PublishedError
-from vlm_jax.ops.patches import bucketed_positions
+from vlm_jax.ops.patches import bucketed_positions, patches_there
 
 CHAT = (
     "{% for message in messages %}{{ message['role'].capitalize() }}:{% for part in message['content'] %}"
@@ -32,19 +33,7 @@ def idefics2(folder, seed=0, split=False, sides=(12, 36), pixels=None, text=None
     """(the torch model, its processor), saved in the folder. The tower has 6 x 6 positions of 4 pixels."""
     named = dict(image_token="<image>", image_boundary_token="<fake_token_around_image>")
     words = tokenizer("<fake_token_around_image>", "<end_of_utterance>", extra_special_tokens=named)
-    sizes = dict(
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        sliding_window=None,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=BOS,
-        vocab_size=len(words),
-    )
+    sizes = SIZES | dict(sliding_window=None, vocab_size=len(words))
     tower = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=24, patch_size=4)
     resampler = dict(
         hidden_size=32,
@@ -214,7 +203,8 @@ def test_positions_of_every_length(side):
     there = (torch.arange(most) < sizes[:, :1])[:, :, None] & (torch.arange(most) < sizes[:, 1:])[:, None]
     with torch.no_grad():
         expected = embedding(torch.zeros(most, 3, most, most), there)[..., 0].numpy().astype(int)
-    places, mask = map(np.asarray, bucketed_positions(sizes.numpy(), (most, most), side))
+    places = np.asarray(bucketed_positions(sizes.numpy(), (most, most), side))
+    mask = np.asarray(patches_there(sizes.numpy(), (most, most)))
     np.testing.assert_array_equal(mask, there.flatten(1).numpy())
     np.testing.assert_array_equal(places[mask], expected[mask])
     if side == 70:

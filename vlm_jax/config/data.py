@@ -64,3 +64,8 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     blank_images: bool = False  # the control experiment: every picture grey
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process
+
+    @property
+    def picture_tokens(self) -> int:
+        """How many `<image>` stand in the text for a picture."""
+        return max(1, self.visual_tokens)

@@ -90,7 +90,7 @@ def _texts(source: Source) -> Iterator[str]:
 
 def _tokens(config: DataConfig, tokenizer: Tokenizer, source: Source) -> Tokens:
     """`tokenize`, once for a source: a run evaluates many times."""
-    key = (tokenizer, config.tokens, config.images, config.frames, config.sampling, max(1, config.visual_tokens))
+    key = (tokenizer, config.tokens, config.images, config.frames, config.sampling, config.picture_tokens)
     known = _TOKENIZED.get(source)
     if known is None or known[0] != key:
         skip = getattr(config.source, "bad_lines", "error") == "skip"

@@ -178,8 +178,8 @@ class Generator:
         if slots:
             films = [[self.processor.pixels(film) for film in p.request.images] for p in prompts]
             most = bucket(max(len(film) for row in films for film in row))
-            height, width = self._picture_size([frame.shape[:2] for row in films for film in row for frame in film])
-            images = np.zeros((rows, slots, most, height, width, 3), np.uint8)
+            shape = self._picture_size([frame.shape[:2] for row in films for film in row for frame in film])
+            images = np.zeros((rows, slots, most, *shape, 3), np.uint8)
             frames, sizes = np.zeros((rows, slots), np.int32), np.zeros((rows, slots, most, 2), np.int32)
             for row, of_row in enumerate(films):
                 for slot, film in enumerate(of_row):
@@ -194,18 +194,23 @@ class Generator:
         return jax.device_put(batch, batch_sharding(self.mesh))
 
     def _picture_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """Height and width that all frames lie in, in steps of some patches where they differ from picture to picture."""
+        """Height and width that all frames lie in.
+
+        Raises:
+          RequestError: they differ from what a vision encoder of one size takes.
+        """
         vision = self.model.config.vision
-        most = [max(size[axis] for size in sizes) for axis in (0, 1)]
+        if vision.positions == "bucketed":
+            step = SIDE_PATCHES * vision.patch_size
+            return tuple(-(-max(size[axis] for size in sizes) // step) * step for axis in (0, 1))
         expected = sizes[0] if self.model.crosses else (vision.image_size, vision.image_size)
         wrong = {f"{height}x{width}" for height, width in sizes if (height, width) != expected}
-        if wrong and vision.positions != "bucketed":
+        if wrong:
             raise RequestError(
                 f"the checkpoint's picture processor gives pictures of {', '.join(sorted(wrong))} pixels where the vision "
                 f"encoder takes {expected[0]}x{expected[1]}: make squares of them first"
             )
-        step = SIDE_PATCHES * vision.patch_size if vision.positions == "bucketed" else 1
-        return tuple(-(-side // step) * step for side in most)
+        return expected
 
     def _visual(self, of_slot: np.ndarray, offsets: np.ndarray, slots: int, most: int) -> np.ndarray:
         """`Prompts.visual` [B, T] of `Layout.slots` and `Layout.offsets`, in a batch of `slots` slots of `most` frames."""

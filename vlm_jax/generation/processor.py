@@ -77,9 +77,9 @@ class RunProcessor:
         return ask(self.data, prompt, images, shots, seed)
 
     def lay_out(self, request: Request) -> Layout:
-        picture = self.data.visual_tokens
-        tokens, last, first = prompt_tokens(request.parts, self.tokenizer, max(1, picture))
-        if not picture:
+        picture = self.data.picture_tokens
+        tokens, last, first = prompt_tokens(request.parts, self.tokenizer, picture)
+        if not self.data.visual_tokens:
             return Layout(tokens, last, first, np.zeros_like(tokens), np.zeros_like(tokens))
         stands = visual_of(tokens, self.tokenizer.image_id, last, picture) - 1
         return Layout(tokens, last, first, np.where(stands < 0, 0, last), np.where(stands < 0, 0, stands % picture))

@@ -13,6 +13,7 @@ from vlm_jax.config import (
     TextTowerConfig,
 )
 from vlm_jax.interop import vit
+from vlm_jax.interop.hf_config import plain_block
 from vlm_jax.interop.rows import attention, norm, norms_and_mlp
 from vlm_jax.interop.table import Table, row
 
@@ -87,7 +88,7 @@ def text_encoder(config: Any) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
-        block=vit.block(config),
+        block=plain_block(config),
         positions=LearnedPositionsConfig(),
         max_positions=config.max_position_embeddings,
         window=None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_jax.config import BlockConfig, NormConfig, VitConfig
-from vlm_jax.interop.hf_config import activation
+from vlm_jax.config import VitConfig
+from vlm_jax.interop.hf_config import activation, plain_block
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, patches, query_key_value
 from vlm_jax.interop.table import Row, Table, row
 from vlm_jax.interop.vit import squares
@@ -67,19 +67,13 @@ def config_from_hf(config: Any) -> VitConfig:
     """`Dinov2Config` or `Dinov2WithRegistersConfig` -> ours, with every token among the features but registers."""
     mlp_width = int(config.hidden_size * config.mlp_ratio)
     gated = config.use_swiglu_ffn
-    block = BlockConfig(
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_width=config.hidden_size // config.num_attention_heads,
+    block = plain_block(
+        config,
         # SwiGLU keeps two thirds, rounded up to a multiple of 8.
         mlp_width=(int(mlp_width * 2 / 3) + 7) // 8 * 8 if gated else mlp_width,
         activation="silu" if gated else activation(config.hidden_act),
         gated_mlp=gated,
-        norm=NormConfig(kind="layer", eps=config.layer_norm_eps),
         qkv_bias=config.qkv_bias,
-        out_bias=True,
-        mlp_bias=True,
         layer_scale=True,
     )
     registers = getattr(config, "num_register_tokens", 0)

@@ -37,7 +37,7 @@ class EncoderProcessor:
         Raises:
           RequestError: no list of pictures, or the processor leaves them in different sizes; ImageError: one cannot be read.
         """
-        _check_list("images", images)
+        check_list("images", images)
         processor = getattr(self.wrapped, "image_processor", self.wrapped)
         made = [picture_bytes(processor, array_of(image, on_white=False))[0] for image in images]
         shapes = {one.shape for one in made}
@@ -54,13 +54,17 @@ class EncoderProcessor:
         """
         if self.length is None:
             raise RequestError("this checkpoint encodes images alone: it has no tower for texts")
-        _check_list("texts", texts)
+        check_list("texts", texts)
         tokenizer = self.wrapped.tokenizer
         made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
         return made["input_ids"].astype(np.int32)
 
 
-def _check_list(name: str, values: Any) -> None:
+def check_list(name: str, values: Any) -> None:
+    """
+    Raises:
+      RequestError: it is one value in the place of a list, or an empty list.
+    """
     if isinstance(values, str | bytes | Path):
         raise RequestError(f"{name}={values!r}: expected a list; put it in brackets")
     if len(values) == 0:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import VitConfig
+from vlm_jax.interop.hf_config import plain_block
 from vlm_jax.interop.rows import FROM_HEADS, FUSED, LAYER, linear, norm, norms_and_mlp, patches, query_key_value
 from vlm_jax.interop.table import Table, row
-from vlm_jax.interop.vit import block, squares
+from vlm_jax.interop.vit import squares
 
 
 def table(config: VitConfig) -> Table:
@@ -33,7 +34,7 @@ def config_from_hf(config: Any) -> VitConfig:
     return VitConfig(
         **squares(config),
         layers=config.num_hidden_layers,
-        block=block(config, qkv_bias=config.qkv_bias),
+        block=plain_block(config, qkv_bias=config.qkv_bias),
         patch_bias=True,
         pre_norm=False,
         class_token="kept",

@@ -8,10 +8,12 @@ from typing import Any
 
 from vlm_jax.config import (
     Activation,
+    BlockConfig,
     DynamicNtkScaling,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    NormConfig,
     RopeConfig,
     YarnScaling,
 )
@@ -51,6 +53,26 @@ def require(config: Any, **values: Any) -> None:
     ]
     if wrong:
         raise ValueError(f"{type(config).__name__}: {'; '.join(wrong)}")
+
+
+def plain_block(config: Any, **changes: Any) -> BlockConfig:
+    """A layer with layer norms, biases, and a feed-forward of two maps, as the vision towers and GPT-NeoX name its sizes."""
+    sizes = dict(
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_width=config.hidden_size // config.num_attention_heads,
+        gated_mlp=False,
+        norm=NormConfig(kind="layer", eps=config.layer_norm_eps),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+    if "mlp_width" not in changes:
+        sizes["mlp_width"] = config.intermediate_size
+    if "activation" not in changes:
+        sizes["activation"] = activation(config.hidden_act)
+    return BlockConfig(**sizes | changes)
 
 
 def rope(config: Any) -> RopeConfig:

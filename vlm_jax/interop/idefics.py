@@ -8,6 +8,7 @@ from typing import Any
 from vlm_jax.config import BlockConfig, DecoderConfig, GatedCrossAttentionConfig, ModelConfig, NormConfig, PerceiverConfig
 from vlm_jax.interop import llama, vit
 from vlm_jax.interop.hf_config import activation, require, rope
+from vlm_jax.interop.rows import norm
 from vlm_jax.interop.table import Copy, Table, row
 
 GATED = "model.gated_cross_attn_layers.{}."
@@ -47,8 +48,7 @@ def _resampler(config: PerceiverConfig) -> Table:
         row(f"{BLOCK}0.output_proj.weight", f"{attention}out/kernel", "D (N H) -> N H D"),
         row(f"{BLOCK}1.fc.weight", "connector/layers/mlp/up/kernel", "F D -> D F"),
         row(f"{BLOCK}1.c_proj.weight", "connector/layers/mlp/down/kernel", "D F -> F D"),
-        *(row(f"{name}.weight", f"{ours}/scale", "D -> D") for name, ours in norms),
-        *(row(f"{name}.bias", f"{ours}/bias", "D -> D") for name, ours in norms),
+        *(r for name, ours in norms for r in norm(name, ours)),
     )
     return Table(rows)
 

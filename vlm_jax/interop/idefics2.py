@@ -14,7 +14,7 @@ from vlm_jax.interop import vit
 from vlm_jax.interop.hf_config import activation
 from vlm_jax.interop.parts import language_model
 from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped, raw_pictures
-from vlm_jax.interop.rows import linear, query_key_value
+from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, query_key_value
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table, row
 
@@ -22,7 +22,6 @@ PROJECTION = "model.connector.modality_projection."
 RESAMPLER = "model.connector.perceiver_resampler."
 LAYER = RESAMPLER + "layers.{}."
 CROPS = 5  # of a picture that is split: its quarters, and the whole
-UP, DOWN = ("F D -> D F", "F -> F"), ("D F -> F D", "D -> D")
 
 
 def config_from_hf(config: Any) -> ModelConfig:
@@ -74,9 +73,9 @@ def _connector() -> Table:
     return Table(
         (
             row(f"{RESAMPLER}latents", "connector/latents", "R D -> R D"),
-            *(row(f"{LAYER}self_attn.{name}_proj.weight", f"{path}/kernel", "(N H) D -> D N H") for name, path in heads),
-            row(f"{LAYER}self_attn.o_proj.weight", f"{attention}/out/kernel", "D (N H) -> N H D"),
-            *(row(f"{name}.weight", f"{path}/scale", "D -> D") for name, path in norms),
+            *(r for name, path in heads for r in linear(f"{LAYER}self_attn.{name}_proj", path, TO_HEADS, False)),
+            *linear(f"{LAYER}self_attn.o_proj", f"{attention}/out", FROM_HEADS, False),
+            *(r for name, path in norms for r in norm(name, path, False)),
             *(
                 r
                 for name, path in mlps

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm_jax.config import BlockConfig, DecoderConfig, LearnedPositionsConfig, NormConfig
 from vlm_jax.interop.hf_config import activation, require
+from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, query_key_value
 from vlm_jax.interop.table import Copy, Table, row
 
 MODEL = "model.decoder."
@@ -14,30 +15,20 @@ LAYER = MODEL + "layers.{}."
 
 def table(config: DecoderConfig) -> Table:
     """Published names <-> the paths of a `Decoder`."""
-    maps = [
-        (f"{LAYER}self_attn.q_proj", "layers/attention/query", "(N H) D -> D N H", "(N H) -> N H"),
-        (f"{LAYER}self_attn.k_proj", "layers/attention/key", "(N H) D -> D N H", "(N H) -> N H"),
-        (f"{LAYER}self_attn.v_proj", "layers/attention/value", "(N H) D -> D N H", "(N H) -> N H"),
-        (f"{LAYER}self_attn.out_proj", "layers/attention/out", "D (N H) -> N H D", "D -> D"),
-        (f"{LAYER}fc1", "layers/mlp/up", "F D -> D F", "F -> F"),
-        (f"{LAYER}fc2", "layers/mlp/down", "D F -> F D", "D -> D"),
-    ]
-    norms = [
-        (f"{LAYER}self_attn_layer_norm", "layers/attention_norm"),
-        (f"{LAYER}final_layer_norm", "layers/mlp_norm"),
-        (f"{MODEL}final_layer_norm", "final_norm"),
-    ]
-    rows = [
+    bias, heads = config.block.qkv_bias, zip("qkv", query_key_value("layers/attention"), strict=True)
+    rows = (
         row(f"{MODEL}embed_tokens.weight", "embedding", "V D -> V D"),
         row(f"{MODEL}embed_positions.weight", "position_embedding", "T D -> T D"),
-        *(row(f"{name}.weight", f"{ours}/kernel", axes) for name, ours, axes, _ in maps),
-        *(row(f"{name}.weight", f"{ours}/scale", "D -> D") for name, ours in norms),
-        *(row(f"{name}.bias", f"{ours}/bias", "D -> D") for name, ours in norms),
-    ]
-    if config.block.qkv_bias:
-        rows += [row(f"{name}.bias", f"{ours}/bias", axes) for name, ours, _, axes in maps]
+        *(r for name, ours in heads for r in linear(f"{LAYER}self_attn.{name}_proj", ours, TO_HEADS, bias)),
+        *linear(f"{LAYER}self_attn.out_proj", "layers/attention/out", FROM_HEADS, bias),
+        *linear(f"{LAYER}fc1", "layers/mlp/up", UP, bias),
+        *linear(f"{LAYER}fc2", "layers/mlp/down", DOWN, bias),
+        *norm(f"{LAYER}self_attn_layer_norm", "layers/attention_norm"),
+        *norm(f"{LAYER}final_layer_norm", "layers/mlp_norm"),
+        *norm(f"{MODEL}final_layer_norm", "final_norm"),
+    )
     if config.tied_head:
-        return Table(tuple(rows), copies=(Copy("lm_head.weight", of=f"{MODEL}embed_tokens.weight"),))
+        return Table(rows, copies=(Copy("lm_head.weight", of=f"{MODEL}embed_tokens.weight"),))
     return Table((*rows, row("lm_head.weight", "lm_head/kernel", "V D -> D V")))
 
 

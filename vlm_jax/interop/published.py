@@ -44,10 +44,10 @@ UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
     "num_beam_groups": (None, 1),
-    "diversity_penalty": (None, 0, 0.0),
-    "typical_p": (None, 1, 1.0),
+    "diversity_penalty": (None, 0),
+    "typical_p": (None, 1),
     "min_p": (None,),
-    "guidance_scale": (None, 1, 1.0),
+    "guidance_scale": (None, 1),
 }
 MODELS = {ModelConfig: VisionLanguageModel, DualEncoderConfig: DualEncoder, ImageTowerConfig: ImageTower}
 

@@ -1,4 +1,4 @@
-"""Rows that come in pairs, and those of the transformer layers that transformers' vision and text towers share."""
+"""Rows of linear maps and norms, and those of the transformer layers that transformers' vision and text towers share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from vlm_jax.interop.table import Row, row
 LAYER = "encoder.layers.{}."
 TO_HEADS = ("(N H) D -> D N H", "(N H) -> N H")
 FUSED = ("(J N H) D -> D N H", "(J N H) -> N H")  # query, key and value as one
+FUSED_BY_HEAD = ("(N J H) D -> D N H", "(N J H) -> N H")
 FROM_HEADS = ("D (N H) -> N H D", "D -> D")
 UP = ("F D -> D F", "F -> F")
 DOWN = ("D F -> F D", "D -> D")
@@ -27,9 +28,10 @@ def linear(
     return (weight, row(f"{published}{dot}bias", tuple(f"{path}/bias" for path in paths), axes[1])) if bias else (weight,)
 
 
-def norm(published: str, ours: str) -> tuple[Row, ...]:
-    """A layer norm."""
-    return (row(f"{published}.weight", f"{ours}/scale", "D -> D"), row(f"{published}.bias", f"{ours}/bias", "D -> D"))
+def norm(published: str, ours: str, bias: bool = True) -> tuple[Row, ...]:
+    """A layer norm, or without a bias also an RMSNorm."""
+    weight = row(f"{published}.weight", f"{ours}/scale", "D -> D")
+    return (weight, row(f"{published}.bias", f"{ours}/bias", "D -> D")) if bias else (weight,)
 
 
 def patches(published: str, patch: int, bias: bool) -> tuple[Row, ...]:

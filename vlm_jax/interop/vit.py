@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_jax.config import BlockConfig, NormConfig, VitConfig
-from vlm_jax.interop.hf_config import activation, require
+from vlm_jax.config import VitConfig
+from vlm_jax.interop.hf_config import plain_block, require
 from vlm_jax.interop.rows import (
     DOWN,
     FROM_HEADS,
@@ -76,7 +76,7 @@ def config_from_hf(config: Any) -> VitConfig:
         case other:
             known = "clip_vision_model, idefics_vision, idefics2_vision or siglip_vision_model"
             raise ValueError(f"vision tower {other!r}; expected {known}")
-    return VitConfig(**squares(config), layers=config.num_hidden_layers, block=block(config), **choices)
+    return VitConfig(**squares(config), layers=config.num_hidden_layers, block=plain_block(config), **choices)
 
 
 def squares(config: Any) -> dict[str, int]:
@@ -92,20 +92,3 @@ def squares(config: Any) -> dict[str, int]:
         if not isinstance(sizes[name], int):
             raise ValueError(f"{type(config).__name__}: {name}={sizes[name]}; only squares (one number) are implemented")
     return sizes
-
-
-def block(config: Any, qkv_bias: bool = True) -> BlockConfig:
-    """A layer of the vision and text towers of CLIP, SigLIP and BLIP-2's EVA-CLIP."""
-    return BlockConfig(
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_width=config.hidden_size // config.num_attention_heads,
-        mlp_width=config.intermediate_size,
-        activation=activation(config.hidden_act),
-        gated_mlp=False,
-        norm=NormConfig(kind="layer", eps=config.layer_norm_eps),
-        qkv_bias=qkv_bias,
-        out_bias=True,
-        mlp_bias=True,
-    )

@@ -18,7 +18,7 @@ from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.block import Block, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.patches import bucketed_positions, patchify, resize_positions
+from vlm_jax.ops.patches import bucketed_positions, patches_there, patchify, resize_positions
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
@@ -78,8 +78,7 @@ class Vit(nn.Module):
     def patches_there(self, sizes: Array, height: int, width: int) -> Array:
         """Of pictures of `sizes` pixels [B, 2] in the upper left of `height` x `width`, the whole patches: [B, P] bool."""
         patch = self.config.patch_size
-        side = self.config.image_size // patch
-        return bucketed_positions(sizes // patch, (height // patch, width // patch), side)[1]
+        return patches_there(sizes // patch, (height // patch, width // patch))
 
     @nn.nowrap
     def normalise(self, images: Array) -> Array:
@@ -106,9 +105,10 @@ class Vit(nn.Module):
         mask = None
         if config.positions == "bucketed":
             whole = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (images.shape[0], 2))
-            places, there = bucketed_positions((whole if sizes is None else sizes) // patch, grid, side)
+            places = bucketed_positions((whole if sizes is None else sizes) // patch, grid, side)
             x = x + jnp.take(positions[front:], places, axis=0).astype(x.dtype)
             if sizes is not None:
+                there = patches_there(sizes // patch, grid)
                 mask = jnp.pad(there, ((0, 0), (front + config.registers, 0)), constant_values=True)[:, None]
         else:
             x = x + resize_positions(positions[front:], grid, config.antialias).astype(x.dtype)

@@ -42,20 +42,24 @@ def resize_positions(table: Array, grid: tuple[int, int], antialias: bool = Fals
     return jnp.einsum("rh,cw,hwd->rcd", rows, columns, square).reshape(grid[0] * grid[1], -1)
 
 
-def bucketed_positions(sizes: Array, grid: tuple[int, int], side: int) -> tuple[Array, Array]:
-    """For pictures of `sizes` patches [B, 2] (rows, columns) that lie in the upper left of `grid`: positions and what is there.
+def patches_there(sizes: Array, grid: tuple[int, int]) -> Array:
+    """Which patches of `grid` pictures of `sizes` patches [B, 2] (rows, columns) have in its upper left: [B, P] bool."""
+    rows, columns = (jnp.arange(grid[axis]) < sizes[:, axis, None] for axis in (0, 1))
+    return (rows[:, :, None] & columns[:, None]).reshape(sizes.shape[0], -1)
+
+
+def bucketed_positions(sizes: Array, grid: tuple[int, int], side: int) -> Array:
+    """For pictures of `sizes` patches [B, 2] (rows, columns) in the upper left of `grid`: places in a table, [B, P] int32.
 
     A patch that lies a share `f` of the picture's height down takes row `floor(f * side)` of a learned square; likewise
     columns. The shares are float32, as transformers' `Idefics2VisionEmbeddings` has them.
 
-    Returns:
-      places in the learned table of `side` * `side`: [B, rows * columns] int32; and which patches are there: the same, bool.
+    Args:
+      side: of the learned table, of `side` * `side` places.
     """
     buckets = jnp.asarray(_buckets(max(grid), side))
     rows, columns = (buckets[sizes[:, axis], : grid[axis]] for axis in (0, 1))
-    there = [jnp.arange(grid[axis]) < sizes[:, axis, None] for axis in (0, 1)]
-    flat = lambda x: x.reshape(sizes.shape[0], grid[0] * grid[1])
-    return flat(rows[:, :, None] * side + columns[:, None]), flat(there[0][:, :, None] & there[1][:, None])
+    return (rows[:, :, None] * side + columns[:, None]).reshape(sizes.shape[0], -1)
 
 
 def _buckets(most: int, side: int) -> np.ndarray:
