@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -32,9 +31,15 @@ a file of questions; the same command, given again, goes on where it stopped:
   infer.py --checkpoint=runs/flamingo --input=questions.jsonl --output=answers.jsonl
 
   a line of the input:   {"id": "7", "prompt": "what color is it?", "image": "a.png"}
-                         "images": [...] for several, "shots": [{"image", "question", "answer"}] for solved examples;
-                         paths are relative to the file
+                         "images": [...] for several, "shots": [{"image", "question", "answer"}] for solved examples,
+                         or "messages": a chat as below; paths are relative to the file
   a line of the output:  {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue"}
+
+a chat of several turns, in the form that everybody writes; paths of pictures are relative to the file:
+  infer.py --checkpoint=runs/flamingo --messages=chat.json
+
+  [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what color is it?"}]},
+   {"role": "assistant", "content": "blue"}, {"role": "user", "content": "what shape?"}]
 
 a published checkpoint, as transformers saved it or by its name on the hub:
   infer.py --checkpoint=llava-hf/llava-1.5-7b-hf --image=a.png --prompt="What is in this picture?"
@@ -60,6 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--step", type=int, help="which checkpoint of a run (default: the newest)")
     add("--prompt", help="the question; the literal <image> places a picture")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
+    add("--messages", type=Path, metavar="FILE.json", help="a chat of several turns to go on with")
     shot = ("IMAGE", "QUESTION", "ANSWER")
     add("--shot", action="append", default=[], nargs=3, metavar=shot, help="a solved example; repeat it for several")
     add("--classes", metavar="NAMES", help="names with commas between them: how well each fits the picture (CLIP, SigLIP)")
@@ -86,8 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pad-to-square", action="store_true", help="of LLaVA-1.5: pad pictures to squares first, as its authors evaluated it")
     add("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation (default: the run's)")
     args = parser.parse_args(argv)
-    if sum(given is not None for given in (args.prompt, args.input, args.classes)) != 1:
-        parser.error("give either --prompt or --input, or --classes for CLIP and SigLIP")
+    if sum(given is not None for given in (args.prompt, args.messages, args.input, args.classes)) != 1:
+        parser.error("give one of --prompt, --messages and --input, or --classes for CLIP and SigLIP")
     if args.classes is not None and not args.image:
         parser.error("--classes are for an --image")
     if args.classes is not None and not all(name.strip() for name in args.classes.split(",")):
@@ -100,6 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--input and --output go together")
     if args.input and (args.image or args.shot or args.attention or args.stream):
         parser.error("--image, --shot, --attention and --stream are for one --prompt; with --input they stand in its lines")
+    if args.messages and (args.image or args.shot):
+        parser.error("--image and --shot are for a --prompt; with --messages they stand in the file")
     if args.batch < 1:
         parser.error(f"--batch={args.batch}: expected 1 or more")
     return args
@@ -121,17 +129,17 @@ def run(args: argparse.Namespace) -> None:
     import vlm_jax
     from vlm_jax import compilation_cache
     from vlm_jax.api import open_checkpoint
-    from vlm_jax.data.images import check_image
     from vlm_jax.generation.answer_file import answer_file, read_questions
-    from vlm_jax.generation.request import Shot
+    from vlm_jax.generation.request import Request, chat_file
     from vlm_jax.interop.encoder_processor import EncoderProcessor
+    from vlm_jax.processing.conversation import Shot, from_prompt
+    from vlm_jax.processing.pictures import picture_size
     from vlm_jax.progress import bytes_read
 
     logging.set_verbosity(logging.ERROR)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "length_penalty", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | {"stop": tuple(args.stop)}
     shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
-    asked = (args.prompt, args.image, shots)
     # What can be wrong is found before a large model is read.
     checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles, args.pad_to_square)
     encodes = isinstance(checkpoint.processor, EncoderProcessor)
@@ -145,17 +153,18 @@ def run(args: argparse.Namespace) -> None:
         )
     if encodes:
         for image in args.image:
-            check_image(image)
+            picture_size(image)
         compilation_cache.enable()
         with bytes_read("reading") as tell:
             encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), tell=tell)
         classify(encoder, args)
         return
-    settings = dataclasses.replace(checkpoint.processor.defaults, **given)
+    settings = checkpoint.processor.defaults.changed(**given)
     questions = read_questions(args.input) if args.input else None
+    request = None
     if not questions:
-        for film in checkpoint.processor.ask(*asked).images:
-            check_image(*film)
+        request = chat_file(args.messages) if args.messages else Request(*from_prompt(args.prompt, args.image, shots))
+        checkpoint.processor.lay_out(request.turns, request.sizes, open=True)
     compilation_cache.enable()
     with bytes_read("reading") as tell:
         vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, tell=tell)
@@ -165,15 +174,15 @@ def run(args: argparse.Namespace) -> None:
         return
     one = vlm.generator.mesh.size == 1
     if args.attention:
-        text, maps = vlm.attention(*asked, **given)
+        text, maps = vlm.attention_of(request, **given)
         maps.save(args.attention)
         print(text)
     elif args.stream or (args.stream is None and one and settings.beams == 1 and sys.stdout.isatty()):
-        for piece in vlm.stream(*asked, **given):
+        for piece in vlm.generator.stream(request, settings):
             print(piece, end="", flush=True)
         print()
     else:
-        print(vlm.generate(*asked, **given))
+        print(vlm.answer([request], **given)[0].text)
 
 
 def main(argv: list[str] | None = None) -> int:

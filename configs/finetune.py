@@ -1,15 +1,16 @@
-"""A published checkpoint that answers about pictures (IDEFICS, LLaVA-1.5, PaliGemma, OpenFlamingo), trained further on data of
-your own and written back for PyTorch.
+"""A published checkpoint (LLaVA-1.5, BakLLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a language model alone)
+trained further on data of your own, and written back for PyTorch.
 
-    python train.py --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf --workdir=runs/tuned \
+    python train.py --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf --workdir=runs/tuned \\
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
     python -c "import vlm_jax; vlm_jax.export('runs/tuned', 'tuned')"
 
 Behind the colon stands a folder that transformers saved, or the name of a hub repository. The vision encoder stays frozen. The
 data's formats are those of `vlm_jax/data/jsonl.py`.
 
-A picture stands where the data says `<image>`, and a turn is written as `config.data.prompt` and `.answer` say: ask the trained
-model in that layout. Only LLaVA's is also its chat template's. Weights in pickles are not read.
+Conversations are written as the checkpoint's own chat template has them, or as a template named by `--config.data.template` (which
+is then exported too), pictures are what its own processor makes of them: what is trained is what is asked afterwards.
+`python -m vlm_jax.show` prints an example as the model reads it. Weights in PyTorch pickles need `--config.pickles=True`.
 """
 
 import ml_collections
@@ -17,9 +18,7 @@ import ml_collections
 from vlm_jax.api import open_checkpoint
 from vlm_jax.config import (
     DataConfig,
-    InSequenceConfig,
     JsonLinesConfig,
-    MlpProjectorConfig,
     ModelConfig,
     OptimizerConfig,
     ParamRule,
@@ -31,23 +30,19 @@ from vlm_jax.config_dict import to_config_dict
 def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
     if not checkpoint:
         raise ValueError("name a checkpoint behind a colon: --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf")
-    found = open_checkpoint(checkpoint)
+    found = open_checkpoint(checkpoint, pickles=True)  # of the weights, only the names and sizes are read here
     model = found.config
-    if not isinstance(model, ModelConfig) or model.vision is None:
-        raise ValueError(f"{checkpoint} does not answer about pictures, so it cannot be trained with this recipe")
-    in_sequence = isinstance(model.fusion, InSequenceConfig)
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"{checkpoint} is an encoder: it answers nothing, so it cannot be trained with this recipe")
     data = DataConfig(
         source=JsonLinesConfig(train="", eval=""),
-        tokenizer=checkpoint,
-        end=found.processor.tokenizer.wrapped.convert_ids_to_tokens(min(found.processor.ends)),
-        prompt="USER: {question} ASSISTANT:",
-        answer=" {answer}",
-        image_size=model.vision.image_size,
-        image_fit="crop" if isinstance(model.connector, MlpProjectorConfig) and model.connector.layers > 1 else "stretch",
+        processor=checkpoint,
+        image_size=found.processor.media.side if model.vision else 1,
+        keep_shapes=model.reads_shapes,
         rows=8,
-        tokens=2048,
-        images=4,
-        visual_tokens=model.visual_tokens(1) if in_sequence else 0,
+        tokens=min(2048, model.language.max_positions),
+        images=10 if model.vision else 1,
+        visual_tokens=model.visual_tokens_in_sequence,
     )
     optimizer = OptimizerConfig(
         lr=2e-5,

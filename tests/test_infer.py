@@ -14,7 +14,7 @@ import infer
 import vlm_jax
 from tests.tiny import mesh_of, tiny_run, write_data
 from vlm_jax import api
-from vlm_jax.data.tokenizer import train_tokenizer
+from vlm_jax.processing.tokenizer import train_tokenizer
 from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.step import Trainer
 

@@ -133,6 +133,7 @@ def random_batch(rows: int = 8, seed: int = 0) -> Batch:
         segments=segments,
         media_last=last,
         media_first=last,
+        prefix_end=positions,
         targets=rng.integers(1, VOCAB, (rows, tokens), dtype=np.int32),
         weights=weights,
     )

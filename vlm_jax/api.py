@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from PIL import Image
 
 from vlm_jax.config import MeshConfig
-from vlm_jax.data.tokenizer import load_tokenizer
+from vlm_jax.config.generation import Settings
 from vlm_jax.encoders import Encoder
+from vlm_jax.errors import RequestError
 from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
-from vlm_jax.generation.processor import RunProcessor
-from vlm_jax.generation.request import Picture, Request, RequestError, Settings, Shot
+from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.folder import is_published
 from vlm_jax.interop.published import MODELS, Checkpoint, open_published
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.conversation import Shot, from_prompt
+from vlm_jax.processing.pictures import Picture
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
+from vlm_jax.training.processors import run_processor
 from vlm_jax.training.step import compute_dtype
 
 DTYPES = ("float32", "bfloat16")
@@ -36,8 +41,8 @@ DTYPES = ("float32", "bfloat16")
 class Vlm:
     """A model that answers questions about pictures.
 
-    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8; a list in the place of one is a film.
-    They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or (images, question, answer)
+    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8, a list of them or one alone; a list in the
+    place of one is a film. They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or (images, question, answer)
     triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams,
     length_penalty, early_stopping, stop, seed; what is not given is the checkpoint's own.
 
@@ -53,7 +58,7 @@ class Vlm:
 
     def settings(self, **changes: Any) -> Settings:
         """The checkpoint's own settings with some changed."""
-        return dataclasses.replace(self.processor.defaults, **changes)
+        return self.processor.defaults.changed(**changes)
 
     def generate(self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), **settings: Any) -> str:
         """The answer.
@@ -63,9 +68,36 @@ class Vlm:
         """
         return self.answer([self.request(prompt, images, examples)], **settings)[0].text
 
+    def chat(self, messages: Sequence[dict[str, Any]], **settings: Any) -> str:
+        """What the assistant says next in a chat of any number of turns.
+
+            question = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]
+            vlm.chat([{"role": "user", "content": question},
+                      {"role": "assistant", "content": "A cat."},
+                      {"role": "user", "content": "Which colour?"}])
+
+        Args:
+          messages: `processing/conversation.py` describes them.
+
+        Raises:
+          RequestError: a wrong message, or a chat that the checkpoint's template refuses; ImageError: a picture cannot be read.
+        """
+        return self.answer([chat_request(messages)], **settings)[0].text
+
     def answer(self, requests: Sequence[Request], **settings: Any) -> list[Answer]:
-        """The answers to many requests, with tokens, log-probabilities and why each ended."""
-        return self.generator.generate(list(requests), self.settings(**settings))
+        """The answers to many requests, with tokens, log-probabilities and why each ended.
+
+        Raises:
+          RequestError: something else than requests, or one that does not fit; ImageError: a picture cannot be read.
+        """
+        given = [requests] if isinstance(requests, str | Request) else list(requests)
+        wrong = [f"{one!r:.60}" for one in given if not isinstance(one, Request)]
+        if wrong:
+            raise RequestError(
+                f"answer() takes requests, and {wrong[0]} is none: vlm.request({wrong[0]}) makes one; vlm.generate(...) and "
+                "vlm.chat(...) answer a single question"
+            )
+        return self.generator.generate(given, self.settings(**settings))
 
     def stream(
         self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), **settings: Any
@@ -77,7 +109,10 @@ class Vlm:
         self, prompt: str, images: Sequence[Picture], examples: Sequence[Any] = (), **settings: Any
     ) -> tuple[str, AttentionMaps]:
         """The answer, and where in the pictures the model looked for every word of it; `.save("out.png")` draws it."""
-        request = self.request(prompt, images, examples)
+        return self.attention_of(self.request(prompt, images, examples), **settings)
+
+    def attention_of(self, request: Request, **settings: Any) -> tuple[str, AttentionMaps]:
+        """`attention` of a request."""
         check_visible(self.generator, request)
         answer = self.answer([request], **settings)[0]
         return answer.text, attention_maps(self.generator, request, answer)
@@ -86,10 +121,15 @@ class Vlm:
         self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), seed: int | None = None
     ) -> Request:
         """One of the requests of `answer`."""
-        if isinstance(images, str | Path | bytes):
-            raise RequestError(f"images={images!r}: expected a list of pictures; put it in brackets")
         shots = [shot if isinstance(shot, Shot) else Shot(*shot) for shot in examples]
-        return self.processor.ask(prompt, list(images), shots, seed)
+        shots = [dataclasses.replace(shot, images=_listed(shot.images)) for shot in shots]
+        return Request(*from_prompt(prompt, _listed(images), shots), seed)
+
+
+def _listed(images: Any) -> list[Any]:
+    """One picture is a list of one."""
+    alone = isinstance(images, str | Path | bytes | np.ndarray | Image.Image)
+    return [images] if alone else list(images)
 
 
 Loaded = tuple[VisionLanguageModel, Any]  # a model, and its parameters on the mesh
@@ -105,7 +145,7 @@ class Run:
     def __init__(self, folder: Path, step: int | None) -> None:
         self.folder, self.step = folder, step
         self.config = read_config(folder)
-        self.processor = RunProcessor(load_tokenizer(folder / "tokenizer", self.config.data.end), self.config.data)
+        self.processor = run_processor(self.config.data, folder)
 
     def load(self, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
         compute = compute_dtype(dtype or self.config.dtype)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.generation.request import Picture
 from vlm_jax.interop.encoder_processor import check_list
 from vlm_jax.interop.published import Published
+from vlm_jax.processing.pictures import Picture
 from vlm_jax.sharding import batch_sharding
 
 TEMPLATE = "a photo of a {}."

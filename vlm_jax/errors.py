@@ -1,8 +1,16 @@
-"""What errors of other libraries say, for messages of ours."""
+"""What a user is told: errors with one line that says what to change."""
 
 from __future__ import annotations
 
 
-def first_line(error: Exception) -> str:
-    """Its first line, or its kind where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+class RequestError(ValueError):
+    """A question or conversation the model cannot answer or read; the message says what to change."""
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message names the file and the line."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from data_helpers import TEXTS, picture, write_lines
 
 from vlm_jax.config import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig
 from vlm_jax.data.easy_vqa import EasyVqaSource
-from vlm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from vlm_jax.processing.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")

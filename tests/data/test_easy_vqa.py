@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vlm_jax.data.easy_vqa import EasyVqaSource, prepare
-from vlm_jax.data.example import DataError, ImageAt, Text
-from vlm_jax.data.images import read_image
+from vlm_jax.data.example import ImageAt, Text
 from vlm_jax.data.pipeline import build_source, build_tokenizer
+from vlm_jax.errors import DataError
+from vlm_jax.processing.pictures import read_image
 
 CODE = """
 import sys

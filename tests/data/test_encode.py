@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-
 from vlm_jax.data.encode import encode_sequence, media_of, prompt_tokens
-from vlm_jax.data.example import DataError, ImageAt, Text
+
+from vlm_jax.data.example import ImageAt, Text
+from vlm_jax.errors import DataError
 
 BOS, IMAGE, EOC = 1, 3, 4
 

@@ -8,7 +8,8 @@ from data_helpers import random_pixels
 from PIL import Image
 
 from vlm_jax.config import AugmentConfig
-from vlm_jax.data.images import PAD, ImageError, augment, check_image, fit_image, read_image
+from vlm_jax.data.augment import augment
+from vlm_jax.processing.pictures import PAD, ImageError, check_image, fit_image, read_image
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -6,8 +6,9 @@ import pytest
 from data_helpers import picture, random_pixels, write_lines
 from PIL import Image
 
-from vlm_jax.data.example import DataError, ImageAt, Text
+from vlm_jax.data.example import ImageAt, Text
 from vlm_jax.data.jsonl import JsonLinesSource
+from vlm_jax.errors import DataError
 
 PROMPT, ANSWER = "Q: {question} A:", " {answer}"
 

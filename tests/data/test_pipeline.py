@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import parts, picture, run_config, write_lines
+from vlm_jax.data.encode import encode_sequence
 
 from vlm_jax.config import AugmentConfig, DataConfig, JsonLinesConfig, SampleRule
 from vlm_jax.data.batch import Batch
-from vlm_jax.data.encode import encode_sequence
-from vlm_jax.data.example import DataError
 from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
+from vlm_jax.errors import DataError
 
 # A Flamingo row has no visual tokens among its own, and its frames have one size.
 FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ("visual", "sizes")]

@@ -4,7 +4,7 @@ import sys
 import pytest
 from data_helpers import TEXTS
 
-from vlm_jax.data.tokenizer import SPECIAL, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
+from vlm_jax.processing.tokenizer import SPECIAL, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
 TYPED = [
     "a cat\n",
@@ -40,7 +40,7 @@ def test_special_tokens(tokenizer):
 def test_training_is_the_same_in_another_process(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "here")
     code = (
-        "import sys; from vlm_jax.data.tokenizer import train_tokenizer;"
+        "import sys; from vlm_jax.processing.tokenizer import train_tokenizer;"
         f"train_tokenizer({TEXTS!r}, 300).save(sys.argv[1]);"
         "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules"
     )

@@ -20,10 +20,10 @@ from vlm_jax.config import (
     VitConfig,
 )
 from vlm_jax.data.batch import Batch
-from vlm_jax.data.tokenizer import train_tokenizer
 from vlm_jax.generation.generator import Generator
-from vlm_jax.generation.processor import RunProcessor
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.recipe import RecipeProcessor
+from vlm_jax.processing.tokenizer import train_tokenizer
 from vlm_jax.sharding import Named, make_mesh, place_tree, shardings_of
 
 LINES = ["what color is the shape? red", "is there a circle? yes", "how many? two and three", "Question: Answer: no"]
@@ -117,4 +117,4 @@ def generator(config: ModelConfig | None = None, mesh: MeshConfig | None = None,
     plain, boxed = params(config)
     mesh = make_mesh(mesh) if mesh else one_device()
     plain = jax.device_put(plain, shardings_of(place_tree(boxed, mesh), mesh))
-    return Generator(VisionLanguageModel(config), plain, RunProcessor(tokenizer(), data_config()), mesh, rows)
+    return Generator(VisionLanguageModel(config), plain, RecipeProcessor(tokenizer(), data_config()), mesh, rows)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax.config.generation import Settings
+from vlm_jax.errors import RequestError
 from vlm_jax.generation.attention_map import attention_maps, group_words, rollout
 from vlm_jax.generation.attention_picture import against_even, blend
-from vlm_jax.generation.request import RequestError, Settings, ask
+from vlm_jax.generation.request import ask
 
 
 def test_one_layer_is_its_look_at_the_features():

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vlm_jax.data.encode import prompt_tokens
 
 from vlm_jax.config import MeshConfig
-from vlm_jax.data.encode import prompt_tokens
+from vlm_jax.config.generation import Settings
+from vlm_jax.errors import RequestError
 from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.buckets import bucket, row_bucket
-from vlm_jax.generation.request import Request, RequestError, Settings, Shot, ask, interleaved
+from vlm_jax.generation.request import Request, ask, interleaved
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.conversation import Shot
 
 NEW = 10
 LENGTH, SLOTS, FRAMES = 96, 3, 2

@@ -5,7 +5,9 @@ import jax
 import pytest
 
 from vlm_jax.config import MeshConfig
-from vlm_jax.generation.request import RequestError, Settings, ask
+from vlm_jax.config.generation import Settings
+from vlm_jax.errors import RequestError
+from vlm_jax.generation.request import ask
 from vlm_jax.sharding import make_mesh
 
 NEW = 16

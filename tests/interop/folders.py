@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 import vlm_jax
 from vlm_jax.api import Vlm
+from vlm_jax.config.generation import Settings
 from vlm_jax.data.batch import Batch
 from vlm_jax.encoders import Encoder
-from vlm_jax.generation.request import Request, Settings
+from vlm_jax.generation.request import Request
 
 LINES = ["USER: what color is the shape? ASSISTANT: red", "a cat sits on the mat", "two dogs run in the park"]
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")

@@ -35,7 +35,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import infer
 from vlm_jax.encoders import Encoder
-from vlm_jax.generation.request import RequestError
+from vlm_jax.errors import RequestError
 from vlm_jax.interop import open_clip
 from vlm_jax.interop.engine import to_published
 

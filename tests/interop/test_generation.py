@@ -10,7 +10,8 @@ from test_idefics import PROMPTS, idefics_folder, listed
 from test_llava import TEXT, TWO, llava
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlm_jax.generation.request import RequestError, Settings
+from vlm_jax.config.generation import Settings
+from vlm_jax.errors import RequestError
 
 NEW = 10
 TEXTS = ["a cat sits on the mat", "what color", "two dogs run in the park USER: is the shape red? ASSISTANT:"]

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tests.tiny import mesh_of
 from vlm_jax.config import ModelConfig
-from vlm_jax.data.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.interop.engine import boxed_params, load_params, to_published
 from vlm_jax.interop.gguf import Gguf, read_gguf
 from vlm_jax.interop.gguf_tokenizer import tokenizer_of
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.tokenizer import Tokenizer, TokenizerError
 
 PLAIN = byte_level("smollm")
 TOKENS = np.random.default_rng(0).integers(2, 290, (2, 12), dtype=np.int32)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import vlm_jax
-from vlm_jax.generation.request import Settings
+from vlm_jax.config.generation import Settings
 
 SIDE, LATENTS, DEPTH = 16, 5, 2
 

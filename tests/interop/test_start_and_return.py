@@ -20,7 +20,7 @@ from tests.tiny import tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer
-from vlm_jax.generation.request import RequestError
+from vlm_jax.errors import RequestError
 from vlm_jax.interop.published import open_published
 from vlm_jax.ops.masks import unlearned
 from vlm_jax.paths import by_path

@@ -45,27 +45,29 @@ class SampleRule:
 @frozen
 class DataConfig:
     source: EasyVqaConfig | JsonLinesConfig
-    tokenizer: str  # "train": a byte-level BPE made from the training text; else a folder or a hub name
+    # A published checkpoint (folder or name) whose own tokenizer, chat template and picture processor are used; "": the recipe's:
+    # `tokenizer`, `prompt`, `answer` and `image_fit`.
+    processor: str = ""
+    template: str = ""  # of a published processor: a name of `processing/templates.py`; "": its own
+    tokenizer: str = "train"  # "train": a byte-level BPE made from the training text; else a folder or a hub name
     vocab_size: int = 512  # of a trained tokenizer, at most
     end: str = "<EOC>"  # the token that closes a learned text; a published model's own is its end token, as "</s>"
     prompt: str = "Question: {question} Answer:"  # one turn as the model reads it
     answer: str = " {answer}"
-    image_size: int
+    image_size: int  # S: every tile lies in a square of S pixels a side
+    keep_shapes: bool = False  # tiles of a published processor that differ in size within that square (IDEFICS2)
     image_fit: Literal["stretch", "pad", "crop"] = "pad"
     sequences_per_image: int = 0  # at most so many questions share one packed picture, 0: all of an example's
     rows: int  # B, over the whole mesh
     tokens: int  # T of a row
-    images: int  # M of a row
+    images: int  # M of a row: pictures, or tiles where visual tokens stand in the sequence
     frames: int = 1  # F of a slot
-    # How many `<image>` tokens a picture is: 0 where it is read by cross-attention, one then says where it stands; else as many
-    # as it has visual tokens, which take their places (LLaVA).
+    # How many visual tokens a tile is, which stand in the sequence (LLaVA); 0 where pictures are read by cross-attention.
     visual_tokens: int = 0
     sampling: tuple[SampleRule, ...] = ()  # of training; an evaluation takes every sequence
     augment: AugmentConfig = AugmentConfig()
     blank_images: bool = False  # the control experiment: every picture grey
+    # A conversation that no row can take: an error, or its last turns are left out until it fits, which is counted.
+    too_long: Literal["error", "drop_turns"] = "error"
+    cache_dir: str = "~/.cache/vlm_jax/tokens"  # where tokenised data sets are kept
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process
-
-    @property
-    def picture_tokens(self) -> int:
-        """How many `<image>` stand in the text for a picture."""
-        return max(1, self.visual_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_jax.config.block import Activation, NormConfig
 from vlm_jax.config.frozen import frozen
@@ -17,6 +17,7 @@ class GatedCrossAttentionConfig:
     """
 
     kind: Literal["gated_cross_attention"] = "gated_cross_attention"
+    in_sequence: ClassVar[bool] = False  # whether visual tokens stand in the sequence
     every: int
     offset: int
     heads: int
@@ -26,8 +27,8 @@ class GatedCrossAttentionConfig:
     gated_mlp: bool = False
     norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
     qk_norm: bool = False  # IDEFICS
-    # Which images a token sees. "all_previous_uniform" is OpenFlamingo's: text before the first image of its row looks at all
-    # of the row's images, none more than another. Rows are not packed then.
+    # Which images a token sees. "all_previous_uniform" is OpenFlamingo's: text before the first image of its conversation looks
+    # at all of the conversation's images, none more than another.
     media: Literal["last", "all_previous", "all_previous_uniform"] = "last"
 
 
@@ -36,5 +37,6 @@ class InSequenceConfig:
     """Visual tokens take the places of `<image>` tokens in the sequence (LLaVA, Liu et al. 2023)."""
 
     kind: Literal["in_sequence"] = "in_sequence"
+    in_sequence: ClassVar[bool] = True
     newline: bool = False  # LLaVA-NeXT's learned token, which may stand anywhere between the visual ones
     prefix_lm: bool = False  # PaliGemma: pictures and prompt see all of themselves, only the answer is causal

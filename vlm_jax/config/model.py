@@ -23,6 +23,16 @@ class ModelConfig:
         """Of the visual tokens."""
         return self.connector.visual_width(self.vision.block.width)
 
+    @property
+    def visual_tokens_in_sequence(self) -> int:
+        """How many visual tokens of a tile stand in the sequence; 0: the model has no vision, or reads by cross-attention."""
+        return self.visual_tokens(1) if self.fusion is not None and self.fusion.in_sequence else 0
+
+    @property
+    def reads_shapes(self) -> bool:
+        """Whether the pictures of a batch may differ in size."""
+        return self.vision is not None and self.vision.positions == "bucketed"
+
     def visual_tokens(self, frames: int) -> int:
         """How many visual tokens there are of an image slot of so many frames of `vision.image_size`."""
         return self.connector.visual_tokens(frames, self.vision.frame_features)

@@ -73,4 +73,5 @@ class RunConfig:
     keep_last: int = 2
     keep_best: int = 1
     init_from: str = ""  # a run, or a published checkpoint's folder or name, to take the parameters from
+    pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed
     init_parts: tuple[PartInit, ...] = ()  # or to take parts of it from several; the others start fresh

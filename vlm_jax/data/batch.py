@@ -14,7 +14,10 @@ Image slots are counted from 1 within the row, 0 means "none", so that zero padd
     media_first               1     1    1      1     1    1        0   0        0
 
 With Flamingo's "only the last image" a token sees slot `media_last`; with "all previous" the slots
-`media_first..media_last`.
+`media_first..media_last`. Where visual tokens stand in the sequence, a slot is one tile of a picture (one frame), and `visual`
+says which visual token stands where.
+
+The generator reads the same structure, its rows padded on the left and without targets.
 """
 
 from __future__ import annotations
@@ -32,14 +35,15 @@ Array = Any
 class Batch:
     """One batch. Every field is an array (NumPy on the host, `jax.Array` sharded over the rows on the devices)."""
 
-    images: Array  # [B, M, F, H, W, 3] uint8 RGB; absent frames are zero
-    frames: Array  # [B, M] int32, how many frames of the slot are there; 0: the slot is empty
+    images: Array | None  # [B, M, F, H, W, 3] uint8 RGB; absent frames are zero; None: no row has a picture
+    frames: Array | None  # [B, M] int32, how many frames the slot has; 0: the slot is empty; None as `images`
     tokens: Array  # [B, T] int32
     positions: Array  # [B, T] int32, counted from 0 within a segment
     segments: Array  # [B, T] int32, counted from 1 within the row; 0 is padding
     media_last: Array  # [B, T] int32, the last image slot the token may see
     media_first: Array  # [B, T] int32, the first slot of its segment's images
-    targets: Array  # [B, T] int32, the token to predict at this place
-    weights: Array  # [B, T] float32, the weight of that prediction in the loss
+    prefix_end: Array  # [B, T] int32, the last position a prefix-LM lets the token see: the end of its own prompt, or itself
+    targets: Array | None = None  # [B, T] int32, the token to predict at this place; None: nothing is learned
+    weights: Array | None = None  # [B, T] float32, the weight of that prediction in the loss
     visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
     sizes: Array | None = None  # [B, M, F, 2] int32, height and width of frames that differ in size; None: they do not

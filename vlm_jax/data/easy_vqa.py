@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm_jax.data.example import DataError, Example, ImageAt, Text
+from vlm_jax.data.example import Example
+from vlm_jax.errors import DataError
+from vlm_jax.processing.conversation import Medium, Text, assistant, user
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +23,14 @@ COUNTS = {"train": (4_000, 38_575), "test": (1_000, 9_673)}
 class EasyVqaSource:
     """One example a picture, one sequence a question."""
 
-    def __init__(self, split: Literal["train", "test"], cache_dir: str | Path, prompt: str, answer: str):
+    def __init__(self, split: Literal["train", "test"], cache_dir: str | Path):
         """Prepares the set in `cache_dir` on first use.
-
-        Args:
-          prompt, answer: templates of `{question}` and `{answer}`, as in DataConfig.
 
         Raises:
           DataError: the prepared set cannot be read or is not whole.
         """
-        self._split, self._prompt, self._answer = split, prompt, answer
+        self._split = split
+        self.fingerprint = f"easy-VQA {split} {COUNTS[split]}"
         self._folder = Path(cache_dir).expanduser()
         prepare(self._folder)
         self._records = self._open()
@@ -65,13 +65,9 @@ class EasyVqaSource:
         asked = record["questions"]
         return Example(
             id=f"easy-VQA {self._split}/{int(record['image_id'])}",
-            images=((bytes(record["image"]),),),
-            sequences=tuple(
-                (
-                    ImageAt(0),
-                    Text(self._prompt.replace("{question}", question.decode()), learn=False),
-                    Text(self._answer.replace("{answer}", answer.decode()), learn=True),
-                )
+            media=((bytes(record["image"]),),),
+            conversations=tuple(
+                (user(Medium(0), Text(question.decode())), assistant(answer.decode()))
                 for question, answer in zip(asked["question"], asked["answer"], strict=True)
             ),
         )

@@ -1,4 +1,4 @@
-"""The user's own data: a JSON-lines file beside pictures. Two formats, told apart by their keys, may be mixed in a file.
+"""The user's own data: a JSON-lines file beside pictures. Three formats, told apart by their keys, may be mixed in a file.
 
 A conversation, as LLaVA's data is published. `image` may be left out, be one path, or several; each `<image>` stands for
 the next of them, and without any marker they stand before the first turn. What "gpt" says is learned::
@@ -6,8 +6,12 @@ the next of them, and without any marker they stand before the first turn. What 
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 
-A human turn is written with `data.prompt`, and a gpt turn with `data.answer`. Where a turn begins with markers, or has one
-only, they stand before the prompt; others stay where they are in the question.
+The first turn may be from "system". A human turn's only marker stands before its text, wherever it was written.
+
+The chat list that everybody writes (`processing/conversation.py`); what the assistant says is learned::
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
 
 Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless it says otherwise; `frames` are one video::
 
@@ -20,104 +24,83 @@ Paths are below `image_root`, or beside the file. A `.json` file that holds a li
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
-import logging
 import os
 import re
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.example import DataError, Example
-from vlm_jax.data.images import ImageError, check_image
+from vlm_jax.data.example import Example
 from vlm_jax.data.jsonl_record import Bad, Record, shown
+from vlm_jax.errors import DataError
 
-log = logging.getLogger(__name__)
-
-REPORT_S = 10.0  # seconds between progress lines
-SHOWN = 5  # reasons of skipped lines that are reported
+BLOCK = 16 << 20  # bytes of a file that are read at once
 
 
 class JsonLinesSource:
-    """One example a line. Every line is checked once at the start; only where each begins is kept.
+    """One example a record. Only where each begins is kept; records are read when they are asked for."""
 
-    Attributes:
-      skipped: number of lines left out.
-    """
-
-    def __init__(self, path: str | Path, image_root: str | Path, prompt: str, answer: str, bad_lines: str = "error"):
-        """Reads through the file, and looks at the header of every picture.
+    def __init__(self, path: str | Path, image_root: str | Path, *, cache_dir: str | Path):
+        """Reads through the file once: its fingerprint, and where records begin unless that is known.
 
         Args:
           image_root: where paths of pictures begin; "": the file's folder.
-          prompt, answer: templates of `{question}` and `{answer}`, as in DataConfig.
-          bad_lines: "error", or "skip": leave out, count and report.
+          cache_dir: where it is kept where the records begin.
 
         Raises:
-          DataError: the file is not there or holds no example; or, unless skipped, a line is wrong. It names file and line.
+          DataError: the file is not there or holds no example, or it is no list although it is called .json.
         """
         self._path = Path(path).expanduser()
         self._root = Path(image_root).expanduser() if image_root else self._path.parent
-        self._prompt, self._answer = prompt, answer
         if not self._path.is_file():
             raise DataError(f"{self._path}: there is no such file")
         if not self._root.is_dir():
             raise DataError(f"data.source.image_root={str(self._root)!r}: there is no such folder")
-        records = _list_records if self._path.suffix == ".json" else _line_records
-        self._starts, self._sizes, self._lines, self.skipped = self._check(records(self._path), bad_lines == "skip")
         self._changed = self._path.stat().st_mtime_ns
+        with self._path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        # The same file in another place has other pictures.
+        self.fingerprint = f"{content} {self._path.absolute()} {self._root.absolute()}"
+        self._index_file = Path(cache_dir).expanduser() / f"records-{content[:24]}{self._path.suffix}.npy"
+        if not self._index_file.is_file():
+            self._write_index()
         self._reset()
 
-    def _check(self, records: Iterator[tuple[int, int, bytes]], skip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """(line, start, bytes) of each record -> starts [N], sizes [N], lines [N] of the good ones, number of bad ones."""
-        kept: list[tuple[int, int, int]] = []
-        reasons: list[str] = []
-        skipped = 0
-        began = reported = time.perf_counter()
-        for line, start, raw in records:
-            try:
-                example = self._parse(raw, line)
-                for picture in (frame for slot in example.images for frame in slot):
-                    try:
-                        check_image(picture)
-                    except ImageError as error:
-                        raise DataError(f"{self._path}:{line}: {error}") from None
-                kept.append((start, len(raw), line))
-            except DataError as error:
-                if not skip:
-                    raise
-                skipped += 1
-                if len(reasons) < SHOWN:
-                    reasons.append(str(error))
-            if time.perf_counter() - reported > REPORT_S:
-                reported = time.perf_counter()
-                log.info("%s: checked %d lines, %.0f s", self._path, len(kept) + skipped, reported - began)
-        if skipped:
-            log.warning("%s: %d of %d lines skipped; the first:", self._path, skipped, skipped + len(kept))
-            for reason in reasons:
-                log.warning("  %s", reason)
-        if not kept:
-            raise DataError(f"{self._path}: holds no example" + (f"; all {skipped} lines are bad" if skipped else ""))
-        table = np.asarray(kept, np.int64)
-        return table[:, 0].copy(), table[:, 1].astype(np.int32), table[:, 2].astype(np.int32), skipped
+    def _write_index(self) -> None:
+        """[N, 3] int64: line, first byte and bytes of each record."""
+        records = _list_records if self._path.suffix == ".json" else _line_records
+        table = np.asarray(list(records(self._path)), np.int64).reshape(-1, 3)
+        if not len(table):
+            raise DataError(f"{self._path}: holds no example")
+        try:
+            self._index_file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._index_file.parent, delete=False) as part:
+                np.save(part, table)
+            Path(part.name).replace(self._index_file)
+        except OSError as error:
+            raise DataError(f"data.cache_dir={self._index_file.parent}: {error.strerror or error}; set another one") from error
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._file: Any = None
+        self._index = np.load(self._index_file, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_file")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_file", "_index")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Example:
         with self._lock:
@@ -125,8 +108,8 @@ class JsonLinesSource:
                 self._file = self._path.open("rb")
                 if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
                     raise DataError(f"{self._path}: was changed during the run; start again")
-        raw = os.pread(self._file.fileno(), int(self._sizes[index]), int(self._starts[index]))
-        return self._parse(raw, int(self._lines[index]))
+        line, start, size = self._index[index].tolist()
+        return self._parse(os.pread(self._file.fileno(), size, start), line)
 
     def _parse(self, raw: bytes, line: int) -> Example:
         where = f"{self._path}:{line}"
@@ -139,7 +122,7 @@ class JsonLinesSource:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: is not JSON: {error}") from None
         try:
-            return Record(where, record, self._picture).example(self._prompt, self._answer)
+            return Record(where, record, self._picture).example()
         except Bad as error:
             raise DataError(f"{where}: {error}") from None
 
@@ -153,43 +136,71 @@ class JsonLinesSource:
         return whole
 
 
-def _line_records(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line, start, bytes) of each line that is not blank."""
+def _line_records(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(line, first byte, bytes) of each line that is not blank."""
     start = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
-                yield line, start, raw
+                yield line, start, len(raw)
             start += len(raw)
 
 
-def _list_records(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line, start, bytes) of each element of a JSON list, read whole once.
+def _list_records(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(line, first byte, bytes) of each element of a JSON list, of which never more than a few blocks are in memory.
 
     Raises:
       DataError: it is not a list.
     """
-    try:
-        text = path.read_bytes().decode()  # not `read_text`: it changes line ends, and with them where a record begins
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8: {error}") from None
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,\ufeff]*")
-    at = blank.match(text).end()
+    blocks = _blocks(path)
+    text, at, line, start = next(blocks, ""), 0, 1, 0  # what stands before `at` is counted in `line` and `start`
+
+    def go_to(place: int) -> None:
+        nonlocal at, line, start
+        passed = text[at:place]
+        at, line, start = place, line + passed.count("\n"), start + len(passed.encode())
+
+    go_to(blank.match(text).end())
     if text[at : at + 1] != "[":
         raise DataError(f"{path}:1: expected a list, '[...]'. If there is a record a line, name the file .jsonl")
-    at += 1
-    line, start = 1 + text.count("\n", 0, at), len(text[:at].encode())
+    go_to(at + 1)
     while True:
-        begin = blank.match(text, at).end()
-        line, start = line + text.count("\n", at, begin), start + len(text[at:begin].encode())
-        if text[begin : begin + 1] == "]":
-            return
+        go_to(blank.match(text, at).end())
         try:
-            _, at = decoder.raw_decode(text, begin)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{line + text.count(chr(10), begin, error.pos)}: is not JSON: {error.msg}") from None
+            if at == len(text):
+                raise json.JSONDecodeError("the list is not closed", text, at)
+            if text[at] == "]":
+                return
+            _, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
+            more = next(blocks, "")
+            if more:  # the record may go on
+                text, at = text[at:] + more, 0
+                continue
+            if isinstance(error, json.JSONDecodeError):
+                raise DataError(f"{path}:{line + text.count(chr(10), at, error.pos)}: is not JSON: {error.msg}") from None
             raise DataError(f"{path}:{line}: is not JSON: {error}") from None
-        raw = text[begin:at].encode()
-        yield line, start, raw
-        line, start = line + text.count("\n", begin, at), start + len(raw)
+        size = len(text[at:end].encode())
+        yield line, start, size
+        go_to(end)
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """The file's text in pieces, line ends as they are.
+
+    Raises:
+      DataError: it is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while True:
+            raw = file.read(BLOCK)
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: is not UTF-8: {error}") from None
+            if text:
+                yield text
+            if not raw:
+                return

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from typing import Any
 
-from vlm_jax.data.example import Example, ImageAt, Text
+from vlm_jax.data.example import Example
+from vlm_jax.errors import RequestError
+from vlm_jax.processing.conversation import (
+    MARKER,
+    Medium,
+    Text,
+    Turn,
+    assistant,
+    content_of,
+    from_messages,
+    user,
+)
 
-MARKER = "<image>"
+KINDS = ("conversations", "messages", "content")
 HUMAN, GPT = ("human", "user"), ("gpt", "assistant")
 
 
@@ -41,60 +51,70 @@ class Record:
         if not isinstance(record, dict):
             raise Bad(f"is {shown(record)}; expected an object")
         self._where, self._record, self._picture = where, record, picture
-        self._images: list[tuple[str, ...]] = []
+        self._media: list[tuple[str, ...]] = []
 
-    def example(self, prompt: str, answer: str) -> Example:
+    def example(self) -> Example:
         """Raises Bad."""
-        kinds = [key for key in ("conversations", "content") if key in self._record]
+        kinds = [key for key in KINDS if key in self._record]
         if len(kinds) != 1:
-            raise Bad(f"has the keys {sorted(self._record)}; expected 'conversations' or 'content', one of them")
-        parts = self._conversation(prompt, answer) if kinds[0] == "conversations" else self._interleaved()
-        if not any(isinstance(part, Text) and part.learn for part in parts):
-            raise Bad('has nothing to learn: no text of gpt, or no text with "learn": true')
-        return Example(self._where, tuple(self._images), (tuple(parts),))
+            names = ", ".join(map(repr, KINDS))
+            raise Bad(f"has the keys {sorted(self._record)}; expected one of {names}")
+        read = {"conversations": self._conversation, "messages": self._messages, "content": self._interleaved}[kinds[0]]
+        turns = read()
+        if not any(turn.learn for turn in turns):
+            raise Bad('has nothing to learn: no text of gpt or the assistant, or no text with "learn": true')
+        return Example(self._where, tuple(self._media), (tuple(turns),))
 
-    def _next_image(self, paths: Any) -> ImageAt:
-        self._images.append(tuple(self._picture(path) for path in paths))
-        return ImageAt(len(self._images) - 1)
+    def _next_medium(self, paths: Any) -> Medium:
+        self._media.append(tuple(self._picture(path) for path in paths))
+        return Medium(len(self._media) - 1)
 
-    def _conversation(self, prompt: str, answer: str) -> list[Text | ImageAt]:
-        turns = _take(self._record, "conversations", list)
+    def _conversation(self) -> list[Turn]:
+        said = _take(self._record, "conversations", list)
         found = self._record.get("image")
         paths = [] if found is None else found if isinstance(found, list) else [found]
-        said: list[str] = []
-        for number, turn in enumerate(turns):
+        turns: list[Turn] = []
+        values: list[tuple[str, str]] = []
+        for number, turn in enumerate(said, 1):
             if not isinstance(turn, dict):
-                raise Bad(f"turn {number + 1} is {shown(turn)}; expected an object of 'from' and 'value'")
-            speaker = _take(turn, "from", str)
-            expected = GPT if number % 2 else HUMAN
+                raise Bad(f"turn {number} is {shown(turn)}; expected an object of 'from' and 'value'")
+            speaker, value = _take(turn, "from", str), _take(turn, "value", str)
+            if speaker == "system" and number == 1:
+                turns.append(Turn("system", (Text(value),)))
+                continue
+            expected = GPT if len(values) % 2 else HUMAN
             if speaker not in expected:
-                raise Bad(f"turn {number + 1} is from {speaker!r}; expected {expected[0]!r}: they take turns, human first")
-            said.append(_take(turn, "value", str))
-        markers = sum(value.count(MARKER) for value in said[::2])
-        if any(MARKER in value for value in said[1::2]):
+                raise Bad(f"turn {number} is from {speaker!r}; expected {expected[0]!r}: they take turns, human first")
+            values.append((expected[0], value))
+        if any(MARKER in value for speaker, value in values if speaker == GPT[0]):
             raise Bad(f"{MARKER} in a turn of gpt; pictures belong to human turns")
-        if said and not markers:
-            said[0] = MARKER * len(paths) + said[0]
+        markers = sum(value.count(MARKER) for _, value in values)
+        if values and not markers:
+            values[0] = (values[0][0], MARKER * len(paths) + values[0][1])
         elif markers != len(paths):
             raise Bad(f"{markers} times {MARKER} and {len(paths)} pictures; expected equally many")
-        images = iter(paths)
-        parts: list[Text | ImageAt] = []
-        for number, value in enumerate(said):
-            if number % 2:
-                parts.append(Text(answer.replace("{answer}", value.strip()), learn=True))
-                continue
-            leading, pieces = split_markers(value)
-            before, after = prompt.split("{question}")
-            pieces = [before + pieces[0], *pieces[1:]]
-            pieces[-1] += after
-            parts += [self._next_image([next(images)]) for _ in range(leading)]
-            parts += [Text(pieces[0], learn=False)]
-            for piece in pieces[1:]:
-                parts += [self._next_image([next(images)]), Text(piece, learn=False)]
-        return [part for part in parts if isinstance(part, ImageAt) or part.text or part.learn]
+        for path in paths:
+            self._next_medium([path])
+        before = 0
+        for speaker, value in values:
+            if speaker == GPT[0]:
+                turns.append(assistant(value.strip()))
+            else:
+                turns.append(user(*content_of(value.strip(), before, lead=True)))
+                before += value.count(MARKER)
+        return turns
 
-    def _interleaved(self) -> list[Text | ImageAt]:
-        parts: list[Text | ImageAt] = []
+    def _messages(self) -> list[Turn]:
+        try:
+            turns, media = from_messages(_take(self._record, "messages", list))
+        except RequestError as error:
+            raise Bad(str(error)) from None
+        for paths in media:
+            self._next_medium(paths)
+        return list(turns)
+
+    def _interleaved(self) -> list[Turn]:
+        turns: list[Turn] = []
         for number, part in enumerate(_take(self._record, "content", list), 1):
             if not isinstance(part, dict):
                 raise Bad(f"part {number} is {shown(part)}; expected an object")
@@ -105,21 +125,11 @@ class Record:
             if len(kinds) != 1 or ("learn" in part and kinds != ["text"]):
                 raise Bad(f"part {number} is {shown(part)}; expected 'text' (and 'learn'), or 'image', or 'frames'")
             if "text" in part:
-                parts.append(Text(_take(part, "text", str), _take(part, "learn", bool, True)))
-            elif "image" in part:
-                parts.append(self._next_image([part["image"]]))
-            else:
-                frames = _take(part, "frames", list)
-                if not frames:
-                    raise Bad(f"part {number}: 'frames' is empty")
-                parts.append(self._next_image(frames))
-        return parts
-
-
-def split_markers(value: str) -> tuple[int, list[str]]:
-    """A human turn -> how many images stand before it, and the text around those that stand within."""
-    if value.count(MARKER) == 1:  # LLaVA's data has it before or behind the question, and means the same
-        return 1, [re.sub(rf"\s*{MARKER}\s*", " ", value).strip()]
-    leading = re.match(rf"(\s*{MARKER})*", value)
-    rest = value[leading.end() :]
-    return leading.group().count(MARKER), rest.strip().split(MARKER)
+                text = Text(_take(part, "text", str))
+                turns.append(Turn("text", (text,), learn=_take(part, "learn", bool, True)))
+                continue
+            frames = [part["image"]] if "image" in part else _take(part, "frames", list)
+            if not frames:
+                raise Bad(f"part {number}: 'frames' is empty")
+            turns.append(Turn("text", (self._next_medium(frames),)))
+        return turns

@@ -7,27 +7,24 @@ every example is in exactly one row of an epoch, or in none if it has a share be
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
 
+Plans are made once and kept beside the data set's tokens, where every process maps them into memory.
+
 The shuffle is by sorting hashes (splitmix64), not by NumPy's generators, whose streams may change between releases.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from vlm_jax.data.store import Lengths, TokenStore, locked
+
 OPEN_ROWS = 32  # rows that first fit looks at; more fill slightly better and plan slower
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """What packing needs to know of a data set: N sequences, in the order of their examples, of E examples."""
-
-    tokens: np.ndarray  # [N] int32, of a sequence
-    example: np.ndarray  # [N] int32, the example it belongs to, ascending
-    images: np.ndarray  # [E] int32, pictures of an example
-    share: np.ndarray | None = None  # [N] float32, the chance to be in an epoch; None: all are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +140,27 @@ def _first_fit(tokens: list[int], images: list[int], most_tokens: int, most_imag
     return rows
 
 
+def _kept(folder: Path, make: Callable[[], Plan]) -> Plan:
+    """The plan that is kept in a folder, made if it is not there: by one process, for which the others wait."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock"), "another process plans the epoch"):
+            if not folder.is_dir():
+                plan = make()
+                with tempfile.TemporaryDirectory(prefix=".planning-", dir=folder.parent) as made:
+                    for field in dataclasses.fields(Plan):
+                        np.save(Path(made) / f"{field.name}.npy", getattr(plan, field.name))
+                    (Path(made)).rename(folder)
+                    Path(made).mkdir()  # what the context removes
+    return Plan(*(np.load(folder / f"{field.name}.npy", mmap_mode="r") for field in dataclasses.fields(Plan)))
+
+
 class PackedRows:
     """All rows of all epochs, one after the other, each reached by one integer."""
 
-    def __init__(self, lengths: Lengths, tokens: int, images: int, per_image: int, seed: int):
-        """Args as in `plan_epoch`."""
-        self.lengths, self._args = lengths, (tokens, images, per_image, seed)
+    def __init__(self, store: TokenStore, tokens: int, images: int, per_image: int, seed: int):
+        """Args as in `plan_epoch`; the plans are kept beside the store."""
+        self.store, self._args = store, (tokens, images, per_image, seed)
         self._init()
 
     def _init(self) -> None:
@@ -157,10 +169,10 @@ class PackedRows:
         self._plans: dict[int, Plan] = {}
 
     def __getstate__(self):
-        return self.lengths, self._args
+        return self.store, self._args
 
     def __setstate__(self, state):
-        self.lengths, self._args = state
+        self.store, self._args = state
         self._init()
 
     def plan(self, epoch: int) -> Plan:
@@ -168,7 +180,9 @@ class PackedRows:
         if epoch not in self._plans:
             while len(self._plans) >= 3:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[epoch] = plan_epoch(self.lengths, *self._args, epoch)
+            name = "-".join(map(str, (*self._args, epoch)))
+            make = lambda: plan_epoch(self.store.lengths_to_pack, *self._args, epoch)
+            self._plans[epoch] = _kept(self.store.folder / "plans" / name, make)
         return self._plans[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:

@@ -9,31 +9,27 @@ are the same for any number of processes, and worker processes change nothing bu
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import multiprocessing.resource_tracker
-import os
 import signal
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
 from vlm_jax.config import DataConfig, EasyVqaConfig, RunConfig
 from vlm_jax.data.batch import Batch
+from vlm_jax.data.build_store import token_store
 from vlm_jax.data.easy_vqa import EasyVqaSource
-from vlm_jax.data.example import DataError, Source, Text
+from vlm_jax.data.example import Source
 from vlm_jax.data.packing import PackedRows, plan_epoch
 from vlm_jax.data.rows import Arrays, RowMaker, empty_rows, to_batch
-from vlm_jax.data.tokenizer import EOC, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
-from vlm_jax.data.tokens import Tokens, tokenize
+from vlm_jax.data.store import TokenStore
+from vlm_jax.data.workers import start_worker
+from vlm_jax.errors import DataError
+from vlm_jax.processing.processor import Processor
 
-log = logging.getLogger(__name__)
-
-_TOKENIZED: weakref.WeakKeyDictionary[Any, tuple[tuple, Tokens]] = weakref.WeakKeyDictionary()
+_STORES: weakref.WeakKeyDictionary[Any, tuple[str, TokenStore]] = weakref.WeakKeyDictionary()
 
 
 def build_source(config: DataConfig, split: str) -> Source:
@@ -42,64 +38,32 @@ def build_source(config: DataConfig, split: str) -> Source:
     Raises:
       DataError: the data cannot be read or is not right.
     """
-    for name, field in (("prompt", "{question}"), ("answer", "{answer}")):
-        template = getattr(config, name)
-        if template.count(field) != 1:
-            raise DataError(f"data.{name}={template!r}: expected {field} in it, once")
     source = config.source
     if isinstance(source, EasyVqaConfig):
         part = {"train": "train", "eval": "test"}[split]
-        return EasyVqaSource(part, source.cache_dir, config.prompt, config.answer)
+        return EasyVqaSource(part, source.cache_dir)
     if not getattr(source, split):
         raise DataError(f"data.source.{split} is empty: set --config.data.source.{split} to a JSON-lines file")
     from vlm_jax.data.jsonl import JsonLinesSource
 
-    return JsonLinesSource(getattr(source, split), source.image_root, config.prompt, config.answer, source.bad_lines)
+    return JsonLinesSource(getattr(source, split), source.image_root, cache_dir=config.cache_dir)
 
 
-def build_tokenizer(
-    config: DataConfig, source: Source, folder: str | Path | None = None, read: Callable[[str], Tokenizer] = load_tokenizer
-) -> Tokenizer:
-    """Reads `config.tokenizer`, or trains one on the source's texts if that is "train".
-
-    Args:
-      folder: where it is kept: read from there if it is there, else written.
-      read: makes a tokenizer of its name.
+def tokens_of(config: DataConfig, processor: Processor, source: Source) -> TokenStore:
+    """The token store of a source: opened once, though a run evaluates many times; made if it is not there.
 
     Raises:
-      TokenizerError: it cannot be had.
+      DataError: an example that is wrong or fits in no row.
     """
-    if folder is not None and (Path(folder) / "tokenizer.json").is_file():
-        return load_tokenizer(folder, config.end)
-    trains = config.tokenizer == "train"
-    if trains and config.end != EOC:
-        raise TokenizerError(f"data.end={config.end!r} is for a published tokenizer; a trained one has {EOC!r}")
-    tokenizer = train_tokenizer(_texts(source), config.vocab_size) if trains else read(config.tokenizer)
-    if folder is not None:
-        tokenizer.save(folder)
-    return tokenizer
-
-
-def _texts(source: Source) -> Iterator[str]:
-    for index in range(len(source)):
-        for sequence in source[index].sequences:
-            for part in sequence:
-                if isinstance(part, Text):
-                    yield part.text
-
-
-def _tokens(config: DataConfig, tokenizer: Tokenizer, source: Source) -> Tokens:
-    """`tokenize`, once for a source: a run evaluates many times."""
-    key = (tokenizer, config.tokens, config.images, config.frames, config.sampling, config.picture_tokens)
-    known = _TOKENIZED.get(source)
-    if known is None or known[0] != key:
+    key, store = _STORES.get(source, ("", None))
+    if store is None or key != processor.fingerprint:
+        key = processor.fingerprint
         skip = getattr(config.source, "bad_lines", "error") == "skip"
-        tokens = tokenize(source, *key, skip)
-        if isinstance(source, EasyVqaSource):
-            source.check(len(tokens.example))
-        known = (key, tokens)
-        _TOKENIZED[source] = known
-    return known[1]
+        store = token_store(config, processor, source, skip=skip)
+        _STORES[source] = (key, store)
+    if isinstance(source, EasyVqaSource):
+        source.check(len(store))
+    return store
 
 
 def _share(config: DataConfig, process_index: int, process_count: int) -> range:
@@ -126,20 +90,10 @@ class _LocalBatch:
 
 def _start_worker(index: int, count: int) -> None:
     """Runs first in a worker process."""
-    # Ctrl-C is the trainer's to answer; a worker that died of it would be reported as a crash.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker()
     import jax  # Grain has imported it already
 
     jax.config.update("jax_platforms", "cpu")  # whatever a worker may call, it must not take the accelerator
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A trainer that was killed leaves no workers behind."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _close(held: list[Any]) -> None:
@@ -157,13 +111,13 @@ class TrainBatches:
     def __init__(
         self,
         config: RunConfig,
-        tokenizer: Tokenizer,
+        processor: Processor,
         source: Source,
         start: int = 0,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Tokenises the source, and starts `config.data.workers` processes.
+        """Opens or makes the token store, and starts `config.data.workers` processes.
 
         Raises:
           DataError: an example that fits in no row, or rows that do not divide among the processes.
@@ -171,12 +125,13 @@ class TrainBatches:
         import grain
 
         data = config.data
-        tokens = _tokens(data, tokenizer, source)
-        rows = PackedRows(tokens.lengths, data.tokens, data.images, data.sequences_per_image, config.seed)
+        store = tokens_of(data, processor, source)
+        rows = PackedRows(store, data.tokens, data.images, data.sequences_per_image, config.seed)
+        rows.locate(start * data.rows)  # planned here, where it can be interrupted, not by every worker
         share = _share(data, process_index, process_count)
         self.position = start
         made = grain.MapDataset.range(start, max(start, config.steps)).map(
-            _LocalBatch(data, rows, RowMaker(data, tokens, source, config.seed), share)
+            _LocalBatch(data, rows, RowMaker(data, store, source, processor.spread, config.seed), share)
         )
         # One thread: NumPy's small operations hold the interpreter, more threads only take turns.
         ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
@@ -230,7 +185,7 @@ class TrainBatches:
 
 def eval_batches(
     config: DataConfig,
-    tokenizer: Tokenizer,
+    processor: Processor,
     source: Source,
     process_index: int = 0,
     process_count: int = 1,
@@ -246,11 +201,11 @@ def eval_batches(
     Raises:
       DataError: as for TrainBatches.
     """
-    tokens = _tokens(config, tokenizer, source)
+    store = tokens_of(config, processor, source)
     share = _share(config, process_index, process_count)
-    plan = plan_epoch(tokens.lengths, config.tokens, config.images, config.sequences_per_image, shuffle=False)
+    plan = plan_epoch(store.lengths_to_pack, config.tokens, config.images, config.sequences_per_image, shuffle=False)
     count = min(len(plan), max_rows) if max_rows else len(plan)
-    maker = RowMaker(config, tokens, source, seed=None)
+    maker = RowMaker(config, store, source, processor.spread, seed=None)
     for first in range(0, count, config.rows):
         arrays = empty_rows(config, len(share))
         for place, offset in enumerate(share):

@@ -1,6 +1,7 @@
-"""A row's units -> arrays: the pictures decoded, fitted and augmented, the tokens in their places.
+"""A row's units -> arrays: the pictures decoded and cut into tiles, the tokens in their places.
 
-Axis letters: B rows, M image slots of a row, F frames of a slot, S the side of the model's square, T tokens of a row.
+Axis letters: B rows, M image slots of a row, F frames of a slot, S the side of the model's square, T tokens of a row, R visual
+tokens of a tile.
 """
 
 from __future__ import annotations
@@ -10,24 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import DataConfig
+from vlm_jax.config import AugmentConfig, DataConfig
+from vlm_jax.data.augment import augment
 from vlm_jax.data.batch import Batch
-from vlm_jax.data.example import DataError, Example, Frame, Source
-from vlm_jax.data.images import ImageError, augment, blank_image, fit_image, read_image
-from vlm_jax.data.tokens import Tokens
+from vlm_jax.data.example import Example, Source
+from vlm_jax.data.store import TokenStore
+from vlm_jax.errors import DataError, RequestError
+from vlm_jax.processing.layout import NEWLINE, Layout, prefix_ends, targets_of
+from vlm_jax.processing.media import Medium
+from vlm_jax.processing.pictures import ImageError, Size, picture_name, picture_size
+from vlm_jax.processing.processor import Spread
 
-CACHE_BYTES = 256 << 20  # of fitted pictures, kept by each process that makes rows
+CACHE_BYTES = 64 << 20  # of tiles, kept by each process that makes rows
 
 Arrays = dict[str, np.ndarray]  # the fields of Batch
+Tiles = list[np.ndarray]  # [H, W, 3] uint8 each
 
 
 def empty_rows(config: DataConfig, rows: int) -> Arrays:
     """The fields of a Batch of `rows` rows with nothing in them."""
     size, image_shape = config.image_size, (rows, config.images, config.frames)
-    names = ("tokens", "positions", "segments", "media_last", "media_first", "targets")
+    names = ["tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "targets"]
+    names += ["visual"] if config.visual_tokens else []
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
-    if config.visual_tokens:
-        arrays["visual"] = np.zeros((rows, config.tokens), np.int32)
+    if config.keep_shapes:
+        arrays["sizes"] = np.zeros((*image_shape, 2), np.int32)
     return arrays | {
         "images": np.zeros((*image_shape, size, size, 3), np.uint8),
         "frames": np.zeros(image_shape[:2], np.int32),
@@ -39,30 +47,77 @@ def to_batch(arrays: Arrays) -> Batch:
     return Batch(**arrays)
 
 
+def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) -> int:
+    """Writes tiles into a row from `slot` on, and returns how many slots they take.
+
+    Args:
+      row: the fields of Batch without their B axis.
+      in_sequence: a tile takes a slot; else a medium does, with its frames.
+
+    Raises:
+      ValueError: a tile larger than the row's square.
+    """
+    groups = [[tile] for tiles in media for tile in tiles] if in_sequence else media
+    for number, group in enumerate(groups, slot):
+        row["frames"][number] = len(group)
+        for frame, tile in enumerate(group):
+            height, width = tile.shape[:2]
+            if height > row["images"].shape[2] or width > row["images"].shape[3]:
+                most = f"{row['images'].shape[2]}x{row['images'].shape[3]}"
+                raise ValueError(f"a tile of {height}x{width} pixels, and a slot has {most}")
+            row["images"][number, frame, :height, :width] = tile
+            if "sizes" in row:
+                row["sizes"][number, frame] = height, width
+    return len(groups)
+
+
+def put_sequence(row: Arrays, layout: Layout, begin: int, *, slot: int, segment: int, tile_tokens: int) -> int:
+    """Writes a sequence into a row from place `begin` on, and returns where it ends.
+
+    Args:
+      layout: a prompt, or a conversation without its last token.
+      slot: how many slots of the row come before those of the sequence.
+      segment: its number, from 1.
+      tile_tokens: R; 0 under cross-attention.
+    """
+    length = len(layout.tokens)
+    here = slice(begin, begin + length)
+    positions = np.arange(length, dtype=np.int32)
+    row["tokens"][here], row["positions"][here], row["segments"][here] = layout.tokens, positions, segment
+    row["media_last"][here] = np.where(layout.media_last > 0, layout.media_last + slot, 0)
+    row["media_first"][here] = np.where(layout.media_first > 0, layout.media_first + slot, 0)
+    row["prefix_end"][here] = prefix_ends(layout.flags, positions)
+    if "visual" in row:
+        newline = len(row["frames"]) * tile_tokens + 1
+        moved = np.where(layout.visual > 0, layout.visual + slot * tile_tokens, 0)
+        row["visual"][here] = np.where(layout.visual == NEWLINE, newline, moved)
+    return begin + length
+
+
 class RowMaker:
     """Makes rows of a source. It pickles: worker processes get a copy, without what is cached."""
 
-    def __init__(self, config: DataConfig, tokens: Tokens, source: Source, seed: int | None):
+    def __init__(self, config: DataConfig, store: TokenStore, source: Source, spread: Spread, seed: int | None):
         """Makes nothing yet.
 
         Args:
+          spread: of the processor.
           seed: of the augmentation; None: no augmentation.
         """
-        self._config, self._tokens, self._source = config, tokens, source
-        self._seed = None if config.blank_images else seed
+        self._config, self._store, self._source, self._spread = config, store, source, spread
+        self._seed = None if config.blank_images or config.augment == AugmentConfig() else seed
         self._init()
 
     def _init(self) -> None:
         self._lock = threading.Lock()
-        self._cache: dict[int, list[np.ndarray]] = {}  # of an example, its fitted frames
+        self._cache: dict[int, list[Tiles]] = {}  # of an example, the tiles of its media
         self._room = CACHE_BYTES
-        self._grey = blank_image(self._config.image_size)
 
     def __getstate__(self) -> Any:
-        return self._config, self._tokens, self._source, self._seed
+        return self._config, self._store, self._source, self._spread, self._seed
 
     def __setstate__(self, state: Any) -> None:
-        self._config, self._tokens, self._source, self._seed = state
+        self._config, self._store, self._source, self._spread, self._seed = state
         self._init()
 
     def fill(self, arrays: Arrays, place: int, units: list[np.ndarray], number: int) -> None:
@@ -73,41 +128,60 @@ class RowMaker:
         """
         row = {name: array[place] for name, array in arrays.items()}
         rng = None if self._seed is None else np.random.default_rng((self._seed, number))
-        slots, before = 0, []  # slots in use, and before each unit
-        for sequences in units:
-            before.append(slots)
-            example = int(self._tokens.example[sequences[0]])
-            for frames in self._pictures(example) if self._tokens.images[example] else ():
-                row["frames"][slots] = len(frames)
-                row["images"][slots, : len(frames)] = frames if rng is None else self._augment(frames, rng)
-                slots += 1
-        self._tokens.write(np.concatenate(units), np.repeat(before, [len(unit) for unit in units]), row)
+        tile_tokens = self._spread.media.tile_tokens
+        slot = begin = segment = 0
+        for conversations in units:
+            example = int(self._store.example[conversations[0]])
+            media = self._tiles(example) if self._store.slots[example] else []
+            if rng is not None:
+                media = [self._augment(tiles, rng) for tiles in media]
+            try:
+                taken = put_media(row, media, slot=slot, in_sequence=tile_tokens > 0)
+            except ValueError as error:
+                raise DataError(f"{self._source[example].id}: {error}: data.image_size") from error
+            for index in conversations:
+                layout = self._spread(self._store.written(index), self._store.sizes_of(index))
+                segment += 1
+                targets, weights = targets_of(layout, self._spread.end_id)
+                end = begin + len(targets)
+                row["targets"][begin:end], row["weights"][begin:end] = targets, weights
+                first = int(self._store.first_medium[index])
+                before = sum(map(len, media[:first])) if tile_tokens else first
+                layout = layout.without_last()
+                put_sequence(row, layout, begin, slot=slot + before, segment=segment, tile_tokens=tile_tokens)
+                begin = end
+            slot += taken
 
-    def _augment(self, frames: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        if len(frames) == 1:
-            return [augment(frames[0], self._config.augment, rng)]
-        stacked = np.concatenate(frames, axis=-1)  # a video's frames are changed alike
-        return np.split(augment(stacked, self._config.augment, rng), len(frames), axis=-1)
+    def _augment(self, tiles: Tiles, rng: np.random.Generator) -> Tiles:
+        if len(tiles) == 1:
+            return [augment(tiles[0], self._config.augment, rng)]
+        stacked = np.concatenate(tiles, axis=-1)  # a video's frames are changed alike
+        return np.split(augment(stacked, self._config.augment, rng), len(tiles), axis=-1)
 
-    def _pictures(self, example: int) -> list[list[np.ndarray]]:
-        """The fitted frames of an example's slots."""
-        kept = self._cache.get(example)
+    def _tiles(self, number: int) -> list[Tiles]:
+        """The tiles of an example's media."""
+        kept = self._cache.get(number)
         if kept is not None:
             return kept
-        found = self._source[example]
-        made = [[self._picture(frame, found) for frame in slot] for slot in found.images]
-        size = sum(frame.nbytes for slot in made for frame in slot)
+        example = self._source[number]
+        made = [
+            self._pixels(example, medium, size)
+            for medium, size in zip(example.media, self._store.media_of(number), strict=True)
+        ]
+        size = sum(tile.nbytes for tiles in made for tile in tiles)
         with self._lock:
             # An epoch asks for every example once: what is kept first serves as well as what is kept last.
             if size <= self._room:
                 self._room -= size
-                self._cache[example] = made
+                self._cache[number] = made
         return made
 
-    def _picture(self, frame: Frame, example: Example) -> np.ndarray:
-        if self._config.blank_images:
-            return self._grey
+    def _pixels(self, example: Example, medium: Medium, size: Size) -> Tiles:
         try:
-            return fit_image(read_image(frame), self._config.image_size, self._config.image_fit)
-        except ImageError as error:
+            if picture_size(medium[0]) != size:
+                raise DataError(
+                    f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised; start again"
+                )
+            return self._spread.media.pixels(medium)
+        except (ImageError, RequestError) as error:
             raise DataError(f"{example.id}: {error}") from error

@@ -6,6 +6,8 @@ A line of the input, pictures relative to the file; `shots` are solved examples 
     {"id": "8", "prompt": "<image> or <image>?", "images": ["a.png", "b.png"],
      "shots": [{"image": "c.png", "question": "what color is it?", "answer": "red"}]}
 
+    {"id": "9", "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "hm?"}]}]}
+
 A line of the output, in the order the answers come::
 
     {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue"}
@@ -20,8 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.data.example import DataError
-from vlm_jax.generation.request import Request, RequestError, Settings, Shot
+from vlm_jax.config.generation import Settings
+from vlm_jax.errors import RequestError
+from vlm_jax.generation.generator import Prompt
+from vlm_jax.generation.request import Request, chat_request
+from vlm_jax.processing.conversation import Shot, from_prompt
+from vlm_jax.processing.pictures import ImageError
 
 WINDOW = 16  # batches whose questions are sorted by length together
 
@@ -31,8 +37,7 @@ class Question:
     line: int  # of the input, counted from 1
     id: Any
     prompt: str
-    images: tuple[str, ...]
-    shots: tuple[Shot, ...]
+    request: Request  # its seed is the number of the line
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -59,6 +64,14 @@ def _question(path: Path, number: int, line: str) -> Question:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    if isinstance(entry, dict) and "messages" in entry:
+        _check(where, entry, {"id", "messages"}, {"messages"})
+        try:
+            request = chat_request(entry["messages"], path.parent, seed=number)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        _check_files(where, request)
+        return Question(number, entry.get("id", number), request.turns[-1].text, request)
     _check(where, entry, {"id", "prompt", "image", "images", "shots"}, {"prompt"})
     shots = []
     for place, shot in enumerate(_take(where, entry, "shots", list, []), 1):
@@ -67,7 +80,12 @@ def _question(path: Path, number: int, line: str) -> Question:
         texts = (_take(name, shot, key, str, "") for key in ("question", "answer"))
         shots.append(Shot(_images(name, path, shot), *texts))
     prompt = _take(where, entry, "prompt", str, "")
-    return Question(number, entry.get("id", number), prompt, _images(where, path, entry), tuple(shots))
+    try:
+        request = Request(*from_prompt(prompt, _images(where, path, entry), shots), seed=number)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+    _check_files(where, request)
+    return Question(number, entry.get("id", number), prompt, request)
 
 
 def _check(where: str, entry: Any, known: set[str], needed: set[str]) -> None:
@@ -94,11 +112,14 @@ def _images(where: str, path: Path, entry: dict[str, Any]) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise RequestError(f"{where}: {json.dumps(name)[:60]} among 'images'; expected paths")
-        file = path.parent / name
-        if not file.is_file():
-            raise RequestError(f"{where}: picture {file}: there is no such file")
-        files.append(str(file))
+        files.append(str(path.parent / name))
     return tuple(files)
+
+
+def _check_files(where: str, request: Request) -> None:
+    for picture in (picture for medium in request.media for picture in medium):
+        if not Path(picture).is_file():
+            raise RequestError(f"{where}: picture {picture}: there is no such file")
 
 
 def answered(output: Path, questions: list[Question]) -> set[int]:
@@ -141,12 +162,11 @@ def answer_file(
       tell: gets a line of progress now and then.
 
     Raises:
-      RequestError: a question that does not fit the model, before anything is answered; or a wrong output.
-      ImageError: a picture that cannot be read; what was answered before it is kept.
+      RequestError: a question that does not fit the model, or a wrong output; ImageError: a picture that cannot be read. What
+        was answered before is kept.
     """
     done = answered(output, questions)
     left = [question for question in questions if question.line not in done]
-    requests = [_request(vlm, source, question, settings) for question in left]
     if done:
         tell(f"{len(done)} of {len(questions)} were answered already")
     began, count, window = time.perf_counter(), 0, WINDOW * vlm.generator.rows
@@ -156,7 +176,8 @@ def answer_file(
         raise RequestError(f"--output={output}: {error.strerror}") from error
     with file:
         for start in range(0, len(left), window):
-            for batch in vlm.generator.batches(requests[start : start + window], settings):
+            prompts = [_prompt(vlm, source, question, settings) for question in left[start : start + window]]
+            for batch in vlm.generator.batches(prompts, settings):
                 for index, answer in batch.items():
                     question = left[start + index]
                     entry = {"line": question.line, "id": question.id, "prompt": question.prompt, "answer": answer.text}
@@ -168,13 +189,11 @@ def answer_file(
     return count
 
 
-def _request(vlm: Any, source: Path, question: Question, settings: Settings) -> Request:
+def _prompt(vlm: Any, source: Path, question: Question, settings: Settings) -> Prompt:
     try:
-        request = vlm.request(question.prompt, question.images, question.shots, seed=question.line)
-        vlm.generator.prompt(request, 0, settings)
-    except (RequestError, DataError) as error:
+        return vlm.generator.prompt(question.request, question.line, settings)
+    except (RequestError, ImageError) as error:
         raise RequestError(f"{source}:{question.line}: {error}") from None
-    return request
 
 
 def _clock(seconds: float) -> str:

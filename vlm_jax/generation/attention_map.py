@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.generation.decode import Prompts
-from vlm_jax.generation.processor import Layout
-from vlm_jax.generation.request import Request, RequestError, Settings
+from vlm_jax.config.generation import Settings
+from vlm_jax.data.batch import Batch
+from vlm_jax.errors import RequestError
+from vlm_jax.generation.request import Request
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.layout import Layout
 
 if TYPE_CHECKING:
     from vlm_jax.generation.generator import Answer, Generator
@@ -60,7 +62,7 @@ def rollout(weights: Array) -> Array:
     return known
 
 
-def look(model: VisionLanguageModel, params: Any, prompts: Prompts) -> Array:
+def look(model: VisionLanguageModel, params: Any, prompts: Batch) -> Array:
     """Where every token looks: [B, T, M, F * P], the sum over the last two 1, or 0 for a token that sees no image."""
     apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
     visual, resampler = apply("encode_images", prompts.images, prompts.frames, True, prompts.sizes)
@@ -68,8 +70,8 @@ def look(model: VisionLanguageModel, params: Any, prompts: Prompts) -> Array:
     slots, latents = visual.shape[1:3]
     media = prompts.media_first, prompts.media_last
     x = apply("embed", prompts.tokens, prompts.positions)
-    inputs = (x, prompts.positions, prompts.segments, *media, None, keys_values, slots, True)
-    gated = apply("step", *inputs)[2]
+    inputs = (x, prompts.positions, prompts.segments, *media, None, keys_values, slots)
+    gated = model.apply({"params": params}, *inputs, want_weights=True, method="step")[2]
     layers = params["fusion"]["layers"]
     gates = jnp.stack([p["attention_gate"] for p in layers]) if isinstance(layers, tuple) else layers["attention_gate"]
     gates = jnp.abs(jnp.tanh(gates.astype(jnp.float32)))
@@ -91,9 +93,9 @@ def check_visible(generator: Generator, request: Request) -> None:
     Raises:
       RequestError: there is not.
     """
-    if not request.images:
+    if not request.media:
         raise RequestError("an attention map needs a picture, and the request has none")
-    if not generator.model.crosses:
+    if not generator.model.uses_cross_attention:
         raise RequestError("attention maps are drawn of gated cross-attention, and this model has none")
     if generator.processor.blind:
         raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
@@ -112,12 +114,13 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
     ids = [token for token in answer.tokens if token not in generator.processor.ends]
     layout = prompt.layout
     extend = lambda media: np.append(media, np.repeat(media[-1:], len(ids)))
+    nothing = np.zeros(len(ids), np.int32)
     whole = Layout(
         tokens=np.append(layout.tokens, ids).astype(np.int32),
+        flags=np.append(layout.flags, nothing).astype(np.uint8),
+        visual=np.append(layout.visual, nothing),
         media_last=extend(layout.media_last),
         media_first=extend(layout.media_first),
-        slots=np.append(layout.slots, np.zeros_like(ids)),
-        offsets=np.append(layout.offsets, np.zeros_like(ids)),
     )
     batch = generator.place([dataclasses.replace(prompt, layout=whole)])
     with generator.mesh_context():

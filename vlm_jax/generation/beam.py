@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.generation.decode import END_TOKEN, LIMIT, Generated, Prompts, Rules, start
+from vlm_jax.data.batch import Batch
+from vlm_jax.generation.decode import END_TOKEN, LIMIT, Generated, Rules, start
 from vlm_jax.generation.sampling import penalise
 from vlm_jax.layers.decoder import Cache
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -61,7 +62,7 @@ class _Progress:
 
 
 def generate(
-    model: VisionLanguageModel, new: int, beams: int, params: Any, prompts: Prompts, search: Search, rules: Rules
+    model: VisionLanguageModel, new: int, beams: int, params: Any, prompts: Batch, search: Search, rules: Rules
 ) -> Generated:
     """The best answer of up to `new` tokens for every prompt.
 

@@ -1,5 +1,8 @@
 """The whole of generation as one program: images -> prompt -> a loop of one-token steps with a cache.
 
+The prompts are a `Batch` padded on the left, without targets; a row that is only padding has segments 0 and a limit of 0. Without
+pictures in any row `images` is None.
+
 Shapes come in buckets (`buckets.py`), prompts are padded on the left, and everything else is an array: a second request of
 similar size compiles nothing. Rows that are done wait for the others; the loop ends with the last of them.
 
@@ -16,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.data.batch import Batch
 from vlm_jax.generation.sampling import Sampling, penalise, sample
 from vlm_jax.generation.streaming import deliver
 from vlm_jax.layers.decoder import CACHE_AXES, Cache, empty_cache
@@ -26,22 +30,6 @@ Array = jax.Array
 
 RUNNING, END_TOKEN, STOP_SEQUENCE, LIMIT, CANCELLED = range(5)
 ANY, NEVER = -1, -2  # in `Rules.stops`
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What is gone on with. A row that is only padding has segments 0 and a limit of 0."""
-
-    images: Any  # [B, M, F, H, W, 3] uint8; None: no row has an image, or the model does not see
-    frames: Any  # [B, M] int32; None likewise
-    tokens: Array  # [B, T] int32, padded on the left
-    positions: Array  # [B, T] int32
-    segments: Array  # [B, T] int32, 1; 0 is padding
-    media_first: Array  # [B, T] int32
-    media_last: Array  # [B, T] int32
-    visual: Any = None  # [B, T] int32, the visual token that stands here; None: none
-    sizes: Any = None  # [B, M, F, 2] int32, height and width of frames that differ in size; None: they do not
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +74,7 @@ class Started:
     step: Callable[[Array, Array, Cache], tuple[Array, Cache]]  # newest tokens [B], how many are new, cache -> logits, cache
 
 
-def start(model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, beams: int = 1) -> Started:
+def start(model: VisionLanguageModel, new: int, params: Any, prompts: Batch, beams: int = 1) -> Started:
     """Reads the prompts, with room for `new` tokens; from there on, each row `beams` times, one after the other.
 
     New tokens see the images that the prompt's last token sees.
@@ -97,7 +85,8 @@ def start(model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, b
     cache = empty_cache(model.config.language, rows, length + new, model.dtype)
     media = prompts.media_first, prompts.media_last
     x = apply("embed", prompts.tokens, prompts.positions, prompts.visual, visual)
-    hidden, cache, _ = apply("step", x, prompts.positions, prompts.segments, *media, cache, images, slots, False, True)
+    inputs = (x, prompts.positions, prompts.segments, *media, cache, images, slots)
+    hidden, cache, _ = model.apply({"params": params}, *inputs, prefix_end=prompts.prefix_end, method="step")
     logits = apply("logits", hidden[:, -1:])[:, -1]
     vocabulary = logits.shape[-1]
     # Padding is written behind the vocabulary, where it is dropped.
@@ -121,7 +110,7 @@ def start(model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, b
 
 
 def generate(
-    model: VisionLanguageModel, new: int, params: Any, prompts: Prompts, sampling: Sampling, rules: Rules, stream: Any = None
+    model: VisionLanguageModel, new: int, params: Any, prompts: Batch, sampling: Sampling, rules: Rules, stream: Any = None
 ) -> Generated:
     """Up to `new` tokens for every prompt.
 
@@ -152,10 +141,10 @@ def generate(
     return jax.lax.while_loop(running, step, progress).out
 
 
-def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[Any, Any, int]:
+def _images(model: VisionLanguageModel, params: Any, prompts: Batch) -> tuple[Any, Any, int]:
     """The visual tokens, the gated layers' keys and values of them, and the number of slots they lie in."""
     config = model.config
-    if not model.sees or (prompts.images is None and not model.crosses):
+    if not model.has_vision or (prompts.images is None and not model.uses_cross_attention):
         return None, None, 0
     if prompts.images is None:
         # One token that nothing sees: the gated layers' feed-forward still applies to every token.
@@ -163,7 +152,7 @@ def _images(model: VisionLanguageModel, params: Any, prompts: Prompts) -> tuple[
     else:
         images = (prompts.images, prompts.frames, False, prompts.sizes)
         visual, _ = model.apply({"params": params}, *images, method="encode_images")
-    if not model.crosses:
+    if not model.uses_cross_attention:
         return visual, None, visual.shape[1]
     keys_values = model.apply({"params": params}, visual, method="keys_values")
     names = ("layers", "batch", "length", "heads", "head")

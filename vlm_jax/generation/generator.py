@@ -18,15 +18,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.config.generation import Settings
+from vlm_jax.data.batch import Batch
+from vlm_jax.data.rows import put_media, put_sequence
+from vlm_jax.errors import RequestError
 from vlm_jax.generation import beam, decode
 from vlm_jax.generation.buckets import LENGTH, NEW, SIDE_PATCHES, STOP_WIDTH, STOPS, bucket, row_bucket
-from vlm_jax.generation.processor import Layout, Processor
-from vlm_jax.generation.request import Request, RequestError, Settings
+from vlm_jax.generation.request import Request
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.streaming import Stream
 from vlm_jax.generation.text import TextStream, cut, stop_sequences
 from vlm_jax.generation.unstack import unstack, worth_unstacking
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.layout import Layout
+from vlm_jax.processing.processor import Processor
 from vlm_jax.sharding import batch_sharding
 
 DEFAULTS = Settings()
@@ -82,14 +87,14 @@ class Generator:
           RequestError: a request that does not fit the model; ImageError: a picture that cannot be read.
         """
         answers: dict[int, Answer] = {}
-        for done in self.batches(requests, settings):
+        prompts = [self.prompt(request, index, settings) for index, request in enumerate(requests)]
+        for done in self.batches(prompts, settings):
             answers |= done
         return [answers[index] for index in range(len(requests))]
 
-    def batches(self, requests: list[Request], settings: Settings = DEFAULTS) -> Iterator[dict[int, Answer]]:
-        """The same, batch by batch: {number of the request: answer}. Requests of similar length go together."""
-        prompts = [self.prompt(request, index, settings) for index, request in enumerate(requests)]
-        size = lambda i: (bucket(len(prompts[i].request.images)), prompts[i].length)
+    def batches(self, prompts: list[Prompt], settings: Settings = DEFAULTS) -> Iterator[dict[int, Answer]]:
+        """The same, batch by batch: {number of the prompt: answer}. Prompts of similar length go together."""
+        size = lambda i: (bucket(len(prompts[i].request.media)), prompts[i].length)
         order = sorted(range(len(prompts)), key=size)
         for start in range(0, len(order), self.rows):
             chosen = order[start : start + self.rows]
@@ -143,9 +148,9 @@ class Generator:
         Raises:
           RequestError: it is too long, or has pictures for a model that does not see.
         """
-        if request.images and not self.model.sees:
+        if request.media and not self.model.has_vision:
             raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
-        layout = self.processor.lay_out(request)
+        layout = self.processor.lay_out(request.turns, request.sizes, open=True)
         most = self.model.config.language.max_positions
         if len(layout.tokens) >= most:
             raise RequestError(
@@ -156,42 +161,32 @@ class Generator:
         row_seed = np.random.SeedSequence([settings.seed, seed]).generate_state(1)[0]
         return Prompt(request, layout, int(row_seed))
 
-    def place(self, prompts: list[Prompt]) -> decode.Prompts:
-        """Prompts -> one batch on the mesh, its shapes rounded up to buckets."""
+    def place(self, prompts: list[Prompt]) -> Batch:
+        """Prompts -> one batch on the mesh, padded on the left, its shapes rounded up to buckets."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows, length = row_bucket(len(prompts), ways), bucket(max(p.length for p in prompts), LENGTH)
-        names = ("tokens", "positions", "segments", "first", "last", "slots", "offsets")
+        names = ("tokens", "positions", "segments", "media_last", "media_first", "prefix_end")
         arrays = {name: np.zeros((rows, length), np.int32) for name in names}
         arrays["tokens"][:] = self.processor.pad_id
-        for row, prompt in enumerate(prompts):
-            layout, begin = prompt.layout, length - prompt.length
-            arrays["tokens"][row, begin:] = layout.tokens
-            arrays["positions"][row, begin:] = np.arange(prompt.length)
-            arrays["segments"][row, begin:] = 1
-            arrays["first"][row, begin:] = layout.media_first
-            arrays["last"][row, begin:] = layout.media_last
-            arrays["slots"][row, begin:] = layout.slots
-            arrays["offsets"][row, begin:] = layout.offsets
-        offsets, of_slot = arrays.pop("offsets"), arrays.pop("slots")
-        images = frames = visual = sizes = None
-        slots = bucket(max(len(p.request.images) for p in prompts))
+        media = self.processor.media
+        pictures = [[media.pixels(medium) for medium in prompt.request.ordered] for prompt in prompts]
+        in_sequence = media.tile_tokens > 0
+        # A tile that visual tokens of the sequence are made of takes a slot; a medium that is read by cross-attention takes one.
+        slots = bucket(max(sum(map(len, row)) if in_sequence else len(row) for row in pictures))
         if slots:
-            films = [[self.processor.pixels(film) for film in p.request.images] for p in prompts]
-            most = bucket(max(len(film) for row in films for film in row))
-            shape = self._picture_size([frame.shape[:2] for row in films for film in row for frame in film])
-            images = np.zeros((rows, slots, most, *shape, 3), np.uint8)
-            frames, sizes = np.zeros((rows, slots), np.int32), np.zeros((rows, slots, most, 2), np.int32)
-            for row, of_row in enumerate(films):
-                for slot, film in enumerate(of_row):
-                    frames[row, slot] = len(film)
-                    for place, frame in enumerate(film):
-                        sizes[row, slot, place] = height, width = frame.shape[:2]
-                        images[row, slot, place, :height, :width] = frame
-            sizes = sizes if self.model.config.vision.positions == "bucketed" else None
-            if of_slot.any():
-                visual = self._visual(of_slot, offsets, slots, most)
-        batch = decode.Prompts(images, frames, *arrays.values(), visual, sizes)
-        return jax.device_put(batch, batch_sharding(self.mesh))
+            frames = 1 if in_sequence else bucket(max(len(tiles) for row in pictures for tiles in row))
+            shape = self._picture_size([tile.shape[:2] for row in pictures for tiles in row for tile in tiles])
+            arrays["images"] = np.zeros((rows, slots, frames, *shape, 3), np.uint8)
+            arrays["frames"] = np.zeros((rows, slots), np.int32)
+            if self.model.config.vision.positions == "bucketed":
+                arrays["sizes"] = np.zeros((rows, slots, frames, 2), np.int32)
+            if in_sequence:
+                arrays["visual"] = np.zeros((rows, length), np.int32)
+        for row, (prompt, of_prompt) in enumerate(zip(prompts, pictures, strict=True)):
+            fields = {name: array[row] for name, array in arrays.items()}
+            put_media(fields, of_prompt, slot=0, in_sequence=in_sequence)
+            put_sequence(fields, prompt.layout, length - prompt.length, slot=0, segment=1, tile_tokens=media.tile_tokens)
+        return jax.device_put(Batch(**{"images": None, "frames": None} | arrays), batch_sharding(self.mesh))
 
     def _picture_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Height and width that all frames lie in.
@@ -203,7 +198,7 @@ class Generator:
         if vision.positions == "bucketed":
             step = SIDE_PATCHES * vision.patch_size
             return tuple(-(-max(size[axis] for size in sizes) // step) * step for axis in (0, 1))
-        expected = sizes[0] if self.model.crosses else (vision.image_size, vision.image_size)
+        expected = sizes[0] if self.model.uses_cross_attention else (vision.image_size, vision.image_size)
         wrong = {f"{height}x{width}" for height, width in sizes if (height, width) != expected}
         if wrong:
             raise RequestError(
@@ -211,12 +206,6 @@ class Generator:
                 f"encoder takes {expected[0]}x{expected[1]}: make squares of them first"
             )
         return expected
-
-    def _visual(self, of_slot: np.ndarray, offsets: np.ndarray, slots: int, most: int) -> np.ndarray:
-        """`Prompts.visual` [B, T] of `Layout.slots` and `Layout.offsets`, in a batch of `slots` slots of `most` frames."""
-        size = self.model.config.visual_tokens(most)
-        place = np.where(offsets < 0, slots * size, (of_slot - 1) * size + offsets) + 1
-        return np.where(of_slot > 0, place, 0).astype(np.int32)
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""

@@ -1,191 +1,103 @@
-"""What a user asks: texts and pictures in any order, or a question with its pictures and solved examples of it."""
+"""What a user asks: a conversation with its media, and the seed of its answer."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL.Image import Image
-
-from vlm_jax.config import DataConfig
-from vlm_jax.data.example import ImageAt, Sequence, Text
-from vlm_jax.data.images import ImageError, blank_image, fit_image, read_image
-from vlm_jax.data.jsonl_record import split_markers
-
-MARKER = "<image>"
-
-Picture = str | Path | bytes | np.ndarray | Image  # a file, its bytes, or pixels [H, W, 3] uint8
-
-
-class RequestError(ValueError):
-    """A request the model cannot answer; the message says what to change."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shot:
-    """A solved example that is shown before the question (few-shot, "in-context" learning)."""
-
-    images: Many[Picture]
-    question: str
-    answer: str
+from vlm_jax.errors import RequestError
+from vlm_jax.processing.conversation import (
+    Conversation,
+    Media,
+    Medium,
+    Text,
+    Turn,
+    as_media,
+    from_messages,
+    media_of,
+    written_out,
+)
+from vlm_jax.processing.pictures import Picture, Size, picture_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt: `parts` name the slots of `images`, each of one picture or of the frames of a film."""
+    """A conversation that is to be gone on with."""
 
-    parts: Sequence
-    images: tuple[tuple[Picture, ...], ...] = ()
+    turns: Conversation
+    media: Media = ()
     seed: int | None = None  # of its samples, together with `Settings.seed`; None: its number among the requests
 
+    @property
+    def ordered(self) -> Media:
+        """The media in the order of their places."""
+        return tuple(self.media[index] for index in media_of(self.turns))
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How answers are generated.
+    @property
+    def sizes(self) -> list[Size]:
+        """Of these, from the headers of their files.
 
-    `stop` ends an answer where its text first contains one of the strings, which may begin and end within tokens; the text
-    is cut before it.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach p
-    repetition_penalty: float = 1.0  # above 1: tokens that were there already, also in the prompt, are less likely
-    beams: int = 1  # above 1: beam search, which is deterministic and knows no stop strings
-    length_penalty: float = 1.0  # of beams: an answer counts with its log-probability / its length to this power
-    early_stopping: bool = False  # of beams: end as soon as that many answers are finished
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        def check(name: str, good: bool, expected: str) -> None:
-            if not good:
-                raise RequestError(f"{name}={getattr(self, name)!r}: expected {expected}")
-
-        check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
-        check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more")
-        check("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more")
-        check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
-        check("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0")
-        check("beams", self.beams >= 1, "1 or more")
-        check("length_penalty", abs(self.length_penalty) < float("inf"), "a number")
-        if self.beams > 1 and (self.temperature or self.stop):
-            raise RequestError(
-                f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0 and leave stop "
-                "out, or set beams=1"
-            )
-        check("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty")
-        check("seed", 0 <= self.seed < 2**63, "0 or more")
+        Raises:
+          ImageError: one cannot be read.
+        """
+        return [picture_size(medium[0]) for medium in self.ordered]
 
 
 def interleaved(parts: Many[str | Picture | tuple[Picture, ...]], seed: int | None = None) -> Request:
-    """Texts and pictures as they come: `[picture, "a cat", picture, "a"]` with pictures that are not plain strings.
+    """Texts and pictures as they come, read as they are: `[picture, "a cat", picture, "a"]`.
 
     Args:
       parts: a str is text; a Path, bytes, an array or a PIL image is a picture, a tuple of them a film.
     """
-    laid, images = [], []
+    content: list[Text | Medium] = []
+    media = []
     for part in parts:
         if isinstance(part, str):
-            laid.append(Text(part, learn=False))
+            content.append(Text(part))
         else:
-            laid.append(ImageAt(len(images)))
-            images.append(part if isinstance(part, tuple) else (part,))
-    return Request(tuple(laid), tuple(images), seed)
+            content.append(Medium(len(media)))
+            media.append(part)
+    return Request((Turn("text", tuple(content)),), as_media(media), seed)
 
 
-def ask(
-    config: DataConfig, question: str, images: Many[Picture] = (), shots: Many[Shot] = (), seed: int | None = None
-) -> Request:
-    """A question as the model was trained to read it: `config.prompt` around it, its pictures in front.
-
-    The literal `<image>` in the question places a picture instead, as in a conversation of `data/jsonl.py`. Every shot is
-    laid out the same way, with its answer in `config.answer`, and closed with `<EOC>`.
+def verbatim(text: str, image_token: str, images: Many[Picture] = (), *, seed: int | None = None) -> Request:
+    """A text that is read as it is, the checkpoint's own picture token in the place of every picture.
 
     Raises:
-      RequestError: another number of pictures than of markers.
+      RequestError: another number of pictures than of tokens.
     """
-    parts: list[Any] = []
-    slots: list[tuple[Picture, ...]] = []
-
-    before, after = config.prompt.split("{question}")
-
-    def place(image: Any) -> None:
-        parts.append(ImageAt(len(slots)))
-        slots.append(tuple(image) if isinstance(image, tuple | list) else (image,))
-
-    def turn(name: str, question: str, images: Many[Picture]) -> None:
-        leading, texts = split_markers(marked(name, question, len(images)))
-        texts[0] = before + texts[0]
-        texts[-1] += after
-        for image in images[:leading]:
-            place(image)
-        for number, text in enumerate(texts):
-            if number:
-                place(images[leading + number - 1])
-            if text:
-                parts.append(Text(text, learn=False))
-
-    for number, shot in enumerate(shots, 1):
-        turn(f"example {number}", shot.question, shot.images)
-        parts.append(Text(config.answer.replace("{answer}", shot.answer), learn=True))
-    turn("the prompt", question, images)
-    return Request(tuple(parts), tuple(slots), seed)
+    return Request(written_out(text, image_token, len(images)), as_media(images), seed)
 
 
-def marked(name: str, question: str, images: int) -> str:
-    """The question with a `<image>` for each of its pictures: in front if it has none.
+def chat_request(messages: Any, root: Path | None = None, *, seed: int | None = None) -> Request:
+    """A chat, as `conversation.from_messages` describes it, that the assistant is to go on with.
 
     Args:
-      name: what messages call it.
+      root: where relative paths of pictures begin; None: at the working directory.
 
     Raises:
-      RequestError: another number of pictures than of markers.
+      RequestError: a wrong message, or nothing to answer.
     """
-    markers = question.count(MARKER)
-    if markers and markers != images:
-        raise RequestError(
-            f"{name} has {_count(markers, MARKER + ' marker')} and {_count(images, 'image')}: "
-            "give an image for every marker, or leave the markers out and all images come first"
-        )
-    return question if markers else MARKER * images + question
+    turns, media = from_messages(messages, root)
+    if turns[-1].role == "assistant":
+        raise RequestError("the last message is the assistant's, so there is nothing to answer: end with the user's")
+    return Request(turns, media, seed)
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def pixels(picture: Picture, config: DataConfig) -> np.ndarray:
-    """A picture as the model sees it: [S, S, 3] uint8.
+def chat_file(path: Path) -> Request:
+    """A JSON file that holds a chat; paths of its pictures are relative to it.
 
     Raises:
-      ImageError: it cannot be read or fitted.
+      RequestError: what is wrong with it.
     """
-    if config.blank_images:
-        return blank_image(config.image_size)
     try:
-        return fit_image(array_of(picture), config.image_size, config.image_fit)
-    except ImageError as error:
-        raise ImageError(f"picture {_name(picture)}: {error}") from None
-
-
-def array_of(picture: Picture, on_white: bool = True) -> np.ndarray:
-    """A picture's own pixels: [H, W, 3] uint8. For `on_white` see `read_image`.
-
-    Raises:
-      ImageError: it cannot be read.
-    """
-    if isinstance(picture, str | Path | bytes):
-        return read_image(picture, on_white)
-    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image) else picture)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ImageError(f"picture {_name(picture)}: expected [H, W, 3] uint8, found {list(array.shape)} {array.dtype}")
-    return array
-
-
-def _name(picture: Picture) -> str:
-    return "<bytes>" if isinstance(picture, bytes) else str(picture) if isinstance(picture, str | Path) else "<pixels>"
+        return chat_request(json.loads(path.read_text(encoding="utf-8")), path.parent)
+    except OSError as error:
+        raise RequestError(f"--messages={path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}:{error.lineno}: is not JSON: {error.msg} at column {error.colno}") from None
+    except (UnicodeDecodeError, RequestError) as error:
+        raise RequestError(f"{path}: {error}") from None

@@ -8,12 +8,33 @@ Axis letters: P visual tokens of the picture, S the side of a tile in pixels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-NEWLINE = -1
-Size = tuple[int, int]  # height, width
+from vlm_jax.processing.layout import NEWLINE, Runs
+from vlm_jax.processing.media import PublishedMedia
+from vlm_jax.processing.pictures import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyresMedia(PublishedMedia):
+    """
+    Attributes:
+      pinpoints: (height, width) that pictures may be resized to, multiples of `side`.
+      patch: pixels of a patch's side.
+    """
+
+    pinpoints: tuple[Size, ...] = ()
+    patch: int = 14
+
+    def runs(self, size: Size) -> Runs:
+        return (anyres_places(size, self.pinpoints, self.side, self.patch),)
+
+    def tiles(self, size: Size) -> int:
+        height, width = best_resolution(size, self.pinpoints)
+        return 1 + (height // self.side) * (width // self.side)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.generation.request import Picture, RequestError, array_of
-from vlm_jax.interop.processor import picture_bytes
+from vlm_jax.errors import RequestError
+from vlm_jax.processing.media import picture_bytes
+from vlm_jax.processing.pictures import Picture, open_picture
 
 
 class EncoderProcessor:
@@ -39,7 +40,7 @@ class EncoderProcessor:
         """
         check_list("images", images)
         processor = getattr(self.wrapped, "image_processor", self.wrapped)
-        made = [picture_bytes(processor, array_of(image, on_white=False))[0] for image in images]
+        made = [picture_bytes(processor, open_picture(image))[0] for image in images]
         shapes = {one.shape for one in made}
         if len(shapes) > 1:
             sizes = ", ".join(f"{height}x{width}" for height, width, _ in sorted(shapes))

@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
 from vlm_jax.interop import clip, dinov2, eva_clip, idefics, idefics2, llava, open_clip, paligemma, siglip
-from vlm_jax.interop.anyres import anyres_places
+from vlm_jax.interop.anyres import AnyresMedia
 from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.idefics_processor import IdeficsProcessor
 from vlm_jax.interop.parts import LANGUAGE, LanguageModel
-from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped
 from vlm_jax.interop.table import Table
+from vlm_jax.processing.media import PublishedMedia
+from vlm_jax.processing.published import PublishedProcessor
 
 Config = ModelConfig | DualEncoderConfig | ImageTowerConfig
 
@@ -37,15 +36,16 @@ def _alone(part: LanguageModel) -> Family:
     )
 
 
-def _every_patch(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> PublishedProcessor:
-    places = np.arange(config.vision.frame_features)
-    return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, lambda size: places))
+def _every_patch(config: ModelConfig, hf: Any, wrapped: Any, *rest: Any) -> PublishedProcessor:
+    media = PublishedMedia(wrapped.image_processor, config.vision.image_size, config.vision.frame_features)
+    return PublishedProcessor(wrapped, *rest, media=media, image_token=wrapped.image_token)
 
 
-def _anyres(config: ModelConfig, hf: Any, wrapped: Wrapped, *rest: Any) -> PublishedProcessor:
-    vision, pinpoints = config.vision, [tuple(point) for point in hf.image_grid_pinpoints]
-    places = lambda size: anyres_places(size, pinpoints, vision.image_size, vision.patch_size)
-    return PublishedProcessor(wrapped, *rest, Pictures(wrapped.image_token, places))
+def _anyres(config: ModelConfig, hf: Any, wrapped: Any, *rest: Any) -> PublishedProcessor:
+    vision, pinpoints = config.vision, tuple((height, width) for height, width in hf.image_grid_pinpoints)
+    sizes = (vision.image_size, vision.frame_features)
+    media = AnyresMedia(wrapped.image_processor, *sizes, pinpoints=pinpoints, patch=vision.patch_size)
+    return PublishedProcessor(wrapped, *rest, media=media, image_token=wrapped.image_token)
 
 
 def _dual(module: Any, *other_tables: Callable[[Config], Table]) -> Family:
@@ -72,12 +72,14 @@ _DINOV2 = _first_token(dinov2, dinov2.table, dinov2.state_dict_table)
 _EVA_CLIP = _first_token(eva_clip, eva_clip.table)
 
 FAMILIES = {name: _alone(part) for name, part in LANGUAGE.items()} | {
-    "idefics": Family(idefics.config_from_hf, idefics.table, lambda config, hf, *rest: IdeficsProcessor(*rest)),
+    "idefics": Family(
+        idefics.config_from_hf, idefics.table, lambda config, hf, *rest: IdeficsProcessor(*rest, config.vision.image_size)
+    ),
     "llava": Family(llava.config_from_hf, llava.table, _every_patch),
     "paligemma": Family(
         paligemma.config_from_hf,
         paligemma.table,
-        lambda config, hf, *rest: paligemma.PaliGemmaProcessor(*rest, config.vision.frame_features),
+        lambda config, hf, *rest: paligemma.PaliGemmaProcessor(*rest, config.vision.image_size, config.vision.frame_features),
     ),
     "idefics2": Family(
         idefics2.config_from_hf,

@@ -151,3 +151,15 @@ def open_weights(folder: Path, pickles: bool = False) -> Source:
         f"{folder} holds no weights: expected {single.name}, or {index.name} and the files it names. PyTorch's .bin files of a "
         "hub repository are fetched and read with pickles=True (--pickles)"
     )
+
+
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """
+    Raises:
+      PublishedError: it was read from a folder that has none; transformers makes an empty one then, which reads nothing.
+    """
+    if not hasattr(tokenizer, "vocab_files_names"):
+        return  # a picture processor alone
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in files):
+        raise PublishedError(f"{folder} holds no tokenizer: expected one of {', '.join(sorted(files))}; fetch it again")

@@ -9,12 +9,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from vlm_jax.config import ModelConfig
-from vlm_jax.generation.request import Settings
+from vlm_jax.config.generation import Settings
 from vlm_jax.interop.engine import boxed_params, load_params
 from vlm_jax.interop.gguf import read_gguf
-from vlm_jax.interop.processor import PublishedProcessor
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.published import PublishedProcessor
 
 
 class GgufCheckpoint:
@@ -41,4 +41,5 @@ class GgufCheckpoint:
         raise PublishedError(f"{self.path} is a GGUF file: it cannot be exported. Start from the folder it was made of")
 
     def keep_files(self, folder: Path) -> None:
-        """Keeps nothing: see `export`."""
+        """Keeps the tokenizer."""
+        self.file.tokenizer.save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm_jax.data.tokenizer import TokenizerError
+from vlm_jax.processing.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast

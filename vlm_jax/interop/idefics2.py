@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.config import InSequenceConfig, ModelConfig, NormConfig, PerceiverConfig, ProjectionConfig
-from vlm_jax.generation.request import Picture, Settings
+from vlm_jax.config.generation import Settings
 from vlm_jax.interop import vit
 from vlm_jax.interop.hf_config import activation
 from vlm_jax.interop.parts import language_model
-from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped, raw_pictures
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, query_key_value
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table, row
+from vlm_jax.processing.layout import Runs
+from vlm_jax.processing.media import Medium, PublishedMedia, picture_bytes
+from vlm_jax.processing.pictures import Size
+from vlm_jax.processing.published import PublishedProcessor
 
 PROJECTION = "model.connector.modality_projection."
 RESAMPLER = "model.connector.perceiver_resampler."
@@ -87,10 +91,28 @@ def _connector() -> Table:
     )
 
 
-class Idefics2Processor(PublishedProcessor):
-    """Pictures keep their shape; each crop of one is some `<image>` tokens between two `<fake_token_around_image>`."""
+@dataclasses.dataclass(frozen=True)
+class Idefics2Media(PublishedMedia):
+    """Pictures keep their shape; where they are split, a picture is its quarters and the whole of it."""
 
-    def __init__(self, wrapped: Wrapped, ends: set[int], defaults: Settings, count: int) -> None:
+    crops: int = 1
+
+    def runs(self, size: Size) -> Runs:
+        return tuple(np.split(np.arange(self.crops * self.tile_tokens), self.crops))
+
+    def tiles(self, size: Size) -> int:
+        return self.crops
+
+    def pixels(self, medium: Medium) -> list[np.ndarray]:
+        # transformers' processor makes RGB of a picture before its picture processor has it: transparency is dropped.
+        picture = self.opened(medium)
+        return picture_bytes(self.wrapped, picture.convert("RGB"), do_pad=False)
+
+
+class Idefics2Processor(PublishedProcessor):
+    """Each crop of a picture is some `<image>` tokens between two `<fake_token_around_image>`."""
+
+    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, count: int) -> None:
         """
         Args:
           count: visual tokens of a crop.
@@ -105,12 +127,14 @@ class Idefics2Processor(PublishedProcessor):
             )
         crops = CROPS if wrapped.image_processor.do_image_splitting else 1
         token, fake = wrapped.image_token, wrapped.fake_image_token
-        every, written = np.arange(crops * count), f"{fake}{token * count}{fake}" * crops
-        behind = re.compile(rf"{re.escape(fake)}(?=[^\s<])")
-        # Neighbours share the token between them, and a word behind one begins as a word.
-        finished = lambda text: behind.sub(f"{fake} ", text.replace(fake * 2, fake))
-        super().__init__(wrapped, ends, defaults, Pictures(token, lambda size: every, lambda count: written, finished))
+        self._written = f"{fake}{token}{fake}" * crops
+        self._fake, self._behind = fake, re.compile(rf"{re.escape(fake)}(?=[^\s<])")
+        size = wrapped.image_processor.size
+        side = max(size.longest_edge or size.height, size.shortest_edge or size.width)
+        media = Idefics2Media(wrapped.image_processor, side, count, crops=crops)
+        super().__init__(wrapped, ends, defaults, media=media, image_token=token)
 
-    def pixels(self, film: tuple[Picture, ...]) -> list[np.ndarray]:
-        """A picture's crops: [H, W, 3] uint8 each."""
-        return raw_pictures(self.wrapped.image_processor, self._one(film), do_pad=False)
+    def finished(self, text: str) -> str:
+        # Neighbours share the token between them, and a word behind one begins as a word.
+        text = text.replace(self.image_token, self._written).replace(self._fake * 2, self._fake)
+        return self._behind.sub(f"{self._fake} ", text)

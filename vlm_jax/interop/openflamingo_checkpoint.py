@@ -12,8 +12,6 @@ A folder for `load` has the file, and a `config.json` that names the other two::
 
 Language models of transformers' own kinds are read: MPT-7B (of the 9B) and RedPajama-3B (of the 4B), not the MPT-1B of the 3B
 models, whose architecture lives in a hub repository's code.
-
-Axis letter: T prompt tokens.
 """
 
 from __future__ import annotations
@@ -24,16 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.data.example import Text
+from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
-from vlm_jax.generation.processor import Layout
-from vlm_jax.generation.request import Request, Settings
 from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.engine import boxed_params, load_params, published_tensors
-from vlm_jax.interop.folder import find, new_folder, open_weights, read_config
+from vlm_jax.interop.folder import check_tokenizer, find, new_folder, open_weights, read_config
 from vlm_jax.interop.openflamingo import (
     LANGUAGE_PART,
     VISION_PART,
@@ -45,11 +40,12 @@ from vlm_jax.interop.openflamingo import (
     table,
 )
 from vlm_jax.interop.parts import LANGUAGE
-from vlm_jax.interop.processor import Pictures, PublishedProcessor, check_tokenizer
 from vlm_jax.interop.safetensors_files import SafetensorsFiles
 from vlm_jax.interop.source import Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.torch_pickle import TorchPickles
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.media import PublishedMedia
+from vlm_jax.processing.published import PublishedProcessor
 
 MODEL_TYPE = "open_flamingo"
 SETTINGS = ("checkpoint", "vision", "language", "cross_attn_every_n_layers")
@@ -67,20 +63,15 @@ class Wrapped:
 class OpenFlamingoProcessor(PublishedProcessor):
     """Text as it is, a token for each picture; an answer ends with `<|endofchunk|>`."""
 
-    def __init__(self, wrapped: Wrapped) -> None:
+    after_answer = after_text = END_OF_CHUNK
+
+    def __init__(self, wrapped: Wrapped, side: int) -> None:
         tokenizer = wrapped.tokenizer
         tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK, IMAGE]})
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
         end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
-        super().__init__(wrapped, {end}, Settings(), Pictures(IMAGE, lambda size: np.zeros(1, np.int32)))
-
-    def lay_out(self, request: Request) -> Layout:
-        text = "".join(part.text if isinstance(part, Text) else IMAGE for part in request.parts)
-        tokens = np.asarray(self.tokenizer.whole(text), np.int32)
-        last = np.cumsum(tokens == self.tokenizer.wrapped.convert_tokens_to_ids(IMAGE)).astype(np.int32)
-        first = np.full_like(tokens, int(last[-1] > 0))
-        return Layout(tokens, last, first, np.zeros_like(tokens), np.zeros_like(tokens))
+        super().__init__(wrapped, {end}, Settings(), media=PublishedMedia(wrapped.image_processor, side, 0), image_token=IMAGE)
 
 
 class OpenFlamingo:
@@ -92,14 +83,9 @@ class OpenFlamingo:
           PublishedError: the folder or one of the parts it names is missing, damaged, or of another kind.
         """
         self.folder = folder
-        settings = json.loads((folder / "config.json").read_text())
-        missing = [name for name in SETTINGS if name not in settings]
-        if missing:
-            raise PublishedError(f"{folder / 'config.json'}: {missing[0]!r} is missing; expected {', '.join(SETTINGS)}")
+        settings = _settings(folder)
         self.every = settings["cross_attn_every_n_layers"]
-        # A folder beside this one, any folder, or a hub name.
-        beside = {name: folder / settings[name] for name in ("vision", "language")}
-        self.parts = {name: find(p if p.is_dir() else settings[name], pickles) for name, p in beside.items()}
+        self.parts = _parts(folder, settings, pickles)
         self.pickles = pickles
         vision = read_config(self.parts["vision"], ("clip", "clip_vision_model"))
         self.vision = getattr(vision, "vision_config", vision)
@@ -115,7 +101,7 @@ class OpenFlamingo:
         depth = len({name.split(".")[2] for name in tensors if name.startswith("perceiver.layers.")})
         latents = tensors["perceiver.latents"].shape[0]
         self.config = config_from_parts(self.vision, self.language, self.every, tensors[embedding].shape[0], latents, depth)
-        self.processor = OpenFlamingoProcessor(_wrapped(self.parts))
+        self.processor = OpenFlamingoProcessor(_wrapped(self.parts), self.config.vision.image_size)
 
     def load_params(self, mesh: Mesh, dtype: Any = None, tell: Callable[[int, int], None] = lambda done, total: None) -> Any:
         """Its parameters on the mesh; see `engine.load_params`."""
@@ -152,7 +138,33 @@ class OpenFlamingo:
         folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads((self.folder / "config.json").read_text())
         settings |= {name: str(part.resolve()) for name, part in self.parts.items()}
+        settings["checkpoint"] = str((self.folder / settings["checkpoint"]).resolve())
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = json.loads((folder / "config.json").read_text())
+    missing = [name for name in SETTINGS if name not in settings]
+    if missing:
+        raise PublishedError(f"{folder / 'config.json'}: {missing[0]!r} is missing; expected {', '.join(SETTINGS)}")
+    return settings
+
+
+def _parts(folder: Path, settings: dict[str, Any], pickles: bool) -> dict[str, Path]:
+    # A folder beside this one, any folder, or a hub name.
+    beside = {name: folder / settings[name] for name in ("vision", "language")}
+    return {name: find(p if p.is_dir() else settings[name], pickles) for name, p in beside.items()}
+
+
+def openflamingo_processor(folder: Path) -> OpenFlamingoProcessor:
+    """Of a folder as above, whose checkpoint need not be there.
+
+    Raises:
+      PublishedError: the tokenizer or the picture processor of a part it names cannot be read.
+    """
+    parts = _parts(folder, _settings(folder), pickles=True)
+    vision = read_config(parts["vision"], ("clip", "clip_vision_model"))
+    return OpenFlamingoProcessor(_wrapped(parts), getattr(vision, "vision_config", vision).image_size)
 
 
 def _checkpoint(file: Path, pickles: bool) -> Source:

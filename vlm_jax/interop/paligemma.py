@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence as Many
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-import numpy as np
-
 from vlm_jax.config import InSequenceConfig, MlpProjectorConfig, ModelConfig
-from vlm_jax.generation.request import Picture, Request, Settings
+from vlm_jax.config.generation import Settings
 from vlm_jax.interop.llava import towers
 from vlm_jax.interop.parts import language_model, vision_encoder
-from vlm_jax.interop.processor import Pictures, PublishedProcessor, Wrapped
 from vlm_jax.interop.table import Table, row
+from vlm_jax.processing.conversation import Conversation, Text, media_of
+from vlm_jax.processing.media import PublishedMedia
+from vlm_jax.processing.published import PublishedProcessor
 
 PROJECTOR = "[multi_modal_projector|model.multi_modal_projector].linear"
 
@@ -42,11 +42,18 @@ def table(config: ModelConfig, hf_config: Any) -> Table:
 
 
 class PaliGemmaProcessor(PublishedProcessor):
-    """Pictures come first, then the begin token, the prompt and a line break."""
+    """All pictures come first, then the begin token, the prompt and a line break."""
 
-    def __init__(self, wrapped: Wrapped, ends: set[int], defaults: Settings, count: int) -> None:
-        super().__init__(wrapped, ends, defaults, Pictures(wrapped.image_token, lambda size: np.arange(count)))
+    before_answer = "\n"
 
-    def request(self, text: str, images: Many[Picture] = (), seed: int | None = None) -> Request:
-        pictures, token, prompt = text.rpartition(self.pictures.token)
-        return super().request(f"{pictures}{token}{self.tokenizer.wrapped.bos_token}{prompt}\n", images, seed)
+    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, side: int, count: int) -> None:
+        media = PublishedMedia(wrapped.image_processor, side, count)
+        super().__init__(wrapped, ends, defaults, media=media, image_token=wrapped.image_token)
+
+    def untemplated(self, turns: Conversation) -> str:
+        said = tuple(dataclasses.replace(turn, content=(Text(turn.text),)) for turn in turns)
+        return self.image_token * len(media_of(turns)) + super().untemplated(said)
+
+    def finished(self, text: str) -> str:
+        pictures, token, prompt = text.rpartition(self.image_token)
+        return f"{pictures}{token}{self.tokenizer.wrapped.bos_token}{prompt}\n"

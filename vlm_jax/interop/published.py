@@ -14,21 +14,22 @@ import jax
 from jax.sharding import Mesh
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
+from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
-from vlm_jax.generation.request import Settings
 from vlm_jax.interop import safetensors_files
 from vlm_jax.interop.encoder_processor import EncoderProcessor
 from vlm_jax.interop.engine import boxed_params, load_params, names_known, published_tensors
 from vlm_jax.interop.families import FAMILIES, Config, Family
-from vlm_jax.interop.folder import find, model_type, new_folder, open_weights, read_config
+from vlm_jax.interop.folder import check_tokenizer, find, model_type, new_folder, open_weights, read_config
 from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
 from vlm_jax.interop.onnx_dinov2 import OnnxDinov2
-from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo
-from vlm_jax.interop.processor import PublishedProcessor, check_tokenizer
+from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo, openflamingo_processor
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table
 from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.processor import Processor
+from vlm_jax.processing.published import PublishedProcessor
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +129,30 @@ def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool 
     except ValueError as error:
         raise PublishedError(f"{folder / 'config.json'}: {error}") from error
     answers = isinstance(config, ModelConfig)
-    wrapped = _processor(folder, not answers or config.vision is not None)
+    wrapped = _processor(folder, vision=not answers or config.vision is not None)
     if not answers or config.vision is not None:
         config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
     settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
     processor = family.processor(config, hf_config, wrapped, *settings)
     if pad_to_square:
-        processor.background = tuple(int(255 * mean) for mean in config.vision.mean)
+        background = tuple(int(255 * mean) for mean in config.vision.mean)
+        media = dataclasses.replace(processor.media, background=background)
+        processor.spread = dataclasses.replace(processor.spread, media=media)
     return Published(folder, hf_config, family, config, processor, pickles)
+
+
+def open_processor(folder: Path) -> Processor:
+    """The processing that was kept with a run (`keep_files`), without any weights.
+
+    Raises:
+      PublishedError: it is missing or damaged.
+    """
+    if not (folder / "config.json").is_file():  # of a GGUF file
+        tokenizer = _processor(folder, vision=False)
+        return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
+    if model_type(folder) == MODEL_TYPE:
+        return openflamingo_processor(folder)
+    return open_published(folder).processor
 
 
 def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
@@ -146,11 +163,11 @@ def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
     return dataclasses.replace(config, **{part: _with_pixels(getattr(config, part), pixels)})
 
 
-def _processor(folder: Path, sees: bool) -> Any:
+def _processor(folder: Path, *, vision: bool) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     try:
-        if sees:
+        if vision:
             # The slow processors: the fast ones need torchvision.
             found = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         else:
@@ -160,7 +177,7 @@ def _processor(folder: Path, sees: bool) -> Any:
         raise PublishedError(f"{folder}: {needed}; pip install 'vlm_jax[sentencepiece]' has it") from error
     except Exception as error:  # whatever a missing or wrong file makes transformers raise
         cause = first_line(error)
-        what = "processor and tokenizer" if sees else "tokenizer"
+        what = "processor and tokenizer" if vision else "tokenizer"
         raise PublishedError(f"{folder}: its {what} cannot be read ({cause})") from error
     check_tokenizer(folder, getattr(found, "tokenizer", found))
     return found

@@ -110,14 +110,14 @@ class Decoder(nn.Module):
         segments: Array,
         cache: Cache | None = None,
         between: Between | None = None,
-        prefix: Array | None = None,
+        prefix_end: Array | None = None,
     ) -> tuple[Array, Cache | None, Any]:
         """Embeddings [B, T, D] -> hidden states [B, T, D], the cache with these tokens in it, and what `between` collected.
 
         Args:
           positions, segments: [B, T] int32.
           cache: of the tokens before, or None: the row is whole.
-          prefix: [B, T] bool, those of these tokens that the ones before them see too; None: none.
+          prefix_end: [B, T] int32, the last position each token sees in a prefix-LM; None: its own.
         """
         config = self.config
         if cache is None:
@@ -125,9 +125,8 @@ class Decoder(nn.Module):
         else:
             put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.used))
             k_positions, k_segments = put(cache.positions, positions), put(cache.segments, segments)
-            prefix = prefix if prefix is None else put(jnp.zeros(k_segments.shape, bool), prefix)
             kv = (cache.keys, cache.values)
-        mask_of = _masks(config, prefix, positions, k_positions, segments, k_segments)
+        mask_of = _masks(config, prefix_end, positions, k_positions, segments, k_segments)
         angles = bias = None
         if isinstance(config.positions, RopeConfig):
             angles = rotary_angles(config.positions, config.block.head_width, positions, segments)
@@ -156,15 +155,15 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache, collected
 
 
-def _masks(config: DecoderConfig, prefix: Array | None, *places: Array) -> Callable[[Any], Array]:
+def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> Callable[[Any], Array]:
     """The number of a layer -> its mask, from the arguments of `causal_mask`."""
     if not isinstance(config.window, tuple):
-        mask = causal_mask(*places, config.window, prefix)
+        mask = causal_mask(*places, config.window, prefix_end)
         return lambda index: mask
     if len(config.window) != config.layers:
         raise ValueError(f"window: {len(config.window)} windows for {config.layers} layers; expected one each")
     windows = jnp.asarray([jnp.iinfo(jnp.int32).max if window is None else window for window in config.window])
-    return lambda index: causal_mask(*places, windows[index], prefix)
+    return lambda index: causal_mask(*places, windows[index], prefix_end)
 
 
 # Layers of a scanned group that stand in its body one after the other: a loop in a loop copies weights out of their stacks, and

@@ -110,6 +110,7 @@ class GatedCrossAttention(nn.Module):
         *,
         visual: Array | None = None,
         keys_values: KeyValue | None = None,
+        segments: Array | None = None,
         want_weights: bool = False,
     ) -> Between:
         """What stands between the language layers.
@@ -119,9 +120,10 @@ class GatedCrossAttention(nn.Module):
           slots: M.
           visual: [B, M, R, D'], in training: each layer makes its keys and values when it runs; or
           keys_values: made once by `keys_values`, in generation.
+          segments: [B, T] int32 of packed rows; None: one conversation a row.
           want_weights: let each layer also return where every token looks, [B, T, M * R].
         """
-        seen = media_mask(media_first, media_last, slots, self.config.media)
+        seen = media_mask(media_first, media_last, slots, self.config.media, segments=segments)
         if visual is not None:
             visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
         tokens = visual.shape[1] if visual is not None else jax.tree.leaves(keys_values)[0].shape[-3]

@@ -30,7 +30,6 @@ from vlm_jax.layers.in_sequence import InSequence
 from vlm_jax.layers.perceiver import PerceiverResampler
 from vlm_jax.layers.projector import MlpProjector
 from vlm_jax.layers.vit import Vit
-from vlm_jax.ops.masks import unlearned
 
 Array = jax.Array
 
@@ -58,46 +57,47 @@ class VisionLanguageModel(nn.Module):
         parts = (config.vision, config.connector, config.fusion)
         if any(parts) != all(parts):
             raise ValueError("config.model: vision, connector and fusion are all there, or none of them is")
-        if self.sees:
+        if self.has_vision:
             width = config.vision.block.width
             self.vision = VISION[type(config.vision)](config.vision, self.dtype, self.remat)
             self.connector = CONNECTOR[type(config.connector)](config.connector, width, self.dtype)
             self.fusion = FUSION[type(config.fusion)](config.fusion, config.language, config.visual_width, self.dtype)
 
     @property
-    def sees(self) -> bool:
+    def has_vision(self) -> bool:
         """False for a language model alone."""
         return self.config.vision is not None
 
     @property
-    def crosses(self) -> bool:
+    def uses_cross_attention(self) -> bool:
         """Whether layers of cross-attention read the images; else their visual tokens stand in the sequence."""
         return isinstance(self.config.fusion, GatedCrossAttentionConfig)
 
     @property
-    def reads_prefix(self) -> bool:
-        """Whether all of the prompt sees all of it (prefix-LM)."""
+    def is_prefix_lm(self) -> bool:
+        """Whether every token of a prompt sees all of it."""
         return isinstance(self.config.fusion, InSequenceConfig) and self.config.fusion.prefix_lm
 
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""
         visual = between = None
-        if self.sees:
+        if self.has_vision:
             visual, _ = self.encode_images(batch.images, batch.frames, sizes=batch.sizes)
         x = self.embed(batch.tokens, batch.positions, batch.visual, visual)
-        if self.crosses:
-            between = self.fusion(batch.media_first, batch.media_last, batch.frames.shape[1], visual=visual)
-        prefix = unlearned(batch.segments, batch.weights) if self.reads_prefix else None
-        hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between, prefix=prefix)
+        if self.uses_cross_attention:
+            media = (batch.media_first, batch.media_last)
+            between = self.fusion(*media, batch.frames.shape[1], visual=visual, segments=batch.segments)
+        prefix_end = batch.prefix_end if self.is_prefix_lm else None
+        hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between, prefix_end=prefix_end)
         return self.language.head(hidden)
 
     @nn.nowrap
     def example(self) -> tuple[Batch]:
         """The least input that makes all parameters."""
-        side = self.config.vision.image_size if self.sees else 1
+        side = self.config.vision.image_size if self.has_vision else 1
         row = lambda dtype: np.zeros((1, 1), dtype)
         images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
-        return (Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), row(np.float32), row(np.int32)),)
+        return (Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), visual=row(np.int32)),)
 
     def encode_images(
         self, images: Array, frames: Array, want_weights: bool = False, sizes: Array | None = None
@@ -126,7 +126,7 @@ class VisionLanguageModel(nn.Module):
     def embed(self, tokens: Array, positions: Array, places: Array | None = None, visual: Array | None = None) -> Array:
         """Tokens [B, T] -> [B, T, D]; with `places` [B, T] also the visual tokens [B, M, R, D] that stand in the sequence."""
         x = self.language.embed(tokens, positions)
-        if places is None or visual is None or self.crosses:
+        if places is None or visual is None or self.uses_cross_attention:
             return x
         return self.fusion.insert(x, places, visual)
 
@@ -140,8 +140,9 @@ class VisionLanguageModel(nn.Module):
         cache: Cache | None,
         images: KeyValue | None,
         slots: int,
+        *,
         want_weights: bool = False,
-        prompt: bool = False,
+        prefix_end: Array | None = None,
     ) -> tuple[Array, Cache | None, Array | None]:
         """Some more tokens [B, T, D] of each row: hidden states [B, T, D], the cache, and where the tokens looked.
 
@@ -150,13 +151,14 @@ class VisionLanguageModel(nn.Module):
           images: of `keys_values`; None: without the gated layers and their feed-forward. Rows without an image in a model
             that has such layers take the keys and values of slots that no token may see.
           slots: M.
-          prompt: whether these tokens are the prompt, which a prefix-LM reads both ways.
+          prefix_end: [B, T] of prompts, see `Batch`; None: these tokens are causal.
         """
         between = None
         if images is not None:
-            between = self.fusion(media_first, media_last, slots, keys_values=images, want_weights=want_weights)
-        prefix = segments > 0 if prompt and self.reads_prefix else None
-        return self.language(x, positions, segments, cache, between, prefix)
+            media = (media_first, media_last)
+            between = self.fusion(*media, slots, keys_values=images, segments=segments, want_weights=want_weights)
+        prefix_end = prefix_end if self.is_prefix_lm else None
+        return self.language(x, positions, segments, cache, between, prefix_end)
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> [B, T, V] float32."""

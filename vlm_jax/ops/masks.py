@@ -19,7 +19,7 @@ def causal_mask(
     q_segments: Array,
     k_segments: Array,
     window: int | Array | None = None,
-    k_prefix: Array | None = None,
+    q_prefix_end: Array | None = None,
 ) -> Array:
     """A token sees its own segment up to itself, and with a window at most `window` positions, itself included.
 
@@ -35,19 +35,20 @@ def causal_mask(
       q_positions, q_segments: [B, T] int32.
       k_positions, k_segments: [B, S] int32.
       window: an array [] where it is one of several that are scanned.
-      k_prefix: [B, S] bool, keys that the tokens before them see too: the prefix of a prefix-LM (Raffel et al. 2020).
+      q_prefix_end: [B, T] int32, the last position a query sees: of a prefix-LM (Raffel et al. 2020) the end of the prompt that
+        the query belongs to. None: its own position.
 
     Returns:
       [B, T, S] bool.
     """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0)
-    earlier = distance >= 0
-    seen = same & (earlier if k_prefix is None else earlier | k_prefix[:, None, :])
+    last = q_positions if q_prefix_end is None else q_prefix_end
+    seen = same & (k_positions[:, None, :] <= last[:, :, None])
     return seen if window is None else seen & (distance < window)
 
 
-def media_mask(media_first: Array, media_last: Array, slots: int, mode: str) -> Array:
+def media_mask(media_first: Array, media_last: Array, slots: int, mode: str, *, segments: Array | None = None) -> Array:
     """Which image slots a token sees (Flamingo, section 3.1.3; the table of slots is in `data/batch.py`).
 
     With images at places 2 and 5 of 8 tokens::
@@ -58,7 +59,8 @@ def media_mask(media_first: Array, media_last: Array, slots: int, mode: str) -> 
     Args:
       media_first, media_last: [B, T] int32, slots counted from 1, 0 for none.
       slots: M.
-      mode: "last", "all_previous", or "all_previous_uniform": a token before the first image sees those of its row.
+      mode: "last", "all_previous", or "all_previous_uniform": a token before the first image sees those of its segment.
+      segments: [B, T] int32; None: a row is one segment.
 
     Returns:
       [B, T, M] bool.
@@ -70,8 +72,11 @@ def media_mask(media_first: Array, media_last: Array, slots: int, mode: str) -> 
     if mode == "all_previous":
         return previous
     if mode == "all_previous_uniform":
-        of_row = slot <= jnp.max(media_last, axis=1)[:, None, None]
-        return jnp.where(media_last[..., None] == 0, of_row, previous)
+        segments = jnp.zeros_like(media_last) if segments is None else segments
+        count = media_last.shape[1] + 1
+        greatest = jax.vmap(lambda last, of: jax.ops.segment_max(last, of, count)[of])(media_last, segments)
+        of_segment = (media_first[..., None] <= slot) & (slot <= greatest[..., None]) & (media_first[..., None] > 0)
+        return jnp.where(media_last[..., None] == 0, of_segment, previous)
     raise ValueError(f"media mode {mode!r}: expected 'last', 'all_previous' or 'all_previous_uniform'")
 
 
@@ -91,24 +96,3 @@ def alibi_bias(q_positions: Array, k_positions: Array, heads: int, max_bias: flo
     distance = (q_positions[:, :, None] - k_positions[:, None, :]).astype(jnp.float32)
     slopes = jnp.asarray(alibi_slopes(heads, max_bias), jnp.float32)
     return -slopes[None, :, None, None] * distance[:, None]
-
-
-def unlearned(segments: Array, weights: Array) -> Array:
-    """The tokens of each segment before the first that is learned: [B, T] bool.
-
-    With weights at the places that predict, the token after a place of weight is the first learned one::
-
-        segments 1 1 1 1 2 2 2
-        weights  0 1 1 0 1 1 0
-                 1 1 0 0 1 0 0
-
-    Args:
-      segments: [B, T] int32.
-      weights: [B, T] float32, of the prediction made at each place.
-    """
-    before = jnp.pad(weights[:, :-1] > 0, ((0, 0), (1, 0)))
-    same = segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    count = jnp.cumsum(before & same, axis=1)
-    # What was counted up to a segment's first token is not its own.
-    start = jax.lax.cummax(jnp.where(same, 0, count), axis=1)
-    return (count == start) & (segments > 0)

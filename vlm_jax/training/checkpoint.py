@@ -1,7 +1,8 @@
 """A run's folder, and its checkpoints.
 
 RUN/config.json         what the run was started with
-RUN/tokenizer/          the tokenizer, as transformers saves it
+RUN/tokenizer/          the tokenizer, as transformers saves it; or
+RUN/processor/          a published checkpoint's own processing (`processors.py`)
 RUN/checkpoints/STEP/   Orbax: `state` (sharded arrays) and `meta` (place in the data, fingerprint)
 RUN/published/          of the published checkpoint it was started from, everything but the weights
 RUN/damaged/STEP/       checkpoints that could not be read, moved aside
@@ -42,6 +43,8 @@ FREE = {
     "init_from",
     "init_parts",
     "data.workers",
+    "data.cache_dir",
+    "pickles",
     "data.source.cache_dir",
 }
 
@@ -211,7 +214,6 @@ class Checkpoints:
 class LoadedRun:
     config: RunConfig
     params: Any  # nested dicts, sharded over the mesh
-    tokenizer: Path  # folder
     step: int
 
 
@@ -241,7 +243,7 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
                 continue
             if dtype is not None:
                 params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
-            return LoadedRun(config, params, folder / "tokenizer", candidate)
+            return LoadedRun(config, params, candidate)
         raise CheckpointError(f"no checkpoint at {folder}: " + ("all are damaged" if steps else "none was saved yet"))
     finally:
         checkpoints.close()

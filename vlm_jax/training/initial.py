@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, PartInit
-from vlm_jax.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from vlm_jax.interop.encoder_processor import EncoderProcessor
-from vlm_jax.interop.folder import PACKAGE, is_published
+from vlm_jax.interop.folder import is_published
 from vlm_jax.interop.published import Checkpoint, open_published
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named
@@ -43,7 +41,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):
-        published = open_published(config.init_from)
+        published = open_published(config.init_from, config.pickles)
         params = published.load_params(trainer.mesh)
         if jax.process_index() == 0:
             published.keep_files(folder / PUBLISHED)
@@ -62,7 +60,7 @@ def _part(trainer: Trainer, init: PartInit) -> Params:
             f"{name}: config.model has no part of that name; it has {', '.join(trainer.abstract_state.params)}"
         )
     if is_published(init.checkpoint):
-        published = open_published(init.checkpoint)
+        published = open_published(init.checkpoint, trainer.config.pickles)
         found = part_of(published, published.load_params(trainer.mesh), init.part)
     else:
         found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
@@ -106,19 +104,3 @@ def _check(name: str, params: Params, wanted: Params) -> None:
             f"{name}: its model has other parts or sizes than config.model in {len(wrong)} parameters; "
             f"{wrong[0]} is {there} and should be {should}"
         )
-
-
-def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
-    """`load_tokenizer`, and that of a GGUF file, an OpenFlamingo folder, or a package that brings weights.
-
-    Raises:
-      TokenizerError, PublishedError: it cannot be had.
-    """
-    path = Path(name).expanduser()
-    inside = str(name).startswith(PACKAGE) or path.suffix == ".gguf"
-    if inside or ((path / "config.json").is_file() and not (path / "tokenizer.json").is_file()):
-        processor = open_published(name).processor
-        if isinstance(processor, EncoderProcessor):
-            raise TokenizerError(f"data.tokenizer={name}: this checkpoint writes no texts")
-        return Tokenizer(processor.tokenizer.wrapped, end)
-    return load_tokenizer(name, end)

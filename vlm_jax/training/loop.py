@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from vlm_jax.config import RunConfig
-from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer, eval_batches
+from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.flops import count_flops, peak_flops
-from vlm_jax.training.initial import first_state, read_tokenizer
+from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.losses import means
+from vlm_jax.training.processors import build_processor
 from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
 from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
 from vlm_jax.training.table import print_table
@@ -50,10 +51,10 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
     folder = Path(workdir).expanduser()
     claim(folder, config)
     source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
-    tokenizer = build_tokenizer(config.data, source, folder / "tokenizer", lambda name: read_tokenizer(name, config.data.end))
-    known = config.model.language.vocab_size
-    if tokenizer.vocab_size > known:
-        raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {tokenizer.vocab_size}")
+    processor = build_processor(config.data, source, folder, pickles=config.pickles)
+    known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
+    if needed > known:
+        raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Interrupt() as interrupt:
         trainer = Trainer(config, mesh)
@@ -62,7 +63,7 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
         checkpoints = Checkpoints(folder, config.keep_last, config.keep_best)
         state, start = first_state(trainer, checkpoints, folder)
         reporter = Reporter(folder, start)
-        run = _Run(config, trainer, checkpoints, reporter, interrupt, tokenizer, source, held_out)
+        run = _Run(config, trainer, checkpoints, reporter, interrupt, processor, source, held_out)
         try:
             return run.go(state, start)
         finally:
@@ -77,7 +78,7 @@ class _Run:
     checkpoints: Checkpoints
     reporter: Reporter
     interrupt: Interrupt
-    tokenizer: Any
+    processor: Any
     source: Any
     held_out: Any
     pending: list[Any] = dataclasses.field(default_factory=list)  # metrics still on the device, a step each
@@ -88,7 +89,7 @@ class _Run:
         flops, update = self._compile(state)
         done = f"resuming at step {start}" if start else "starting"
         self.reporter.say(f"{done}, {config.steps - start} steps to go; Ctrl-C saves and leaves, the same command goes on")
-        data = TrainBatches(config, self.tokenizer, self.source, start, jax.process_index(), jax.process_count())
+        data = TrainBatches(config, self.processor, self.source, start, jax.process_index(), jax.process_count())
         laps, metrics, step, saved = Laps(), {}, start, start
         try:
             for batch in data:
@@ -156,7 +157,7 @@ class _Run:
         return metrics
 
     def _eval_sums(self, state: TrainState, rows: int) -> Iterator[dict[str, Any]]:
-        batches = eval_batches(self.config.data, self.tokenizer, self.held_out, jax.process_index(), jax.process_count(), rows)
+        batches = eval_batches(self.config.data, self.processor, self.held_out, jax.process_index(), jax.process_count(), rows)
         for batch in batches:
             yield jax.device_get(self.trainer.eval_step(state, self.trainer.put(batch)))
 

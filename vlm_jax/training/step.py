@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.config import InSequenceConfig, ParamRule, RunConfig
+from vlm_jax.config import AugmentConfig, ParamRule, RunConfig
 from vlm_jax.data.batch import Batch
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import Params, by_path, nested
@@ -57,7 +57,8 @@ def zeros_batch(config: RunConfig, rows: int) -> Batch:
     images = jnp.zeros((rows, data.images, data.frames, size, size, 3), jnp.uint8)
     frames = jnp.zeros((rows, data.images), jnp.int32)
     visual = row(jnp.int32) if data.visual_tokens else None
-    return Batch(images, frames, *(row(jnp.int32) for _ in range(6)), row(jnp.float32), visual)
+    sizes = jnp.zeros((rows, data.images, data.frames, 2), jnp.int32) if data.keep_shapes else None
+    return Batch(images, frames, *(row(jnp.int32) for _ in range(7)), row(jnp.float32), visual, sizes)
 
 
 def check_pictures(config: RunConfig) -> None:
@@ -67,18 +68,19 @@ def check_pictures(config: RunConfig) -> None:
       ValueError: it does not; the message says what to set.
     """
     model, data = config.model, config.data
-    if not isinstance(model.fusion, InSequenceConfig):
-        if data.visual_tokens:
-            raise ValueError("config.data.visual_tokens is for models with visual tokens in the sequence: set it to 0")
-        return
-    if model.fusion.newline or model.vision.positions == "bucketed":
-        raise ValueError("training with pictures cut into tiles, or of several sizes, is not implemented")
-    if (data.image_size, data.frames) != (model.vision.image_size, 1):
-        raise ValueError(f"visual tokens in the sequence: set config.data.image_size={model.vision.image_size} and frames=1")
-    if data.visual_tokens != model.visual_tokens(1):
-        raise ValueError(
-            f"config.data.visual_tokens={data.visual_tokens}: the model has {model.visual_tokens(1)} for a picture"
+    needed = model.visual_tokens_in_sequence
+    if data.visual_tokens != needed:
+        how = (
+            f"has {needed} visual tokens of a tile in the sequence" if needed else "reads pictures by cross-attention, or none"
         )
+        raise ValueError(f"config.data.visual_tokens={data.visual_tokens}: the model {how}: set it to {needed}")
+    if data.keep_shapes != model.reads_shapes:
+        raise ValueError(f"config.data.keep_shapes={data.keep_shapes}: this vision encoder needs {model.reads_shapes}")
+    side = model.vision.image_size if needed and not data.keep_shapes else data.image_size
+    if needed and (data.image_size, data.frames) != (side, 1):
+        raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
+    if data.processor and data.augment != AugmentConfig():
+        raise ValueError("config.data.augment changes the pixels that config.data.processor makes: leave one of them out")
 
 
 class Trainer:

@@ -59,24 +59,19 @@ class Tokenizer:
         self._fast = backend.backend_tokenizer
         self._fast.encode_special_tokens = True  # as text, that is
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids; nothing is added in front or behind.
+    def encode(self, text: str) -> list[int]:
+        """Token ids; nothing is added in front or behind. "<image>" and the like, written out, are text."""
+        return self._fast.encode(text, add_special_tokens=False).ids
 
-        Args:
-          special: whether "<image>" and the like, written out in the text, become the special tokens. They do not by
-            default: what a user types is text.
-        """
-        return self.encode_batch([text], special)[0]
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and the characters (begin, end) that each token stands for."""
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
-    def encode_batch(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        """`encode` of each."""
-        try:
-            if special:
-                self._fast.encode_special_tokens = False
-            return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-        finally:
-            if special:
-                self._fast.encode_special_tokens = True
+    @property
+    def serialised(self) -> str:
+        """Two tokenizers of the same string encode alike."""
+        return f"{self._end}\0{self._fast.to_str()}"
 
     def decode(self, ids: Iterable[int], special: bool = True) -> str:
         """Text of the ids.

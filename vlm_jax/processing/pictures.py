@@ -1,4 +1,4 @@
-"""Pictures: files of any kind -> [H, W, 3] uint8, fitted to the model's square, augmented.
+"""Pictures: files, bytes, PIL images and arrays -> sizes from their headers, upright PIL images, [H, W, 3] uint8.
 
 Axis letters: H x W pixels, S the side of the model's square.
 """
@@ -13,8 +13,6 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlm_jax.config import AugmentConfig
-
 PAD = (122, 116, 104)  # CLIP's mean colour
 GREY = 128  # of a blanked picture
 
@@ -23,19 +21,29 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the file and the cause."""
 
 
-def _name(source: str | Path | bytes) -> str:
-    return f"<{len(source)} bytes of memory>" if isinstance(source, bytes) else str(source)
+Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, or pixels [H, W, 3] uint8
+Size = tuple[int, int]  # height, width in pixels
+
+ORIENTATION = 274  # the EXIF tag
+TURNED = (5, 6, 7, 8)  # its values that exchange height and width
 
 
-def _refuse(source: str | Path | bytes, cause: str) -> ImageError:
-    return ImageError(f"picture {_name(source)}: {cause}")
+def picture_name(picture: Picture) -> str:
+    """What messages call it."""
+    if isinstance(picture, bytes):
+        return f"<{len(picture)} bytes of memory>"
+    return str(picture) if isinstance(picture, str | Path) else "<pixels>"
+
+
+def _refuse(source: Picture, cause: str) -> ImageError:
+    return ImageError(f"picture {picture_name(source)}: {cause}")
 
 
 def _open(source: str | Path | bytes) -> Image.Image:
     """Opens the file and reads its header.
 
     Raises:
-      ImageError: see `read_image`.
+      ImageError: see `open_picture`.
     """
     try:
         with warnings.catch_warnings():
@@ -56,47 +64,83 @@ def _open(source: str | Path | bytes) -> Image.Image:
         raise _refuse(source, f"cannot be read: {error}") from error
 
 
-def check_image(source: str | Path | bytes) -> None:
-    """Whether the file is there and its header is a picture's; the pixels are not decoded.
+def picture_size(picture: Picture) -> Size:
+    """Height and width of the upright picture, from the file's header: the pixels are not decoded.
 
     Raises:
-      ImageError: see `read_image`.
+      ImageError: see `open_picture`.
     """
-    _open(source).close()
+    if isinstance(picture, np.ndarray):
+        return _checked(picture).shape[:2]
+    if isinstance(picture, Image.Image):
+        return _upright_size(picture)
+    with _open(picture) as image:
+        return _upright_size(image)
 
 
-def read_image(source: str | Path | bytes, on_white: bool = True) -> np.ndarray:
-    """Decodes a picture as RGB: the first frame of an animation, EXIF orientation applied.
+def _upright_size(image: Image.Image) -> Size:
+    # Pillow decodes a whole PNG to look for EXIF data behind its pixels, so only what stands before them is asked for.
+    known = image.format != "PNG" or "exif" in image.info or "Raw profile type exif" in image.info
+    turned = known and image.getexif().get(ORIENTATION) in TURNED
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """A picture decoded, upright (EXIF orientation applied), in its own mode; the first frame of an animation.
+
+    Raises:
+      ImageError: missing, unreadable, truncated, not a picture, larger than Pillow's limit against decompression bombs, or an
+        array of another shape or type than [H, W, 3] uint8.
+    """
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(_checked(picture))
+    try:
+        if isinstance(picture, Image.Image):
+            return ImageOps.exif_transpose(picture)
+        with _open(picture) as image:
+            image.seek(0)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except ImageError:
+        raise
+    except Exception as error:  # as in `_open`
+        raise _refuse(picture, f"is damaged or cut short: {error}") from error
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ImageError(f"picture <pixels>: expected [H, W, 3] uint8, found {list(array.shape)} {array.dtype}")
+    return array
+
+
+def read_image(picture: Picture) -> np.ndarray:
+    """Decodes a picture as RGB, as the models trained here read it: what is transparent is laid on white.
 
     Grey pictures of more than 8 bits are scaled, not clipped: 16-bit integers from 0..65535, other integers and floats
     from the least to the greatest value they contain (floats within 0..1 from 0..1).
-
-    Args:
-      source: a path, or the bytes of a file.
-      on_white: lay what is transparent on white; else transparency is dropped, as transformers' processors do.
 
     Returns:
       [H, W, 3] uint8.
 
     Raises:
-      ImageError: missing, unreadable, truncated, not a picture, or larger than Pillow's limit against decompression bombs.
+      ImageError: see `open_picture`.
     """
-    image = _open(source)
-    with image:
-        try:
-            image.seek(0)
-            image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image), on_white))
-        except Exception as error:  # as in `_open`
-            raise _refuse(source, f"is damaged or cut short: {error}") from error
+    if isinstance(picture, np.ndarray):
+        return _checked(picture)
+    try:
+        return np.array(_to_rgb(open_picture(picture)))
+    except ImageError:
+        raise
+    except Exception as error:  # a conversion of pixels that Pillow lacks
+        raise _refuse(picture, f"cannot be read as RGB: {error}") from error
 
 
-def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_scale_grey(np.asarray(image), image.mode)).convert("RGB")
-    if on_white and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -160,32 +204,6 @@ def _resize(image: np.ndarray, height: int, width: int, box: tuple[float, ...] |
     if image.shape[:2] == (height, width) and box is None:
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
-
-
-def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Flips, shifts and recolours at random, as far as `config` says.
-
-    Args:
-      image: [S, S, C] uint8; C is 3, or 3 F for F frames to be changed alike.
-
-    Returns:
-      [S, S, C] uint8; a new array unless nothing was done.
-    """
-    if config.flip or config.shift:
-        height, width = image.shape[:2]
-        up_down, left_right = rng.integers(0, 2, size=2) * config.flip
-        down, right = rng.integers(-config.shift, config.shift + 1, size=2)
-        # The border is repeated: places behind it read it again.
-        rows = np.minimum(np.maximum(np.arange(height) - down, 0), height - 1)
-        columns = np.minimum(np.maximum(np.arange(width) - right, 0), width - 1)
-        image = image.take(rows[:: -1 if up_down else 1], axis=0).take(columns[:: -1 if left_right else 1], axis=1)
-    if config.colour:
-        brightness, contrast = rng.uniform(-config.colour, config.colour, size=2)
-        mean = image.mean()
-        # One table of 256 values is cheaper than arithmetic on every pixel.
-        table = (np.arange(256) - mean) * (1 + contrast) + mean * (1 + brightness)
-        image = np.round(table).clip(0, 255).astype(np.uint8)[image]
-    return image
 
 
 def blank_image(size: int) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""How answers are generated."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from vlm_jax.errors import RequestError
+
+# What other libraries call these settings, and what says the same here.
+OTHER_NAMES = {
+    "num_beams": "beams",
+    "do_sample": "temperature: 0 is greedy, above 0 samples",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens, which counts the answer alone",
+    "stop_strings": "stop",
+    "random_seed": "seed",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How answers are generated.
+
+    `stop` ends an answer where its text first contains one of the strings, which may begin and end within tokens; the text
+    is cut before it.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0  # only the k likeliest; 0: all
+    top_p: float = 1.0  # only the likeliest that together reach p
+    repetition_penalty: float = 1.0  # above 1: tokens that were there already, also in the prompt, are less likely
+    beams: int = 1  # above 1: beam search, which is deterministic and knows no stop strings
+    length_penalty: float = 1.0  # of beams: an answer counts with its log-probability / its length to this power
+    early_stopping: bool = False  # of beams: end as soon as that many answers are finished
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, expected: str) -> None:
+            if not good:
+                raise RequestError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+        check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
+        check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more")
+        check("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more")
+        check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
+        check("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0")
+        check("beams", self.beams >= 1, "1 or more")
+        check("length_penalty", abs(self.length_penalty) < float("inf"), "a number")
+        if self.beams > 1 and (self.temperature or self.stop):
+            raise RequestError(
+                f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0 and leave stop "
+                "out, or set beams=1"
+            )
+        check("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty")
+        check("seed", 0 <= self.seed < 2**63, "0 or more")
+
+    def changed(self, **changes: Any) -> Settings:
+        """These settings with some changed.
+
+        Raises:
+          RequestError: one that there is not, with the name of the right one; or a value that cannot be.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name, value in changes.items():
+            if name in OTHER_NAMES:
+                raise RequestError(f"{name}={value!r} is called {OTHER_NAMES[name]}")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                meant = f"did you mean {near[0]!r}? The" if near else "the"
+                raise RequestError(f"{name}={value!r}: there is no such setting; {meant} settings are {', '.join(known)}")
+        if isinstance(changes.get("stop"), str):
+            changes["stop"] = (changes["stop"],)
+        elif "stop" in changes:
+            changes["stop"] = tuple(changes["stop"])
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,196 @@
+"""Makes a token store, in parallel, once for all processes of a machine; an interrupted one is gone on with."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import DataConfig
+from vlm_jax.data.example import Source
+from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, dtype_of, locked
+from vlm_jax.data.tokenise import Chunk, Tokeniser
+from vlm_jax.data.workers import start_worker
+from vlm_jax.errors import DataError
+from vlm_jax.processing.processor import Processor
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the files
+CHUNK = 512  # examples that are tokenised in one go
+ALONE = 8  # chunks that are not worth starting processes for
+SAVE_S = 5.0  # seconds of work that an interruption may cost
+SHOWN = 5  # reasons of skipped examples that are reported
+
+
+def token_store(config: DataConfig, processor: Processor, source: Source, *, skip: bool) -> TokenStore:
+    """The store of a source, made if it is not there yet.
+
+    Args:
+      skip: leave out and report examples that are wrong or that no row can take, instead of raising.
+
+    Raises:
+      DataError: such an example; a cache folder that cannot be written.
+    """
+    parts = [VERSION, source.fingerprint, processor.fingerprint, config.tokens, config.images, config.frames]
+    parts += [config.sampling, config.too_long, skip]
+    key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
+    cache = Path(config.cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{key}.lock", "another process tokenises the data"):
+            made = not (cache / key / "meta.json").is_file()
+            if made:
+                _Build(cache / key, Tokeniser(source, processor, config), skip=skip).run()
+    except OSError as error:
+        raise DataError(f"data.cache_dir={cache}: {error.strerror or error}; set another one") from error
+    store = TokenStore(cache / key)
+    _report(store, made=made)
+    if not len(store):
+        raise DataError("the data set holds no example to learn from")
+    return store
+
+
+def _report(store: TokenStore, *, made: bool) -> None:
+    meta = store.meta
+    if meta["problems"]:
+        log.warning("%d of %d examples are left out; the first:", meta["problems"], len(store.slots))
+        for reason in meta["shown"]:
+            log.warning("  %s", reason)
+    if meta["dropped"]:
+        log.warning("%d turns are left out of conversations that are too long", meta["dropped"])
+    if made:
+        log.info(
+            "%d conversations of %d examples, %.3g tokens in rows, tokenised in %.0f s; kept in %s",
+            len(store), len(store.slots), float(np.sum(store.lengths, dtype=np.int64)), meta["seconds"], store.folder,
+        )  # fmt: skip
+
+
+class _Build:
+    def __init__(self, target: Path, tokeniser: Tokeniser, *, skip: bool) -> None:
+        self.target, self.tokeniser, self.skip = target, tokeniser, skip
+        self.folder = target.with_name(f"{target.name}.part")
+        self.ids = "uint16" if tokeniser.processor.tokenizer.vocab_size <= 1 << 16 else "int32"
+        self.state: dict[str, Any] = {"next": 0, "problems": 0, "shown": [], "dropped": 0, "seconds": 0.0, "bytes": {}}
+
+    def run(self) -> None:
+        total = len(self.tokeniser.source)
+        self._resume()
+        began = saved = reported = time.perf_counter()
+        before = self.state["seconds"]
+        start = self.state["next"]
+        ranges = [range(first, min(first + CHUNK, total)) for first in range(start, total, CHUNK)]
+        with contextlib.ExitStack() as stack:
+            files = {field: stack.enter_context((self.folder / f"{field}.bin").open("ab")) for field in FIELDS}
+            for indices, chunk in stack.enter_context(contextlib.closing(self._chunks(ranges))):
+                if chunk.problems and not self.skip:
+                    raise DataError(chunk.problems[0])
+                self._write(files, chunk)
+                self.state["next"] = indices.stop
+                now = time.perf_counter()
+                self.state["seconds"] = before + now - began
+                if now - saved > SAVE_S:
+                    saved = now
+                    self._save(files)
+                if now - reported > REPORT_S:
+                    reported, done = now, indices.stop
+                    left = (now - began) / (done - start) * (total - done)
+                    log.info("tokenising: %d of %d examples, %.0f s, %.0f s left", done, total, now - began, left)
+        self._finish()
+
+    def _chunks(self, ranges: list[range]) -> Iterator[tuple[range, Chunk]]:
+        """Chunks in their order."""
+        count = min(os.cpu_count() or 1, len(ranges))
+        if count < 2 or len(ranges) <= ALONE:
+            for indices in ranges:
+                yield indices, self.tokeniser.chunk(indices, skip=self.skip)
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(self.tokeniser,))
+        waiting: deque[tuple[range, concurrent.futures.Future]] = deque()
+        try:
+            for indices in ranges:
+                waiting.append((indices, pool.submit(_tokenise, indices, self.skip)))
+                if len(waiting) > 2 * count:
+                    yield self._taken(waiting)
+            while waiting:
+                yield self._taken(waiting)
+        finally:
+            # Whatever is still being tokenised is of no use any more.
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    @staticmethod
+    def _taken(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
+        indices, future = waiting.popleft()
+        while True:  # in short waits: a signal is heard between them
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return indices, future.result(timeout=0.2)
+
+    def _write(self, files: dict[str, Any], chunk: Chunk) -> None:
+        for field, values in chunk.fields.items():
+            dtype = dtype_of(field, self.ids)
+            joined = np.concatenate(values) if values and isinstance(values[0], np.ndarray) else np.asarray(values)
+            files[field].write(joined.astype(dtype).tobytes())
+        self.state["problems"] += len(chunk.problems)
+        self.state["shown"] = (self.state["shown"] + chunk.problems)[:SHOWN]
+        self.state["dropped"] += chunk.dropped
+
+    def _save(self, files: dict[str, Any]) -> None:
+        """What is on disk now is not made again."""
+        for file in files.values():
+            file.flush()
+        self.state["bytes"] = {field: file.tell() for field, file in files.items()}
+        part = self.folder / "state.json.part"
+        part.write_text(json.dumps(self.state))
+        part.replace(self.folder / "state.json")
+
+    def _resume(self) -> None:
+        path = self.folder / "state.json"
+        if not path.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            return
+        self.state = json.loads(path.read_text())
+        for field, size in self.state["bytes"].items():
+            with (self.folder / f"{field}.bin").open("r+b") as file:
+                file.truncate(size)
+        log.info("tokenising: going on at example %d of %d", self.state["next"], len(self.tokeniser.source))
+
+    def _finish(self) -> None:
+        read = lambda field: np.fromfile(self.folder / f"{field}.bin", dtype_of(field, self.ids))
+        for name, field in OFFSETS.items():
+            np.save(self.folder / f"{name}.npy", np.concatenate([[0], np.cumsum(read(field), dtype=np.int64)]).astype(np.int64))
+        meta = {name: self.state[name] for name in ("problems", "shown", "dropped", "seconds")}
+        (self.folder / "state.json").unlink(missing_ok=True)
+        (self.folder / "meta.json").write_text(json.dumps(meta | {"ids": self.ids, "version": VERSION}, indent=2) + "\n")
+        shutil.rmtree(self.target, ignore_errors=True)
+        self.folder.rename(self.target)
+
+
+_TOKENISER: Tokeniser | None = None
+
+
+def _start(tokeniser: Tokeniser) -> None:
+    """Runs first in a process that tokenises."""
+    global _TOKENISER
+    start_worker()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _TOKENISER = tokeniser
+
+
+def _tokenise(indices: range, skip: bool) -> Chunk:
+    return _TOKENISER.chunk(indices, skip=skip)

@@ -1,0 +1,135 @@
+"""The token store: a data set tokenised once, kept on disk, and mapped into memory by every process that reads it.
+
+    CACHE/KEY/            KEY is made of the fingerprints of the source and the processor, and of what a row can take
+      tokens.bin ...      flat arrays, `FIELDS`
+      meta.json           counts, what was left out and why, what it was made of; written last
+      plans/              which sequence stands in which row, an epoch each (`packing.py`)
+    CACHE/KEY.part/       one that is being made; an interrupted one is gone on with
+    CACHE/KEY.lock        held by the process that makes it
+
+Axis letters: N conversations, E examples, C compact tokens of all conversations (`processing/layout.py`), M media of all examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.processing.layout import Written
+from vlm_jax.processing.pictures import Size
+
+log = logging.getLogger(__name__)
+
+REPORT_S = 10.0  # seconds between progress lines
+
+# Type of each array as it is written while the store is made; "ids" is uint16 or int32, as the vocabulary needs.
+FIELDS = {
+    "tokens": "ids",  # [C]
+    "flags": "uint8",  # [C]
+    "counts": "int32",  # [N] compact tokens of a conversation
+    "lengths": "int32",  # [N] places it takes in a row, its visual tokens among them
+    "example": "int32",  # [N]
+    "first_medium": "int32",  # [N] of its example's media
+    "media": "int32",  # [N] how many of them it has
+    "share": "float32",  # [N] the chance to be in an epoch
+    "slots": "int32",  # [E] image slots of the example
+    "example_media": "int32",  # [E] its media
+    "sizes": "int32",  # [M, 2] height and width of a medium
+}
+
+
+# Where each conversation and example begins, and the counts that say so.
+OFFSETS = {"offsets": "counts", "media_offsets": "example_media"}
+
+
+def dtype_of(field: str, ids: str) -> np.dtype:
+    return np.dtype(ids if FIELDS[field] == "ids" else FIELDS[field])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """What packing needs to know of a data set: N sequences, in the order of their examples, of E examples."""
+
+    tokens: np.ndarray  # [N] int32, of a sequence
+    example: np.ndarray  # [N] int32, the example it belongs to, ascending
+    images: np.ndarray  # [E] int32, image slots of an example
+    share: np.ndarray | None = None  # [N] float32, the chance to be in an epoch; None: all are
+
+
+class TokenStore:
+    """A finished store. It pickles as its folder: every process maps the same pages.
+
+    Attributes:
+      meta: counts, what was left out and why.
+      tokens, flags, ... : `FIELDS`; offsets [N + 1] and media_offsets [E + 1]: where each conversation and example begins.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text())
+        for field in FIELDS:
+            setattr(self, field, _mapped(folder / f"{field}.bin", dtype_of(field, self.meta["ids"])))
+        self.sizes = self.sizes.reshape(-1, 2)
+        self.offsets, self.media_offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in OFFSETS)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def lengths_to_pack(self) -> Lengths:
+        """What packing plans with."""
+        share = None if np.all(self.share == 1) else self.share
+        return Lengths(self.lengths, self.example, self.slots, share)
+
+    def written(self, index: int) -> Written:
+        """A conversation's compact tokens."""
+        here = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Written(np.asarray(self.tokens[here], np.int32), np.asarray(self.flags[here]))
+
+    def media_of(self, example: int) -> list[Size]:
+        """The sizes of an example's media."""
+        begin, end = self.media_offsets[example], self.media_offsets[example + 1]
+        return [(int(height), int(width)) for height, width in self.sizes[begin:end]]
+
+    def sizes_of(self, index: int) -> list[Size]:
+        """The sizes of a conversation's media, in the order of their places."""
+        first = int(self.first_medium[index])
+        return self.media_of(int(self.example[index]))[first : first + int(self.media[index])]
+
+
+def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
+    # Nothing can be mapped of an empty file.
+    return np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Waits until no other process of the machine holds the lock; a process that dies lets it go.
+
+    Args:
+      busy: what is said while waiting.
+    """
+    with path.open("a") as file:
+        began = reported = time.perf_counter()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)  # interruptible, unlike waiting for the lock itself
+            if time.perf_counter() - reported > REPORT_S:
+                reported = time.perf_counter()
+                log.info("%s: waiting, %.0f s", busy, reported - began)
+        yield

@@ -1,0 +1,179 @@
+"""Examples -> the arrays of a token store: media looked at, conversations written, what fits in no row found.
+
+Axis letters as in `store.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+
+from vlm_jax.config import DataConfig, SampleRule
+from vlm_jax.data.example import Example, Source
+from vlm_jax.errors import DataError, RequestError
+from vlm_jax.processing.conversation import Conversation, media_of, plain_text
+from vlm_jax.processing.layout import Written
+from vlm_jax.processing.pictures import ImageError, Picture, Size, picture_size
+from vlm_jax.processing.processor import Processor
+
+KNOWN_PICTURES = 4096  # files whose size is remembered while a store is made
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Some examples, one after the other."""
+
+    fields: dict[str, list]  # of `store.FIELDS`: values, or arrays to be joined
+    problems: list[str]  # of examples that were left out
+    dropped: int = 0  # turns that were left out
+
+    @classmethod
+    def empty(cls) -> Chunk:
+        from vlm_jax.data.store import FIELDS
+
+        return cls({field: [] for field in FIELDS}, [])
+
+
+class Tokeniser:
+    """It pickles: the processes that tokenise get a copy."""
+
+    def __init__(self, source: Source, processor: Processor, config: DataConfig) -> None:
+        """
+        Raises:
+          DataError: a sampling rule that is no regex, or whose share is no chance.
+        """
+        self.source, self.processor, self.config = source, processor, config
+        self.rules = [_compiled(rule) for rule in config.sampling]
+        self._sizes = functools.lru_cache(KNOWN_PICTURES)(picture_size)
+
+    def __reduce__(self):
+        return type(self), (self.source, self.processor, self.config)
+
+    def chunk(self, indices: range, *, skip: bool) -> Chunk:
+        """
+        Args:
+          skip: leave out and report examples that are wrong or that no row can take; else the first ends the chunk.
+        """
+        out = Chunk.empty()
+        for index in indices:
+            slots = media = 0
+            try:
+                example = self.source[index]
+                sizes, found = self._measured(example)
+                slots = sum(self.processor.media.tiles(size) for size in sizes) if self._in_sequence else len(sizes)
+                rows = [self._written(example, turns, sizes, out) for turns in found]
+                self._check_example(example, slots)
+                media = len(sizes)
+                for turns, written, length in rows:
+                    self._add(out, index, turns, written, length)
+                out.fields["sizes"].append(np.asarray(sizes, np.int32).reshape(-1))
+            except (DataError, RequestError, ImageError) as error:
+                out.problems.append(str(error))
+                if not skip:
+                    return out
+                slots = media = 0
+            out.fields["slots"].append(slots)
+            out.fields["example_media"].append(media)
+        return out
+
+    @property
+    def _in_sequence(self) -> bool:
+        return self.processor.media.tile_tokens > 0
+
+    def _measured(self, example: Example) -> tuple[list[Size], tuple[Conversation, ...]]:
+        """The sizes of its media, from the headers of their files, which are all looked at."""
+        sizes = []
+        for medium in example.media:
+            try:
+                of_frames = [self._size(frame) for frame in medium]
+            except ImageError as error:
+                raise DataError(f"{example.id}: {error}") from None
+            sizes.append(of_frames[0])
+        if not example.conversations:
+            raise DataError(f"{example.id}: has no text")
+        for turns in example.conversations:
+            places = media_of(turns)
+            if places != list(range(places[0], places[0] + len(places)) if places else []):
+                raise DataError(f"{example.id}: its media are used in the order {places}; expected consecutive ones")
+        return sizes, example.conversations
+
+    def _size(self, picture: Picture) -> Size:
+        return self._sizes(picture) if isinstance(picture, str) else picture_size(picture)
+
+    def _written(
+        self, example: Example, turns: Conversation, sizes: list[Size], out: Chunk
+    ) -> tuple[Conversation, Written, int]:
+        """The conversation written, and the places it takes; if asked for without the last turns that no row can take."""
+        while True:
+            try:
+                written = self.processor.write(turns)
+            except RequestError as error:
+                raise DataError(f"{example.id}: {error}") from error
+            length = self._length(written, [sizes[place] for place in media_of(turns)])
+            if length <= self.config.tokens:
+                return turns, written, length
+            shorter = _without_last_pair(turns)
+            if self.config.too_long == "error" or shorter is None:
+                raise DataError(
+                    f"{example.id}: a conversation of {length} tokens, and a row has data.tokens={self.config.tokens}. Raise it, "
+                    "shorten the text, or leave out its last turns: data.too_long=drop_turns"
+                    + (" (which was done, but the first is too long already)" if self.config.too_long != "error" else "")
+                )
+            out.dropped += len(turns) - len(shorter)
+            turns = shorter
+
+    def _length(self, written: Written, sizes: list[Size]) -> int:
+        """Places in a row: the last token is only a target."""
+        length = len(written.tokens) - 1
+        if self._in_sequence:
+            length += sum(len(run) - 1 for size in sizes for run in self.processor.media.runs(size))
+        return length
+
+    def _check_example(self, example: Example, slots: int) -> None:
+        config = self.config
+        if slots > config.images:
+            what = "tiles of pictures" if self._in_sequence else "images"
+            raise DataError(f"{example.id}: {slots} {what}, and a row has data.images={config.images}. Raise it")
+        most = max((len(medium) for medium in example.media), default=0)
+        if most > config.frames:
+            raise DataError(
+                f"{example.id}: an image slot of {most} frames, and a slot has data.frames={config.frames}. Raise it"
+            )
+
+    def _add(self, out: Chunk, index: int, turns: Conversation, written: Written, length: int) -> None:
+        fields, media = out.fields, media_of(turns)
+        fields["tokens"].append(written.tokens)
+        fields["flags"].append(written.flags)
+        fields["counts"].append(len(written.tokens))
+        fields["lengths"].append(length)
+        fields["example"].append(index)
+        fields["first_medium"].append(media[0] if media else 0)
+        fields["media"].append(len(media))
+        fields["share"].append(self._share(turns))
+
+    def _share(self, turns: Conversation) -> float:
+        if not self.rules:
+            return 1.0
+        text = plain_text(turns)
+        return next((share for pattern, share in self.rules if pattern.search(text)), 1.0)
+
+
+def _without_last_pair(turns: Conversation) -> Conversation | None:
+    """Without the last answer and what it answers; None: nothing would be left to learn."""
+    shorter = turns[:-1]
+    while shorter and not shorter[-1].learn:
+        shorter = shorter[:-1]
+    return shorter or None
+
+
+def _compiled(rule: SampleRule) -> tuple[re.Pattern[str], float]:
+    try:
+        pattern = re.compile(rule.pattern)
+    except re.error as error:
+        raise DataError(f"data.sampling: pattern {rule.pattern!r}: {error}") from error
+    if not 0 < rule.share <= 1:
+        raise DataError(f"data.sampling: share {rule.share} of {rule.pattern!r}: expected above 0 and at most 1")
+    return pattern, rule.share

@@ -1,0 +1,225 @@
+"""What is said: turns of text and media, the same for a line of training data, a question and a chat.
+
+    Conversation                                       media
+    Turn("user", (Medium(0), Text("What is this?")))   [(street.jpg,)]
+    Turn("assistant", (Text("A street."),))
+
+A turn with role "text" is read as it is, without any template: a web page of text and pictures (Flamingo's M3W), or a prompt
+that is written out. Such turns may follow one another; `learn` says which of them are learned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence as Many
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.errors import RequestError
+from vlm_jax.processing.pictures import Picture
+
+MARKER = "<image>"  # places a picture in a prompt or in a line of data
+ROLES = ("system", "user", "assistant", "text")
+IMAGE_KEYS = ("image", "path", "url", "image_url")  # where a message's picture may stand
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Medium:
+    """The place of a picture or film."""
+
+    index: int  # of the media that come with the conversation
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    role: str  # "system", "user", "assistant", or "text"
+    content: tuple[Text | Medium, ...]
+    learn: bool = False  # whether the model learns to say it
+
+    @property
+    def text(self) -> str:
+        """Its text without the media."""
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+
+Conversation = tuple[Turn, ...]
+Media = tuple[tuple[Picture, ...], ...]  # each of one picture, or of the frames of a film
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shot:
+    """A solved example that is shown before the question (few-shot, "in-context" learning)."""
+
+    images: Many[Picture]
+    question: str
+    answer: str
+
+
+def user(*content: Text | Medium) -> Turn:
+    return Turn("user", content)
+
+
+def assistant(text: str) -> Turn:
+    return Turn("assistant", (Text(text),), learn=True)
+
+
+def media_of(conversation: Conversation) -> list[int]:
+    """The indices of its media, in the order of their places."""
+    return [part.index for turn in conversation for part in turn.content if isinstance(part, Medium)]
+
+
+def plain_text(conversation: Conversation) -> str:
+    """All that is said, with single spaces between turns."""
+    return " ".join(text for turn in conversation if (text := turn.text.strip()))
+
+
+def as_media(images: Many[Picture | Many[Picture]]) -> Media:
+    """Pictures, or lists of a film's frames -> media."""
+    return tuple(tuple(image) if isinstance(image, list | tuple) else (image,) for image in images)
+
+
+def from_prompt(prompt: str, images: Many[Any] = (), shots: Many[Shot] = ()) -> tuple[Conversation, Media]:
+    """A question with its pictures, after solved examples.
+
+    The literal `<image>` places a picture; without it a turn's pictures come first.
+
+    Raises:
+      RequestError: another number of pictures than of markers.
+    """
+    turns: list[Turn] = []
+    media: list[tuple[Picture, ...]] = []
+
+    def ask(name: str, question: str, images: Many[Any]) -> None:
+        markers = question.count(MARKER)
+        if markers and markers != len(images):
+            raise RequestError(
+                f"{name} has {_count(markers, MARKER + ' marker')} and {_count(len(images), 'image')}: "
+                "give an image for every marker, or leave the markers out and all images come first"
+            )
+        turns.append(user(*content_of(question if markers else MARKER * len(images) + question, first=len(media))))
+        media.extend(as_media(images))
+
+    for number, shot in enumerate(shots, 1):
+        ask(f"example {number}", shot.question, shot.images)
+        turns.append(assistant(shot.answer))
+    ask("the prompt", prompt, images)
+    return tuple(turns), tuple(media)
+
+
+def content_of(text: str, first: int = 0, *, lead: bool = False) -> tuple[Text | Medium, ...]:
+    """A text in which `<image>` places pictures -> content, its media counted from `first`.
+
+    White space beside leading markers is dropped.
+
+    Args:
+      lead: a single marker stands before the text, wherever it was written: LLaVA's data has it before or behind the question
+        and means the same.
+    """
+    if lead and text.count(MARKER) == 1:
+        rest = re.sub(rf"\s*{MARKER}\s*", " ", text).strip()
+        return (Medium(first), Text(rest)) if rest else (Medium(first),)
+    leading = re.match(rf"(\s*{MARKER})*", text).group()
+    count = leading.count(MARKER)
+    pieces = text[len(leading) :].strip().split(MARKER) if count else text.split(MARKER)
+    content: list[Text | Medium] = [Medium(first + number) for number in range(count)]
+    for number, piece in enumerate(pieces):
+        if number:
+            content.append(Medium(first + count + number - 1))
+        if piece:
+            content.append(Text(piece))
+    return tuple(content)
+
+
+def written_out(text: str, image_token: str, images: int) -> Conversation:
+    """A text that is written out, with the checkpoint's own token in the place of every picture.
+
+    Raises:
+      RequestError: another number of pictures than of tokens.
+    """
+    pieces = text.split(image_token) if image_token else [text]
+    if len(pieces) - 1 != images:
+        raise RequestError(
+            f"the text has {len(pieces) - 1} times {image_token!r} and there are {images} pictures: give one for each"
+        )
+    content: list[Text | Medium] = [Text(pieces[0])]
+    for slot, piece in enumerate(pieces[1:]):
+        content += [Medium(slot), Text(piece)]
+    return (Turn("text", tuple(part for part in content if not isinstance(part, Text) or part.text)),)
+
+
+def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation, Media]:
+    """The chat list that everybody writes -> turns and media.
+
+        [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
+         {"role": "assistant", "content": "A cat."},
+         {"role": "user", "content": "Which colour?"}]
+
+    A picture stands under "image", "path", "url" or OpenAI's "image_url"; it is a file, its bytes, a PIL image or an array. A
+    film is {"type": "video", "frames": [...]}.
+
+    Args:
+      root: where relative paths begin; None: at the working directory.
+
+    Raises:
+      RequestError: which message is wrong, and how.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise RequestError(f"messages: expected a list of messages, found {_shown(messages)}")
+    turns: list[Turn] = []
+    media: list[tuple[Picture, ...]] = []
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise RequestError(f"{where} is {_shown(message)}; expected an object with 'role' and 'content'")
+        role, content = message["role"], message["content"]
+        if role not in ROLES[:3]:
+            raise RequestError(f"{where} has the role {role!r}; expected 'system', 'user' or 'assistant'")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list | tuple):
+            raise RequestError(f"{where}: 'content' is {_shown(content)}; expected a string or a list of parts")
+        parts = [_part(f"{where}, part {place}", part, media) for place, part in enumerate(content, 1)]
+        turns.append(Turn(role, tuple(parts), learn=role == "assistant"))
+    if root is not None:
+        media = [tuple(str(root / one) if isinstance(one, str) else one for one in medium) for medium in media]
+    return tuple(turns), tuple(media)
+
+
+def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Medium:
+    if not isinstance(part, dict):
+        raise RequestError(f"{where} is {_shown(part)}; expected an object with 'type'")
+    kind = part.get("type", "text" if "text" in part else "image" if set(part) & set(IMAGE_KEYS) else None)
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}: 'text' is {_shown(part.get('text'))}; expected a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in part["text"]):
+            raise RequestError(f"{where}: 'text' has half of a surrogate pair, which is no character")
+        return Text(part["text"])
+    if kind in ("image", "image_url"):
+        found = next((part[key] for key in IMAGE_KEYS if key in part), None)
+        found = found.get("url") if isinstance(found, dict) else found
+        if found is None:
+            raise RequestError(f"{where} has no picture: expected it under 'image', a file's path for example")
+        if isinstance(found, str) and found.startswith(("http://", "https://")):
+            raise RequestError(f"{where}: {found[:60]} is an address; fetch the picture first and give its path")
+        media.append((found,))
+    elif kind == "video" and isinstance(part.get("frames"), list | tuple) and part["frames"]:
+        media.append(tuple(part["frames"]))
+    else:
+        raise RequestError(f"{where} is {_shown(part)}; expected 'type': 'text' or 'image', or 'video' with 'frames'")
+    return Medium(len(media) - 1)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

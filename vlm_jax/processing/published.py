@@ -1,0 +1,220 @@
+"""Published checkpoints' own processing: transformers' tokenizer, chat template and picture processor, without PyTorch.
+
+Pictures leave it as bytes: rescaling and normalising are left to the vision encoder, which has the mean and the deviation.
+
+Axis letter: C compact tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from vlm_jax.config.generation import Settings
+from vlm_jax.errors import RequestError
+from vlm_jax.processing.conversation import Conversation, Text, Turn, media_of
+from vlm_jax.processing.layout import Written
+from vlm_jax.processing.media import FittedMedia, MediaProcessor
+from vlm_jax.processing.processor import Processor, Spread
+from vlm_jax.processing.spans import Marks, Span, closed, continued, flagged
+from vlm_jax.processing.templates import render
+
+
+class PublishedTokenizer:
+    """transformers' tokenizer as processors and the generator use it."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self.vocab_size = max(wrapped.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.wrapped.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        return self.wrapped.decode(ids, skip_special_tokens=not special)
+
+    def encode_offsets(self, text: str, *, begin: bool = False) -> tuple[list[int], list[Span]]:
+        """Ids, and the characters each stands for.
+
+        Args:
+          begin: with the tokens that the tokenizer puts in front of a text.
+        """
+        made = self.wrapped(text, add_special_tokens=begin, return_offsets_mapping=self.wrapped.is_fast)
+        return made["input_ids"], made.get("offset_mapping", [])
+
+
+class PublishedProcessor(Processor):
+    """Of a published checkpoint: text by its chat template; each `<image>` of it gives way to visual tokens.
+
+    A base model, without a template, reads the prompt as it is, an answer behind `before_answer`, and `after_answer` behind that;
+    behind a learned text that stands by itself, `after_text`.
+
+    Attributes:
+      wrapped: transformers' processor, or its tokenizer alone for a language model.
+      template: Jinja; "": a base model.
+    """
+
+    before_answer, after_answer, after_text = " ", "\n", ""
+    resets_at: int | None = None
+
+    def __init__(
+        self,
+        wrapped: Any,
+        ends: AbstractSet[int],
+        defaults: Settings,
+        *,
+        media: MediaProcessor | None = None,
+        image_token: str = "",
+    ) -> None:
+        """
+        Args:
+          media: None: a language model alone.
+          image_token: the text that stands for a picture.
+        """
+        self.wrapped, self.ends, self.defaults, self.image_token = wrapped, set(ends), defaults, image_token
+        tokenizer = getattr(wrapped, "tokenizer", wrapped)
+        self.tokenizer = PublishedTokenizer(tokenizer)
+        self.pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0)
+        own = tokenizer.eos_token_id
+        end_id = own if own in ends or not ends else min(ends)
+        image_id = tokenizer.convert_tokens_to_ids(image_token) if media else -1
+        self.spread = Spread(media or FittedMedia(1, "stretch", 0), image_id, end_id, self.resets_at)
+        found = getattr(wrapped, "chat_template", None)
+        self.template: str = (found.get("default", "") if isinstance(found, dict) else found) or ""
+
+    @property
+    def has_vision(self) -> bool:
+        """False for a language model alone."""
+        return bool(self.image_token)
+
+    def write(self, conversation: Conversation, *, open: bool = False) -> Written:
+        self._check(conversation)
+        last = conversation[-1] if conversation and not open and conversation[-1].learn else None
+        prompt = self.rendered(conversation[:-1] if last else conversation, ask=open or last is not None)
+        answers, glue = self._answers(conversation, prompt, last=last)
+        try:
+            ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
+            written = flagged(ids, offsets or [(0, 0)] * len(ids), answers, self.ends)
+            self._check_pictures(written, prompt, conversation)
+            if last is None:
+                return written
+            answer = continued(self.tokenizer.encode_offsets, prompt, glue + last.text) if last.text else []
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        return closed(written, answer, self.spread.end_id)
+
+    def rendered(self, turns: Conversation, *, ask: bool) -> str:
+        """The text that is tokenised, as transformers' processor makes it; one image token for each run of visual tokens.
+
+        Args:
+          ask: whether the assistant is to speak next.
+        """
+        if self._templated(turns):
+            special = self.tokenizer.wrapped.special_tokens_map
+            text = render(self.template, [self._message(turn) for turn in turns], ask=ask, special=special)
+        else:
+            text = self.untemplated(turns)
+        return self.finished(text)
+
+    def untemplated(self, turns: Conversation) -> str:
+        """What a base model reads."""
+        text = ""
+        for number, turn in enumerate(turns):
+            said = "".join(part.text if isinstance(part, Text) else self.image_token for part in turn.content)
+            if turn.role == "assistant":
+                text += self.before_answer + said + (self.after_answer if number + 1 < len(turns) else "")
+            else:
+                text += said + (self.after_text if turn.learn and number + 1 < len(turns) else "")
+        return text
+
+    def finished(self, text: str) -> str:
+        """What transformers' processor of this family does with the text before it is tokenised."""
+        return text
+
+    def _templated(self, turns: Conversation) -> bool:
+        return bool(self.template and turns) and not any(turn.role == "text" for turn in turns)
+
+    def _begins(self, turns: Conversation, text: str) -> bool:
+        """Whether the tokenizer puts its begin token in front, as transformers has it: a chat template writes its own."""
+        begin = self.tokenizer.wrapped.bos_token
+        return not (begin and text.startswith(begin)) and (self.has_vision or not self._templated(turns))
+
+    def described(self) -> list[Any]:
+        tokenizer = self.tokenizer.wrapped
+        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+        return [backend, self.template, self.image_token, self.before_answer, self.after_answer, self.after_text]
+
+    def _answers(self, conversation: Conversation, prompt: str, *, last: Turn | None) -> tuple[list[Span], str]:
+        """The spans of the answers within the prompt, and what the model says between a prompt and its answer.
+
+        Args:
+          last: the answer behind the prompt; None: the prompt is open.
+
+        Raises:
+          RequestError: the template changes what the assistant says.
+        """
+        answered = [number for number, turn in enumerate(conversation) if turn.learn]
+        if not answered:
+            return [], ""
+        before = prompt if last else self.rendered(conversation[: answered[-1]], ask=True)
+        for changed in (lambda text: text, str.strip):  # templates may strip what is said
+            marks = Marks.outside(turn.text for turn in conversation)
+            turns = tuple(_with_text(turn, marks.around(changed(turn.text))) if turn.learn else turn for turn in conversation)
+            plain, spans = marks.taken_out(self.rendered(turns, ask=last is None))
+            same = plain.startswith(prompt) if last else plain == prompt
+            if same and len(spans) == len(answered):
+                glue = plain[len(before) : spans[-1][0]] if plain.startswith(before) else ""
+                begins = [self._begin(conversation[:at], plain, span, glue) for at, span in zip(answered, spans, strict=True)]
+                within = [(begin, span[1]) for begin, span in zip(begins, spans, strict=True)]
+                return within[:-1] if last else within, glue
+        raise RequestError(
+            "the checkpoint's chat template changes what the assistant says, or writes it differently once it has been said: "
+            "what is to be learned cannot be known. Name another one: data.template"
+        )
+
+    def _begin(self, before: Conversation, text: str, span: Span, glue: str) -> int:
+        """Where the model begins to speak: behind the prompt, which may leave the space behind "ASSISTANT:" to it."""
+        if span[0] == span[1]:
+            return span[0]
+        if not self._templated(before):
+            prompt = self.rendered(before, ask=True)
+            return len(prompt) if text.startswith(prompt) else span[0]
+        begin = span[0] - len(glue)  # a template writes the same before every answer
+        return begin if begin >= 0 and text[begin : span[0]] == glue else span[0]
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        """A turn in the form chat templates read: of a language model alone, just its text."""
+        if not self.has_vision:
+            return {"role": turn.role, "content": turn.text}
+        parts = [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in turn.content]
+        return {"role": turn.role, "content": parts}
+
+    def _check(self, conversation: Conversation) -> None:
+        media = media_of(conversation)
+        if media and not self.has_vision:
+            raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
+        if self.has_vision and any(self.image_token in turn.text for turn in conversation):
+            raise RequestError(
+                f"a text says {self.image_token!r}, which stands for a picture in this checkpoint's texts: write it otherwise"
+            )
+
+    def _check_pictures(self, written: Written, prompt: str, conversation: Conversation) -> None:
+        """Whether the tokenizer made as many image tokens as the text has."""
+        if not self.has_vision:
+            return
+        expected, found = prompt.count(self.image_token), int((written.tokens == self.spread.image_id).sum())
+        pictures = len(media_of(conversation))
+        if found != expected:
+            raise RequestError(
+                f"the tokenizer gives {found} picture tokens where the text has {expected}: is {self.image_token!r} one of its "
+                "special tokens?"
+            )
+        if expected % max(pictures, 1) or (expected > 0) != (pictures > 0):
+            raise RequestError(
+                f"the conversation has {pictures} pictures and the chat template writes {expected} of {self.image_token!r}"
+            )
+
+
+def _with_text(turn: Turn, text: str) -> Turn:
+    return dataclasses.replace(turn, content=(Text(text),))

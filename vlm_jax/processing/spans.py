@@ -1,0 +1,101 @@
+"""What is learned, known from the text: characters of a rendered conversation -> flags of its tokens.
+
+The answers are rendered a second time between two marks, characters that nobody writes; taking the marks out again gives the
+spans. Nothing is searched for among tokens.
+
+Axis letter: C tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+
+from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, Written
+
+Span = tuple[int, int]  # of characters: begin, end
+Encode = Callable[[str], tuple[list[int], list[Span]]]  # text -> ids, and the characters each stands for; nothing is added
+
+PRIVATE = range(0xE000, 0xF8FF)  # code points without a meaning
+CONTEXT = 16  # characters before an answer that its first token may depend on
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Marks:
+    """Two characters that none of some texts contains."""
+
+    begin: str
+    end: str
+
+    @classmethod
+    def outside(cls, texts: Iterable[str]) -> Marks:
+        used = {letter for text in texts for letter in text if "\ue000" <= letter <= "\uf8ff"}
+        free = (chr(code) for code in PRIVATE if chr(code) not in used)
+        return cls(next(free), next(free))
+
+    def around(self, text: str) -> str:
+        return f"{self.begin}{text}{self.end}"
+
+    def taken_out(self, text: str) -> tuple[str, list[Span]]:
+        """The text without the marks, and the spans between them."""
+        spans, plain, begin = [], "", 0
+        for piece in re.split(f"([{self.begin}{self.end}])", text):
+            if piece == self.begin:
+                begin = len(plain)
+            elif piece == self.end:
+                spans.append((begin, len(plain)))
+            else:
+                plain += piece
+        return plain, spans
+
+
+def flagged(ids: list[int], offsets: list[Span], answers: list[Span], ends: AbstractSet[int]) -> Written:
+    """Tokens of a rendered text, with what is learned of them.
+
+    An answer's tokens are those with a character of it: one that the tokenizer joined with the character before is learned too. The
+    end token right behind an answer is learned with it; where the
+    text goes on without one, the model learns to end there all the same (`ENDS`).
+
+    Args:
+      offsets: the characters each token stands for, as long as `ids`.
+      answers: spans, ascending.
+      ends: the tokens that end an answer.
+    """
+    flags = np.full(len(ids), PROMPT, np.uint8)
+    begins, stops = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    for begin, end in answers:
+        flags[(begins < end) & (stops > begin)] = LEARNED
+        behind = np.flatnonzero((begins >= end) & (stops > 0))  # a token that was added in front stands for no character
+        next_token = int(behind[0]) if len(behind) else len(ids)
+        if next_token < len(ids) and ids[next_token] in ends:
+            flags[next_token] = LEARNED
+        elif next_token:
+            flags[next_token - 1] |= ENDS
+    return Written(np.asarray(ids, np.int32), flags)
+
+
+def continued(encode: Encode, before: str, text: str) -> list[int]:
+    """The ids of a text that follows another one, whose own ids stay as they are.
+
+    Tokenised by itself it could begin otherwise: LLaMA's tokenizer puts a space in front of every text.
+
+    Raises:
+      ValueError: the tokenizer joins the text's beginning with whatever stands before it.
+    """
+    for context in (before[-CONTEXT:], "\n", ":", "a", ""):
+        ids, offsets = encode(context + text)
+        first = next((place for place, (begin, _) in enumerate(offsets) if begin >= len(context)), len(ids))
+        if all(end <= len(context) for _, end in offsets[:first]):
+            return ids[first:]
+    raise ValueError(f"the tokenizer has no tokens of {text[:20]!r} that begin where it begins")
+
+
+def closed(prompt: Written, answer: list[int], end_id: int) -> Written:
+    """A prompt and the answer that is learned, with the token that ends it."""
+    flags = np.full(len(answer) + 1, LEARNED, np.uint8)
+    tokens = np.asarray([*answer, end_id], np.int32)
+    return Written(np.concatenate([prompt.tokens, tokens]), np.concatenate([prompt.flags, flags]))

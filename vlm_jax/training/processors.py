@@ -1,0 +1,99 @@
+"""The processor that a run is trained with, and that it is asked with afterwards: kept in its folder.
+
+RUN/processor/   of a published checkpoint (`config.data.processor`): tokenizer, chat template, picture processor
+RUN/tokenizer/   of a recipe: the tokenizer, as transformers saves it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from vlm_jax.config import DataConfig
+from vlm_jax.data.example import Source
+from vlm_jax.errors import DataError
+from vlm_jax.interop.encoder_processor import EncoderProcessor
+from vlm_jax.interop.folder import PACKAGE
+from vlm_jax.interop.published import open_processor, open_published
+from vlm_jax.processing.processor import Processor
+from vlm_jax.processing.recipe import RecipeProcessor, texts_of
+from vlm_jax.processing.templates import named_template
+from vlm_jax.processing.tokenizer import EOC, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
+
+PROCESSOR, TOKENIZER = "processor", "tokenizer"
+TEMPLATE = "chat_template.jinja"  # where transformers looks for it
+
+
+def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles: bool = False) -> Processor:
+    """The processor of a run that starts: read from its folder, or made and kept there.
+
+    Raises:
+      TokenizerError, PublishedError, DataError: it cannot be had.
+    """
+    if config.processor:
+        if not (folder / PROCESSOR).is_dir() and jax.process_index() == 0:
+            published = open_published(config.processor, pickles)
+            if isinstance(published.processor, EncoderProcessor):
+                raise DataError(f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations")
+            template = named_template(config.template) if config.template else ""
+            part = folder / f".{PROCESSOR}.part"
+            published.keep_files(part)
+            if template:
+                (part / TEMPLATE).write_text(template)
+            part.rename(folder / PROCESSOR)
+        _wait()
+        return run_processor(config, folder)
+    if not (folder / TOKENIZER / "tokenizer.json").is_file():
+        _tokenizer(config, source).save(folder / TOKENIZER)
+    return run_processor(config, folder)
+
+
+def run_processor(config: DataConfig, folder: Path) -> Processor:
+    """The processor that a run's folder holds.
+
+    Raises:
+      TokenizerError, PublishedError: it is damaged.
+    """
+    if config.processor:
+        return open_processor(folder / PROCESSOR)
+    return RecipeProcessor(load_tokenizer(folder / TOKENIZER, config.end), config)
+
+
+def _wait() -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("processor")
+
+
+def _tokenizer(config: DataConfig, source: Source) -> Tokenizer:
+    """Reads `config.tokenizer`, or trains one on the source's texts if that is "train"."""
+    if config.tokenizer != "train":
+        return read_tokenizer(config.tokenizer, config.end)
+    if config.end != EOC:
+        raise TokenizerError(f"data.end={config.end!r} is for a published tokenizer; a trained one has {EOC!r}")
+    return train_tokenizer(_texts(config, source), config.vocab_size)
+
+
+def _texts(config: DataConfig, source: Source) -> Iterator[str]:
+    for index in range(len(source)):
+        for conversation in source[index].conversations:
+            yield from texts_of(conversation, config)
+
+
+def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
+    """`load_tokenizer`, and that of a GGUF file, an OpenFlamingo folder, or a package that brings weights.
+
+    Raises:
+      TokenizerError, PublishedError: it cannot be had.
+    """
+    path = Path(name).expanduser()
+    inside = str(name).startswith(PACKAGE) or path.suffix == ".gguf"
+    if inside or ((path / "config.json").is_file() and not (path / "tokenizer.json").is_file()):
+        processor = open_published(name).processor
+        if isinstance(processor, EncoderProcessor):
+            raise TokenizerError(f"data.tokenizer={name}: this checkpoint writes no texts")
+        return Tokenizer(processor.tokenizer.wrapped, end)
+    return load_tokenizer(name, end)
