@@ -39,10 +39,14 @@ def main(argv: list[str]) -> int:
     if DISTRIBUTED.value or COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     # After the distributed start: the imports below may touch the devices.
+    from vlm_jax.training.interrupt import Interrupted, heard
     from vlm_jax.training.loop import NonFiniteLoss, train
 
     try:
-        result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
+        with heard():
+            result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
+    except Interrupted as interrupted:
+        return 128 + interrupted.signal
     except (ValueError, NonFiniteLoss) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

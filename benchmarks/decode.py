@@ -12,6 +12,7 @@ once: the table says at what share of the speed at which these cores read memory
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import sys
@@ -27,7 +28,7 @@ from peers import SIZES, SMOLLM2, Peers, alternate, bandwidth, build, build_smol
 from vlm_jax.data.batch import Batch
 from vlm_jax.generation import decode
 from vlm_jax.generation.buckets import STOP_WIDTH, STOPS
-from vlm_jax.generation.decode import NEVER, Prompts, Rules
+from vlm_jax.generation.decode import NEVER, Rules
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.unstack import unstack, worth_unstacking
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -50,16 +51,9 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
     rows, vocabulary = batch.tokens.shape[0], both.config.language.vocab_size
     params = jax.device_put(both.params)
     params = unstack(params) if worth_unstacking(params) else params
-    sees = both.config.vision is not None
-    prompts = Prompts(
-        images=batch.images if sees else None,
-        frames=batch.frames if sees else None,
-        tokens=batch.tokens,
-        positions=batch.positions,
-        segments=batch.segments,
-        media_first=batch.media_first,
-        media_last=batch.media_last,
-    )
+    prompts = dataclasses.replace(batch, targets=None, weights=None)
+    if both.config.vision is None:
+        prompts = dataclasses.replace(prompts, images=None, frames=None)
     greedy = Sampling(
         temperature=np.zeros(rows, np.float32),
         top_k=np.zeros(rows, np.int32),

@@ -128,23 +128,25 @@ def build_smollm2() -> Peers:
 
 
 def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, dict[str, torch.Tensor]]:
-    """Random tokens, after one random image a row if the model sees: our batch, and the arguments of the torch model."""
+    """Random tokens, after one random image a row if the model has vision: our batch, and the arguments of the torch model."""
     rng = np.random.default_rng(seed)
     vision = peers.config.vision
     side = vision.image_size if vision else 1
     ids = rng.integers(3, peers.config.language.vocab_size, (rows, tokens), dtype=np.int32)
     pixels = rng.integers(0, 256, (rows, 1, 1, side, side, 3), dtype=np.uint8)
     ones = np.ones((rows, tokens), np.int32)
+    positions = np.repeat(np.arange(tokens, dtype=np.int32)[None], rows, axis=0)
     weights = ones.astype(np.float32)
     weights[:, -1] = 0  # nothing follows the last token
     batch = Batch(
         images=pixels,
         frames=np.ones((rows, 1), np.int32),
         tokens=ids,
-        positions=np.repeat(np.arange(tokens, dtype=np.int32)[None], rows, axis=0),
+        positions=positions,
         segments=ones,
         media_last=ones,
         media_first=ones,
+        prefix_end=positions,
         targets=np.roll(ids, -1, axis=1),
         weights=weights,
     )

@@ -12,6 +12,7 @@ checkpoint is a LLaVA of one layer with real lengths: 576 visual tokens, 32,000 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import math
@@ -133,9 +134,7 @@ def make(folder: Path, count: int) -> str:
     return text
 
 
-class Sample(NamedTuple):
-    """What a process held at a moment, in bytes."""
-
+class Sample(NamedTuple):  # what a process held at a moment, in bytes
     at: float  # seconds since the start
     pid: int
     private: int
@@ -175,6 +174,7 @@ class Start:
             settings: dict[str, Any] = dict(cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
             self.began = time.perf_counter()
             self.processes = [subprocess.Popen(command + one, **settings) for one in own]
+        atexit.register(self.end)
         self.leaders = {process.pid for process in self.processes}
         self.metrics, self.said = workdir / "metrics.jsonl", self.log.open()
         self.lines: list[tuple[float, str]] = []
@@ -203,6 +203,7 @@ class Start:
         for one in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
+        atexit.unregister(self.end)  # the sessions' numbers may be others' from now on
         self.watch(0)
         self.log.write_text("".join(f"{at:8.2f}  {line}\n" for at, line in self.lines))
         return len(left)
@@ -249,7 +250,7 @@ def interrupt(args: argparse.Namespace, number: signal.Signals, name: str, momen
     shutil.rmtree(fresh, ignore_errors=True)
     before, after = [line for _, line in run.lines[:heard] if re.search(r"\w", line)], run.lines[heard:]
     during = "steps" if run.first_step < sent else re.sub(r"^\W+|\|", "", ["imports", *before][-1])[:50]
-    answered = min([ended, *(at for at, line in after if number.name in line or "KeyboardInterrupt" in line)]) - sent
+    answered = min([ended, *(at for at, line in after if number.name in line)]) - sent
     how = "had ended before" if over else "killed by us" if code is None else f"exit code {code}"
     how += ", traceback" * any("Traceback" in line for _, line in after) + f", {left} processes left" * (left > 0)
     return answered, (number.name, name, f"{moment:.1f}", during, f"{answered:.2f}", f"{ended - sent:.2f}", how)
@@ -291,8 +292,7 @@ def main() -> None:
         plan = [(name, moment) for name in until for moment in (*(share * until[name] for share in SHARES), until[name] + 4)]
     answers = [interrupt(args, signal.Signals[number], *one) for number in args.signals for one in plan]
     print(table("signal, start, sent at s, it had said, answered after s, ended after s, how", [line for _, line in answers]))
-    worst, line = max(answers)
-    print(f"worst: {line[0]} {line[2]} s after the {line[1]} start was answered after {worst:.2f} s")
+    print(f"worst: {', '.join(max(answers)[1])}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A published checkpoint (LLaVA-1.5, BakLLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a language model alone)
-trained further on data of your own, and written back for PyTorch.
+"""A published checkpoint (LLaVA-1.5, BakLLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a language model
+alone) trained further on data of your own, and written back for PyTorch.
 
     python train.py --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf --workdir=runs/tuned \\
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
@@ -8,8 +8,8 @@ trained further on data of your own, and written back for PyTorch.
 Behind the colon stands a folder that transformers saved, or the name of a hub repository. The vision encoder stays frozen. The
 data's formats are those of `vlm_jax/data/jsonl.py`.
 
-Conversations are written as the checkpoint's own chat template has them, or as a template named by `--config.data.template` (which
-is then exported too), pictures are what its own processor makes of them: what is trained is what is asked afterwards.
+Conversations are written as the checkpoint's own chat template has them, or as a template named by `--config.data.template`
+(which is then exported too), pictures are what its own processor makes of them: what is trained is what is asked afterwards.
 `python -m vlm_jax.show` prints an example as the model reads it. Weights in PyTorch pickles need `--config.pickles=True`.
 """
 

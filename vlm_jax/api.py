@@ -41,10 +41,10 @@ DTYPES = ("float32", "bfloat16")
 class Vlm:
     """A model that answers questions about pictures.
 
-    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8, a list of them or one alone; a list in the
-    place of one is a film. They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or (images, question, answer)
-    triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams,
-    length_penalty, early_stopping, stop, seed; what is not given is the checkpoint's own.
+    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8, a list of them or one alone; a list in
+    the place of one is a film. They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
+    (images, question, answer) triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p,
+    repetition_penalty, beams, length_penalty, early_stopping, stop, seed; what is not given is the checkpoint's own.
 
     Attributes:
       checkpoint: what it was loaded from; generator: for batches of `Request`s; model, params, processor: its parts; mesh: the

@@ -3,22 +3,16 @@
 from pathlib import Path
 
 import pytest
-from data_helpers import TEXTS, picture, write_lines
+from data_helpers import picture, write_lines
 
 from vlm_jax.config import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig
 from vlm_jax.data.easy_vqa import EasyVqaSource
-from vlm_jax.processing.tokenizer import Tokenizer, train_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXTS, 300)
 
 
 @pytest.fixture(scope="session")
 def easy_vqa_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
-    EasyVqaSource("test", folder, "{question}", " {answer}")
+    EasyVqaSource("test", folder)
     return folder
 
 
@@ -64,5 +58,6 @@ def jsonl_config(folder) -> DataConfig:
         tokens=160,
         images=3,
         augment=AugmentConfig(flip=True, shift=2, colour=0.1),
+        cache_dir=str(folder / "cache"),
         workers=0,
     )

@@ -1,5 +1,7 @@
 """What the tests of the data room share."""
 
+import dataclasses
+import functools
 import json
 import types
 from pathlib import Path
@@ -7,10 +9,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm_jax.config import DataConfig
-from vlm_jax.data.pipeline import build_source, build_tokenizer
-
-TEXTS = ["what color is the shape?", " red", " no", "is there a circle in the image?"] * 4
+from vlm_jax.config import DataConfig, JsonLinesConfig
+from vlm_jax.data.build_store import token_store
+from vlm_jax.data.example import Example, Source
+from vlm_jax.data.pipeline import build_source
+from vlm_jax.data.store import TokenStore
+from vlm_jax.processing.layout import Runs
+from vlm_jax.processing.media import FittedMedia, Medium
+from vlm_jax.processing.pictures import Size, read_image
+from vlm_jax.processing.recipe import RecipeProcessor, texts_of
+from vlm_jax.processing.tokenizer import Tokenizer, train_tokenizer
 
 
 def write_lines(path: Path, records: list) -> Path:
@@ -32,6 +40,87 @@ def run_config(data: DataConfig, steps=6, seed=0):
     return types.SimpleNamespace(data=data, seed=seed, steps=steps)
 
 
-def parts(data: DataConfig):
+@functools.cache
+def byte_tokenizer() -> Tokenizer:
+    """A token a byte, so that lengths can be counted by hand."""
+    return train_tokenizer([], 261)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled(FittedMedia):
+    """A picture is cut into tiles of its rows of 8 pixels, of two visual tokens each."""
+
+    def runs(self, size: Size) -> Runs:
+        return (np.arange(2 * self.tiles(size)),)
+
+    def tiles(self, size: Size) -> int:
+        return size[0] // 8
+
+    def pixels(self, medium: Medium) -> list[np.ndarray]:
+        image = read_image(medium[0])
+        return np.split(image, self.tiles(image.shape[:2]))
+
+
+def store_of(source: Source, *, skip: bool = False, tiles: bool = False, **changes) -> TokenStore:
+    """The source tokenised byte by byte, kept beside it."""
+    return token_store(*tokenised_with(source, tiles=tiles, **changes), source, skip=skip)
+
+
+def tokenised_with(source: Source | None, *, tiles: bool = False, **changes) -> tuple[DataConfig, RecipeProcessor]:
+    """
+    Args:
+      tiles: pictures are `Tiled`.
+    """
+    cache = getattr(source, "_index_file", Path()).parent
+    data = DataConfig(
+        source=JsonLinesConfig(train="", eval=""), image_size=8, rows=1, tokens=400, images=4, frames=2, cache_dir=str(cache)
+    )
+    data = dataclasses.replace(data, **changes | {"visual_tokens": 2 * tiles})
+    processor = RecipeProcessor(byte_tokenizer(), data)
+    if tiles:
+        processor.spread = dataclasses.replace(processor.spread, media=Tiled(8, "stretch", 2))
+    return data, processor
+
+
+def text_of(store: TokenStore, index: int) -> str:
+    return byte_tokenizer().decode(store.written(index).tokens)
+
+
+def processor_of(data: DataConfig, source: Source) -> RecipeProcessor:
+    """Its tokenizer is trained on the source's texts."""
+    conversations = (turns for index in range(len(source)) for turns in source[index].conversations)
+    texts = [text for turns in conversations for text in texts_of(turns, data)]
+    return RecipeProcessor(train_tokenizer(texts, data.vocab_size), data)
+
+
+def parts(data: DataConfig) -> tuple[RecipeProcessor, Source]:
     source = build_source(data, "train")
-    return build_tokenizer(data, source), source
+    return processor_of(data, source), source
+
+
+class WatchedSource:
+    """A source that notes what is read of it, and may be interrupted or held up; it pickles."""
+
+    def __init__(self, wrapped: Source, *, stop_at: int = -1, begun=None, go_on=None) -> None:
+        self.wrapped, self.fingerprint = wrapped, wrapped.fingerprint
+        self.stop_at, self.begun, self.go_on = stop_at, begun, go_on
+        self.read: list[int] = []
+        self._index_file = wrapped._index_file  # beside which its store is kept
+
+    def __len__(self) -> int:
+        return len(self.wrapped)
+
+    def __getitem__(self, index: int) -> Example:
+        self.read.append(index)
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        if self.begun is not None:
+            self.begun.set()
+            assert self.go_on.wait(60)
+        return self.wrapped[index]
+
+
+def build_and_wait(source: WatchedSource, settings: dict, cache: str) -> None:
+    """What another process does."""
+    store_of(source, **settings, cache_dir=cache)
+    assert source.read == list(range(len(source)))

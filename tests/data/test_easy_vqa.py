@@ -5,19 +5,20 @@ import sys
 
 import numpy as np
 import pytest
+from data_helpers import processor_of
 
 from vlm_jax.data.easy_vqa import EasyVqaSource, prepare
-from vlm_jax.data.example import ImageAt, Text
-from vlm_jax.data.pipeline import build_source, build_tokenizer
+from vlm_jax.data.pipeline import build_source
 from vlm_jax.errors import DataError
+from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.pictures import read_image
 
 CODE = """
 import sys
 from vlm_jax.data.easy_vqa import EasyVqaSource
 for split, counts in (("train", (4000, 38575)), ("test", (1000, 9673))):
-    source = EasyVqaSource(split, sys.argv[1], "{question}", " {answer}")
-    assert (len(source), sum(len(source[index].sequences) for index in range(len(source)))) == counts
+    source = EasyVqaSource(split, sys.argv[1])
+    assert (len(source), sum(len(source[index].conversations) for index in range(len(source)))) == counts
 assert not {"tensorflow", "torch"} & set(sys.modules)
 import vlm_jax.data.pipeline
 assert not {"tensorflow", "torch"} & set(sys.modules)
@@ -32,7 +33,7 @@ def test_it_is_the_set_of_the_package(easy_vqa_folder):
     import easy_vqa
     from PIL import Image
 
-    source = EasyVqaSource("test", easy_vqa_folder, "Q {question}", " {answer}!")
+    source = EasyVqaSource("test", easy_vqa_folder)
     paths = easy_vqa.get_test_image_paths()
     asked = {}
     for question, answer, image in zip(*easy_vqa.get_test_questions(), strict=True):
@@ -42,13 +43,11 @@ def test_it_is_the_set_of_the_package(easy_vqa_folder):
         example = source[index]
         name = int(example.id.rsplit("/", 1)[1])
         seen.add(name)
-        expected = tuple(
-            (ImageAt(0), Text(f"Q {question}", False), Text(f" {answer}!", True)) for question, answer in asked[name]
-        )
-        assert example.sequences == expected
+        expected = tuple((user(Medium(0), Text(question)), assistant(answer)) for question, answer in asked[name])
+        assert example.conversations == expected
         if index % 100 == 0:
             with Image.open(paths[name]) as image:
-                np.testing.assert_array_equal(read_image(example.images[0][0]), np.asarray(image))
+                np.testing.assert_array_equal(read_image(example.media[0][0]), np.asarray(image))
     assert seen == set(paths)
 
 
@@ -56,7 +55,7 @@ def test_a_word_is_a_token(easy_vqa_config):
     import easy_vqa
 
     source = build_source(easy_vqa_config, "train")
-    tokenizer = build_tokenizer(easy_vqa_config, source)
+    tokenizer = processor_of(easy_vqa_config, source).tokenizer
     assert tokenizer.vocab_size <= 512
     for question in sorted(set(easy_vqa.get_train_questions()[0])):
         words = question.removesuffix("?").split()
@@ -108,11 +107,11 @@ def test_damaged(easy_vqa_folder, tmp_path):
     for file in (tmp_path / "copy").rglob("*-train*"):
         file.unlink()
     with pytest.raises(DataError, match=r"easy-VQA in .*copy: .*Delete"):
-        EasyVqaSource("train", tmp_path / "copy", "{question}", " {answer}")
+        EasyVqaSource("train", tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/easy_vqa")
     (tmp_path / "copy/easy_vqa").mkdir()
     with pytest.raises(DataError, match=r"easy-VQA in .*copy: .*Delete"):
-        EasyVqaSource("train", tmp_path / "copy", "{question}", " {answer}")
-    source = EasyVqaSource("test", easy_vqa_folder, "{question}", " {answer}")
+        EasyVqaSource("train", tmp_path / "copy")
+    source = EasyVqaSource("test", easy_vqa_folder)
     with pytest.raises(DataError, match="9672 questions of 'test', expected 9673"):
         source.check(9672)

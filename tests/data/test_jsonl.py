@@ -1,16 +1,30 @@
+"""Lines and lists of the user's own data -> examples. The store's tests have what is looked at later: pictures and lengths."""
+
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
-from data_helpers import picture, random_pixels, write_lines
-from PIL import Image
+from data_helpers import picture, store_of, text_of, write_lines
 
-from vlm_jax.data.example import ImageAt, Text
+from vlm_jax.config import DataConfig, JsonLinesConfig
+from vlm_jax.data import jsonl
+from vlm_jax.data.example import Example
 from vlm_jax.data.jsonl import JsonLinesSource
 from vlm_jax.errors import DataError
+from vlm_jax.processing.conversation import Medium, Text, Turn, assistant, user
+from vlm_jax.processing.recipe import joined, rendered
 
-PROMPT, ANSWER = "Q: {question} A:", " {answer}"
+DATA = DataConfig(
+    source=JsonLinesConfig(train="", eval=""),
+    prompt="Q: {question} A:",
+    answer=" {answer}",
+    image_size=8,
+    rows=1,
+    tokens=8,
+    images=1,
+)
 
 
 @pytest.fixture
@@ -22,9 +36,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def source(root, *records, **options) -> JsonLinesSource:
-    path = write_lines(root / "x.jsonl", list(records))
-    return JsonLinesSource(path, options.pop("image_root", ""), PROMPT, ANSWER, **options)
+def opened(path: Path, image_root="") -> JsonLinesSource:
+    return JsonLinesSource(path, image_root, cache_dir=path.parent / "cache")
+
+
+def source(root, *records, image_root="") -> JsonLinesSource:
+    return opened(write_lines(root / "x.jsonl", list(records)), image_root)
 
 
 def chat(*values, **more) -> dict:
@@ -32,18 +49,31 @@ def chat(*values, **more) -> dict:
     return {"id": "1", "conversations": turns} | more
 
 
+def names_of(root, example: Example) -> tuple:
+    return tuple(tuple(frame.split(str(root) + "/")[1] for frame in medium) for medium in example.media)
+
+
+def messages(*parts) -> dict:
+    content = [*parts, {"type": "text", "text": "Q"}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+
+
 def one(root, record) -> tuple:
+    """The pictures of a record, and its pieces as the recipe has them: text or a picture's place, and whether it is learned."""
     example = source(root, record)[0]
-    assert len(example.sequences) == 1
-    names = tuple(tuple(frame.split(str(root) + "/")[1] for frame in slot) for slot in example.images)
-    return names, example.sequences[0]
+    assert len(example.conversations) == 1
+    return names_of(root, example), tuple(joined(rendered(example.conversations[0], DATA)))
+
+
+def question(example: Example) -> str:
+    return example.conversations[0][0].text
 
 
 @pytest.mark.parametrize("value", ["<image>\nWhat?", "What?\n<image>", "What?", " <image>What?", "<image> What? "])
 def test_conversation_with_one_picture(root, value):
     images, parts = one(root, chat(value, "A cat. ", image="a.png"))
     assert images == (("a.png",),)
-    assert parts == (ImageAt(0), Text("Q: What? A:", False), Text(" A cat.", True))
+    assert parts == ((Medium(0), False), ("Q: What? A:", False), (" A cat.", True))
 
 
 def test_conversation_of_several_turns_and_pictures(root):
@@ -51,34 +81,34 @@ def test_conversation_of_several_turns_and_pictures(root):
     images, parts = one(root, record)
     assert images == (("a.png",), ("b.png",)) * 2
     assert parts == (
-        ImageAt(0),
-        ImageAt(1),
-        Text("Q: Same? A:", False),
-        Text(" No.", True),
-        Text("Q: And ", False),
-        ImageAt(2),
-        Text(" or ", False),
-        ImageAt(3),
-        Text("? A:", False),
-        Text(" {answer}", True),
+        (Medium(0), False),
+        (Medium(1), False),
+        ("Q: Same? A:", False),
+        (" No.", True),
+        ("Q: And ", False),
+        (Medium(2), False),
+        (" or ", False),
+        (Medium(3), False),
+        ("? A:", False),
+        (" {answer}", True),
     )
 
 
 def test_pictures_without_a_marker_stand_first(root):
     images, parts = one(root, chat("{question}?", "No.", image=["a.png", "sub/c.png"]))
     assert images == (("a.png",), ("sub/c.png",))
-    assert parts == (ImageAt(0), ImageAt(1), Text("Q: {question}? A:", False), Text(" No.", True))
+    assert parts == ((Medium(0), False), (Medium(1), False), ("Q: {question}? A:", False), (" No.", True))
 
 
 def test_conversation_without_a_picture(root):
-    assert one(root, chat("Hi", "Ho"))[1] == (Text("Q: Hi A:", False), Text(" Ho", True))
+    assert one(root, chat("Hi", "Ho"))[1] == (("Q: Hi A:", False), (" Ho", True))
 
 
 def test_interleaved(root):
     content = [{"image": "a.png"}, {"text": "My <image>."}, {"frames": ["a.png", "b.png"]}, {"text": "Q", "learn": False}]
     images, parts = one(root, {"content": content})
     assert images == (("a.png",), ("a.png", "b.png"))
-    assert parts == (ImageAt(0), Text("My <image>.", True), ImageAt(1), Text("Q", False))
+    assert parts == ((Medium(0), False), ("My <image>.", True), (Medium(1), False), ("Q", False))
 
 
 BAD = [
@@ -86,8 +116,8 @@ BAD = [
     ('{"a": 1} x', "is not JSON: Extra data at column 10"),
     ("[" * 100_000, "is not JSON"),
     ("3", "is 3; expected an object"),
-    ({"id": "1"}, r"has the keys \['id'\]; expected 'conversations' or 'content'"),
-    (chat("Q", "A") | {"content": []}, "one of them"),
+    ({"id": "1"}, r"has the keys \['id'\]; expected one of 'conversations', 'messages', 'content'"),
+    (chat("Q", "A") | {"content": []}, r"has the keys \['content', 'conversations', 'id'\]; expected one of"),
     ({"conversations": "Q"}, "'conversations' is \"Q\"; expected a list"),
     ({"conversations": ["Q"]}, 'turn 1 is "Q"; expected an object'),
     ({"conversations": [{"value": "Q"}]}, "has no 'from'"),
@@ -114,6 +144,24 @@ BAD = [
     ({"content": [{"frames": "a.png"}, {"text": "a"}]}, "'frames' is \"a.png\"; expected a list"),
     ({"content": [{"frames": []}, {"text": "a"}]}, "'frames' is empty"),
     ({"content": ["a"]}, 'part 1 is "a"; expected an object'),
+    ({"content": [{"text": "a", "learn": False}]}, "nothing to learn"),
+    ({"messages": []}, r"messages: expected a list of messages, found \[\]"),
+    ({"messages": "Q"}, "'messages' is \"Q\"; expected a list"),
+    ({"messages": [{"role": "user"}]}, "message 1 is .*; expected an object with 'role' and 'content'"),
+    ({"messages": [{"role": "human", "content": "Q"}]}, "message 1 has the role 'human'; expected 'system', 'user' or"),
+    ({"messages": [{"role": "user", "content": 3}]}, "message 1: 'content' is 3; expected a string or a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "message 1, part 1 is .*; expected 'type': 'text'"),
+    ({"messages": [{"role": "user", "content": "Q\udc00"}]}, "message 1, part 1: 'text' has half of a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "Q"}]}, "nothing to learn"),
+    (messages({"image": "../a.png"}), "is outside of"),
+    (messages({"image": "none.png"}), "none.png: there is no such file"),
+    (messages({"image": 3}), "picture's path is 3; expected a string"),
+    (messages({"type": "image"}), "message 1, part 1 has no picture"),
+    (messages({"image_url": {"url": "https://x.y/z.png"}}), "fetch the picture first"),
+    (messages({"type": "video", "frames": []}), "message 1, part 1 is .*; expected 'type'"),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "system", "value": "S"}]}, "turn 2 is from 'system'"),
+    ({"conversations": [{"from": "system", "value": "S"}]}, "nothing to learn"),
+    ({"conversations": [{"from": "system", "value": "S"}, {"from": "gpt", "value": "A"}]}, "turn 2 is from 'gpt'"),
 ]
 
 
@@ -121,7 +169,7 @@ BAD = [
 def test_a_bad_line_is_named(root, record, cause):
     (root / "text.png").write_text("hello")
     with pytest.raises(DataError, match=cause) as error:
-        source(root, chat("Q", "A"), "", record)
+        store_of(source(root, chat("Q", "A"), "", record))
     assert str(error.value).startswith(f"{root}/x.jsonl:3: ") and "\n" not in str(error.value)
 
 
@@ -130,24 +178,28 @@ def test_bad_lines_are_skipped_counted_and_reported(root, caplog):
     good = [chat(f"Q{index}", "A") for index in range(3)]
     bad = [record for record, _ in BAD]
     with caplog.at_level(logging.WARNING):
-        got = source(root, good[0], *bad, good[1], good[2], bad_lines="skip")
-    assert len(got) == 3 and got.skipped == len(bad)
-    assert [got[index].sequences[0][0].text for index in range(3)] == ["Q: Q0 A:", "Q: Q1 A:", "Q: Q2 A:"]
-    assert f"{len(bad)} of {len(bad) + 3} lines skipped" in caplog.text and "x.jsonl:2: is not JSON" in caplog.text
+        store = store_of(source(root, good[0], *bad, good[1], good[2]), skip=True)
+    assert len(store) == 3 and store.meta["problems"] == len(bad)
+    assert ["Q0" in text_of(store, 0), "Q1" in text_of(store, 1), "Q2" in text_of(store, 2)] == [True] * 3
+    assert store.example.tolist() == [0, len(bad) + 1, len(bad) + 2]
+    assert f"{len(bad)} of {len(bad) + 3} examples are left out" in caplog.text and "x.jsonl:2: is not JSON" in caplog.text
     assert len(caplog.records) == 6
-    with pytest.raises(DataError, match=f"holds no example; all {len(bad)} lines"):
-        source(root, *bad, bad_lines="skip")
+    with pytest.raises(DataError, match=rf"none of the {len(bad)} examples can be trained on; the first: .*x\.jsonl:1: is not"):
+        store_of(source(root, *bad), skip=True)
 
 
 def test_not_utf8(root):
     (root / "x.jsonl").write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(DataError, match=r"x\.jsonl:1: is not UTF-8"):
-        JsonLinesSource(root / "x.jsonl", "", PROMPT, ANSWER)
+        opened(root / "x.jsonl")[0]
+    (root / "x.json").write_bytes(b'[{"id": "\xff"}]\n')
+    with pytest.raises(DataError, match=r"x\.json: is not UTF-8"):
+        opened(root / "x.json")
 
 
 def test_missing_or_empty_file_and_folder(root):
     with pytest.raises(DataError, match=r"none\.jsonl: there is no such file"):
-        JsonLinesSource(root / "none.jsonl", "", PROMPT, ANSWER)
+        opened(root / "none.jsonl")
     with pytest.raises(DataError, match="holds no example"):
         source(root, "")
     with pytest.raises(DataError, match="image_root"):
@@ -155,7 +207,7 @@ def test_missing_or_empty_file_and_folder(root):
 
 
 def test_image_root(root):
-    assert source(root, chat("Q", "A", image="c.png"), image_root=root / "sub")[0].images == ((str(root / "sub/c.png"),),)
+    assert source(root, chat("Q", "A", image="c.png"), image_root=root / "sub")[0].media == ((str(root / "sub/c.png"),),)
 
 
 def test_pickles_without_its_records(root):
@@ -179,31 +231,140 @@ def test_a_list_file(root, indent, end):
     records = [chat(f"Zürich 猫 {index}\n[", "A", image="a.png") for index in range(5)]
     text = json.dumps(records, indent=indent, ensure_ascii=False).replace("\n", end)
     (root / "x.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    got = JsonLinesSource(root / "x.json", "", PROMPT, ANSWER)
+    got = opened(root / "x.json")
     assert len(got) == 5
-    assert [got[index].sequences[0][1].text for index in range(5)] == [f"Q: Zürich 猫 {index}\n[ A:" for index in range(5)]
+    assert [question(got[index]) for index in range(5)] == [f"Zürich 猫 {index}\n[" for index in range(5)]
     text = text.replace('"a.png"', '"none.png"')
     (root / "x.json").write_text(text)
     with pytest.raises(DataError, match=rf"x\.json:{2 if indent else 1}: .*none.png"):
-        JsonLinesSource(root / "x.json", "", PROMPT, ANSWER)
+        store_of(opened(root / "x.json"))
 
 
 def test_a_broken_list_file(root):
     for text, cause in [("{}", r"x\.json:1: expected a list"), ('[\n{"id": 1},\n{"id" 2}]', r"x\.json:3: is not JSON")]:
         (root / "x.json").write_text(text)
         with pytest.raises(DataError, match=cause):
-            JsonLinesSource(root / "x.json", "", PROMPT, ANSWER, bad_lines="skip")
+            opened(root / "x.json")
 
 
 def test_bom_and_windows_line_ends(root):
     lines = [json.dumps(chat(f"Q{index}", "A")) for index in range(3)]
     (root / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())  # and no line end at the end
-    got = JsonLinesSource(root / "x.jsonl", "", PROMPT, ANSWER)
-    assert [got[index].sequences[0][0].text for index in range(3)] == ["Q: Q0 A:", "Q: Q1 A:", "Q: Q2 A:"]
+    got = opened(root / "x.jsonl")
+    assert [question(got[index]) for index in range(3)] == ["Q0", "Q1", "Q2"]
 
 
-def test_a_picture_cut_short_passes_the_first_look_and_is_refused_later(root):
-    Image.fromarray(random_pixels(64, 64)).save(root / "cut.png")
-    data = (root / "cut.png").read_bytes()
-    (root / "cut.png").write_bytes(data[: len(data) // 2])
-    assert source(root, chat("Q", "A", image="cut.png"))[0].id.endswith("x.jsonl:1")
+def test_messages(root):
+    """The chat list: pictures stand where they are written, what the assistant says is learned."""
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Same as"}, {"path": "b.png"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+        {
+            "role": "user",
+            "content": [{"type": "video", "frames": ["a.png", "sub/c.png"]}, {"type": "text", "text": "<image>?"}],
+        },
+        {"role": "assistant", "content": "Yes."},
+    ]
+    example = source(root, {"messages": said})[0]
+    assert names_of(root, example) == (("a.png",), ("b.png",), ("a.png", "sub/c.png"))
+    assert example.conversations == (
+        (
+            Turn("system", (Text("Be brief."),)),
+            user(Medium(0), Text("Same as"), Medium(1)),
+            assistant("No."),
+            user(Medium(2), Text("<image>?")),
+            assistant("Yes."),
+        ),
+    )
+
+
+def test_a_system_turn_begins_a_conversation(root):
+    record = chat("<image>Q", "A", image="a.png")
+    record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    images, parts = one(root, record)
+    assert images == (("a.png",),)
+    assert parts == (("Be brief.", False), (Medium(0), False), ("Q: Q A:", False), (" A", True))
+
+
+def test_where_records_begin_is_kept(root, monkeypatch):
+    records = [chat(f"Q{index}", "A") for index in range(3)]
+    first = source(root, *records)
+    with monkeypatch.context() as patched:
+        patched.setattr(jsonl, "_line_records", lambda path: pytest.fail("read again"))
+        again = opened(root / "x.jsonl")
+        assert [again[index] for index in range(3)] == [first[index] for index in range(3)]
+    changed = source(root, *records[1:], chat("Q3", "A"))
+    assert [question(changed[index]) for index in range(3)] == ["Q1", "Q2", "Q3"]
+    # The same bytes are no list where they are called one.
+    (root / "x.json").write_bytes((root / "x.jsonl").read_bytes())
+    with pytest.raises(DataError, match=r"x\.json:1: expected a list"):
+        opened(root / "x.json")
+
+
+def test_fingerprints_of_sources(root):
+    records = [chat("Q", "A", image="c.png")]
+    write_lines(root / "sub/x.jsonl", records)
+    (root / "copy").mkdir()
+    write_lines(root / "copy/x.jsonl", records)
+    picture(root / "c.png")
+    there = opened(root / "sub/x.jsonl").fingerprint
+    assert there == opened(root / "sub/x.jsonl").fingerprint
+    others = {
+        opened(root / "copy/x.jsonl").fingerprint,  # has other pictures
+        opened(root / "sub/x.jsonl", image_root=str(root)).fingerprint,
+        opened(write_lines(root / "sub/x.jsonl", [*records, *records])).fingerprint,
+    }
+    assert len(others | {there}) == 4
+
+
+LISTS = {
+    "letters of 2, 3 and 4 bytes": [chat(f"Zü {index} 猫🙂", "é" * index) for index in range(6)],
+    "brackets, quotes and escapes": [chat('[{"\\"]},', "\\u00fc ]\n", id=index, more=[[], {}, "]"]) for index in range(4)],
+    "long and short": [chat("a" * 300, "b"), chat("", "c"), chat("🙂" * 100, "d")],
+}
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 10_000])
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_read_in_blocks(root, monkeypatch, block, indent, name):
+    """Wherever a block ends, within a letter or an escape, each record's line and bytes are exact."""
+    monkeypatch.setattr(jsonl, "BLOCK", block)
+    records = LISTS[name]
+    text = b"\xef\xbb\xbf \r\n" + json.dumps(records, indent=indent, ensure_ascii=False).replace("\n", "\r\n").encode() + b"\n"
+    (root / "x.json").write_bytes(text)
+    found = list(jsonl._list_records(root / "x.json"))
+    assert [json.loads(text[start : start + size]) for _, start, size in found] == records
+    for line, start, size in found:
+        assert text[start : start + 1] == b"{" and text[start + size - 1 : start + size] == b"}"
+        assert line == 1 + text[:start].count(b"\n")
+
+
+@pytest.mark.parametrize("block", [1, 5, 10_000])
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ('[{"id": 1},\n{"id": 2}', "2: is not JSON: the list is not closed"),
+        ('[{"id": 1},\n{"id": ', "2: is not JSON: Expecting value"),
+        ('[{"id": 1},\n{"a": [\n1 2]}]', "3: is not JSON: Expecting ',' delimiter"),
+        ("[", "1: is not JSON: the list is not closed"),
+        ('[{"id": 1 2},\n{"id": 2}]\n\n', "1: is not JSON: Expecting ',' delimiter"),
+        ("", "1: expected a list"),
+        ('["' + "[" * 9, "1: is not JSON: Unterminated string"),
+    ],
+)
+def test_where_a_list_in_blocks_is_broken(root, monkeypatch, block, text, cause):
+    monkeypatch.setattr(jsonl, "BLOCK", block)
+    (root / "x.json").write_text(text)
+    with pytest.raises(DataError, match=rf"x\.json:{cause}"):
+        opened(root / "x.json")
+
+
+def test_a_closed_list_without_records(root):
+    (root / "x.json").write_text("[ ]")
+    with pytest.raises(DataError, match=r"x\.json: holds no example"):
+        opened(root / "x.json")

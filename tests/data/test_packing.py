@@ -1,10 +1,13 @@
 import dataclasses
 import pickle
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
 
+from vlm_jax.data import packing
 from vlm_jax.data.packing import Lengths, PackedRows, mix, plan_epoch
 
 GOLDEN_MIX = [2249669389545321065, 2372969240919814197, 7954767119727130297]
@@ -86,9 +89,14 @@ def test_hashes_are_uniform():
     assert abs(values.mean() - 0.5) < 0.02 and abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.04
 
 
-def test_rows_of_all_epochs():
+def store_of(lengths: Lengths, folder):
+    """What packing reads of a token store."""
+    return types.SimpleNamespace(lengths_to_pack=lengths, folder=folder)
+
+
+def test_rows_of_all_epochs(tmp_path):
     lengths = lengths_of(40)
-    rows = PackedRows(lengths, 64, 4, 2, 7)
+    rows = PackedRows(store_of(lengths, tmp_path), 64, 4, 2, 7)
     sizes = [len(plan_epoch(lengths, 64, 4, 2, 7, epoch)) for epoch in range(4)]
     assert rows.locate(0) == (0, 0) and rows.locate(sizes[0]) == (1, 0) and rows.locate(sizes[0] - 1) == (0, sizes[0] - 1)
     for epoch in range(4):
@@ -98,6 +106,60 @@ def test_rows_of_all_epochs():
     again = pickle.loads(pickle.dumps(rows))  # jumps at once to where the other has walked
     for row in (sum(sizes) - 1, 3, sum(sizes[:2])):
         assert [unit.tolist() for unit in again[row]] == [unit.tolist() for unit in rows[row]]
+
+
+def test_a_plan_is_kept_and_read_again(tmp_path, monkeypatch):
+    lengths = lengths_of(40)
+    args = [(64, 4, 2, 7), (65, 4, 2, 7), (64, 5, 2, 7), (64, 4, 3, 7), (64, 4, 2, 8)]
+    expected = {(*one, epoch): as_lists(plan_epoch(lengths, *one, epoch)) for one in args for epoch in range(2)}
+    store = store_of(lengths, tmp_path)
+    for one in args:
+        for epoch in range(2):
+            PackedRows(store, *one).plan(epoch)
+    monkeypatch.setattr(packing, "plan_epoch", lambda *_: pytest.fail("planned again"))
+    for (*one, epoch), plan in expected.items():
+        assert as_lists(PackedRows(store, *one).plan(epoch)) == plan
+    assert not list((tmp_path / "plans").glob(".*"))
+
+
+def test_an_interrupted_plan_leaves_nothing_that_could_be_taken_for_one(tmp_path, monkeypatch):
+    lengths = lengths_of(40)
+    rows = PackedRows(store_of(lengths, tmp_path), 64, 4, 2, 7)
+    save, saved = np.save, []
+
+    def stopped(path, array):
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save(path, array)
+
+    monkeypatch.setattr(packing.np, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        rows.plan(0)
+    assert not [path for path in (tmp_path / "plans").iterdir() if path.is_dir()]
+    assert as_lists(rows.plan(0)) == as_lists(plan_epoch(lengths, 64, 4, 2, 7, 0))
+
+
+def test_one_plans_and_the_others_wait(tmp_path, monkeypatch):
+    lengths, planned, go_on = lengths_of(40), [], threading.Event()
+
+    def slow(*args):
+        planned.append(args)
+        go_on.wait(20)
+        return plan_epoch(*args)
+
+    monkeypatch.setattr(packing, "plan_epoch", slow)
+    found = {}
+    rows = [PackedRows(store_of(lengths, tmp_path), 64, 4, 2, 7) for _ in range(3)]
+    threads = [threading.Thread(target=lambda n=n: found.setdefault(n, as_lists(rows[n].plan(0)))) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    threads[2].join(0.5)  # time for a second one to begin, if it may
+    assert len(planned) == 1 and not found
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(planned) == 1 and found[0] == found[1] == found[2] == as_lists(plan_epoch(lengths, 64, 4, 2, 7, 0))
 
 
 def test_what_fits_in_no_row():

@@ -1,6 +1,8 @@
 """A tiny model with open gates, a tokenizer trained on a few lines, and a generator around them."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,9 @@ from vlm_jax.config import (
 )
 from vlm_jax.data.batch import Batch
 from vlm_jax.generation.generator import Generator
+from vlm_jax.generation.request import Request
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.recipe import RecipeProcessor
 from vlm_jax.processing.tokenizer import train_tokenizer
 from vlm_jax.sharding import Named, make_mesh, place_tree, shardings_of
@@ -45,7 +49,7 @@ def block(width: int, kv_heads: int) -> BlockConfig:
     )
 
 
-def model_config(sees: bool = True, layers: int = 3, every: int = 2, media: str = "last", **vision) -> ModelConfig:
+def model_config(has_vision: bool = True, layers: int = 3, every: int = 2, media: str = "last", **vision) -> ModelConfig:
     language = DecoderConfig(
         vocab_size=304,
         layers=layers,
@@ -55,7 +59,7 @@ def model_config(sees: bool = True, layers: int = 3, every: int = 2, media: str 
         window=None,
         tied_head=False,
     )
-    if not sees:
+    if not has_vision:
         return ModelConfig(vision=None, connector=None, fusion=None, language=language)
     return ModelConfig(
         vision=VitConfig(image_size=16, patch_size=4, layers=2, block=block(32, 4), **vision),
@@ -87,10 +91,14 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
 
 
+def ask(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] = ()) -> Request:
+    return Request(*from_prompt(prompt, images, shots))
+
+
 def zeros_batch(rows: int, tokens: int, slots: int, frames: int = 1) -> Batch:
     row = lambda dtype: np.zeros((rows, tokens), dtype)
     images = np.zeros((rows, slots, frames, 16, 16, 3), np.uint8)
-    return Batch(images, np.zeros((rows, slots), np.int32), *(row(np.int32) for _ in range(6)), row(np.float32))
+    return Batch(images, np.zeros((rows, slots), np.int32), *(row(np.int32) for _ in range(6)))
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.generation.attention_map import attention_maps, group_words, rollout
 from vlm_jax.generation.attention_picture import against_even, blend
-from vlm_jax.generation.request import ask
 
 
 def test_one_layer_is_its_look_at_the_features():
@@ -32,8 +31,8 @@ def test_latents_that_see_nothing_stay_empty():
 
 @pytest.mark.parametrize("variant", [{}, {"class_token": "kept"}], ids=["patches", "class token"])
 def test_maps_of_an_answer(tmp_path, variant):
-    generator, data = tiny.generator(tiny.model_config(**variant)), tiny.data_config()
-    request = ask(data, "is <image> or <image> a circle?", [tiny.picture(1), tiny.picture(2)])
+    generator = tiny.generator(tiny.model_config(**variant))
+    request = tiny.ask("is <image> or <image> a circle?", [tiny.picture(1), tiny.picture(2)])
     answer = generator.generate([request], Settings(max_new_tokens=8))[0]
     maps = attention_maps(generator, request, answer)
     assert maps.maps.shape == (len(maps.words), 2, 4, 4)
@@ -45,7 +44,7 @@ def test_maps_of_an_answer(tmp_path, variant):
     with Image.open(tmp_path / "looks.png") as picture:
         assert min(picture.size) > 200
     with pytest.raises(RequestError, match="needs a picture"):
-        attention_maps(generator, ask(data, "what?"), answer)
+        attention_maps(generator, tiny.ask("what?"), answer)
 
 
 def test_tokens_of_a_word_are_merged():

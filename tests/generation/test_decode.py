@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vlm_jax.data.encode import prompt_tokens
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.buckets import bucket, row_bucket
-from vlm_jax.generation.request import Request, ask, interleaved
+from vlm_jax.generation.request import Request, interleaved
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot
 
@@ -32,9 +31,10 @@ def forward(config):
 def reference(config, request: Request, new: int = NEW) -> tuple[list[int], list[float]]:
     """Greedy decoding without cache, left padding or buckets: the whole sequence anew for every token."""
     generator, vocabulary = tiny.generator(config), tiny.tokenizer()
-    tokens, last, first = (array.tolist() for array in prompt_tokens(request.parts, vocabulary))
+    layout = generator.processor.lay_out(request.turns, request.sizes, open=True)
+    tokens, last, first = (array.tolist() for array in (layout.tokens, layout.media_last, layout.media_first))
     batch = tiny.zeros_batch(1, LENGTH, SLOTS, FRAMES)
-    for slot, film in enumerate(request.images):
+    for slot, film in enumerate(request.media):
         batch.frames[0, slot] = len(film)
         for frame, picture in enumerate(film):
             batch.images[0, slot, frame] = picture
@@ -58,13 +58,13 @@ def reference(config, request: Request, new: int = NEW) -> tuple[list[int], list
 
 def requests():
     """Different lengths and numbers of images, one without any, one film."""
-    data, picture = tiny.data_config(), tiny.picture
+    picture = tiny.picture
     return [
-        ask(data, "what color?", [picture(1)]),
-        ask(data, "how many?"),
-        ask(data, "is <image> or <image> a circle, and what color is the shape?", [picture(1), picture(2)]),
-        ask(data, "a?", [picture(4)], [Shot([picture(3)], "what?", "red"), Shot([picture(5)], "b", "no")]),
-        ask(data, "what moves?", [[picture(6), picture(7)]]),
+        tiny.ask("what color?", [picture(1)]),
+        tiny.ask("how many?"),
+        tiny.ask("is <image> or <image> a circle, and what color is the shape?", [picture(1), picture(2)]),
+        tiny.ask("a?", [picture(4)], [Shot([picture(3)], "what?", "red"), Shot([picture(5)], "b", "no")]),
+        tiny.ask("what moves?", [[picture(6), picture(7)]]),
         interleaved([picture(1), "what", picture(2), " color?"]),
     ]
 
@@ -102,16 +102,15 @@ def test_alone_or_together_and_any_left_padding():
 
 
 def test_language_model_alone():
-    config = tiny.model_config(sees=False)
-    data = tiny.data_config()
-    check(config, tiny.generator(config), [ask(data, "how many?"), ask(data, "is there a circle or not?")])
+    config = tiny.model_config(has_vision=False)
+    check(config, tiny.generator(config), [tiny.ask("how many?"), tiny.ask("is there a circle or not?")])
     with pytest.raises(RequestError, match="leave them out"):
-        tiny.generator(config).generate([ask(data, "what?", [tiny.picture(1)])])
+        tiny.generator(config).generate([tiny.ask("what?", [tiny.picture(1)])])
 
 
 def test_answers_depend_on_the_image():
-    data, generator = tiny.data_config(), tiny.generator()
-    asked = [ask(data, "what?", [tiny.picture(seed)]) for seed in (1, 2)]
+    generator = tiny.generator()
+    asked = [tiny.ask("what?", [tiny.picture(seed)]) for seed in (1, 2)]
     first, second = (generator.generate([request], Settings(max_new_tokens=NEW))[0] for request in asked)
     assert first.tokens != second.tokens
 
@@ -146,8 +145,8 @@ def test_layers_one_by_one_give_the_same_tokens(monkeypatch):
 
 
 def test_similar_requests_compile_nothing():
-    data, generator = tiny.data_config(), tiny.generator()
-    one = ask(data, "what color?", [tiny.picture(1)])
+    generator = tiny.generator()
+    one = tiny.ask("what color?", [tiny.picture(1)])
     generator.generate([one], Settings(max_new_tokens=9))
     generator.generate(requests(), Settings(max_new_tokens=9))
     before = generator.compiled()
@@ -156,10 +155,10 @@ def test_similar_requests_compile_nothing():
         Settings(max_new_tokens=3, temperature=0.7, top_k=5, top_p=0.5, seed=3),
         Settings(stop=("red", "no"), max_new_tokens=12),
     ):
-        generator.generate([ask(data, "is there a circle?", [tiny.picture(2)])], settings)
+        generator.generate([tiny.ask("is there a circle?", [tiny.picture(2)])], settings)
         generator.generate([*requests(), one], settings)
     assert generator.compiled() == before
-    generator.generate([ask(data, "how many?")] * 3, Settings(max_new_tokens=9))  # four rows without an image
+    generator.generate([tiny.ask("how many?")] * 3, Settings(max_new_tokens=9))  # four rows without an image
     assert generator.compiled() == before + 1
 
 
@@ -196,6 +195,7 @@ def test_end_tokens_end_a_row_alone():
     free = tiny.generator(config).generate(asked, Settings(max_new_tokens=NEW))
     # The third token of the first answer is made an end token.
     generator, end = copy.copy(tiny.generator(config)), free[0].tokens[2]
+    generator.processor = copy.copy(generator.processor)  # others have it too
     generator.processor.ends = {generator.processor.tokenizer.eoc_id, end}
     for answer, before in zip(generator.generate(asked, Settings(max_new_tokens=NEW)), free, strict=True):
         place = before.tokens.index(end) + 1 if end in before.tokens else NEW
@@ -205,9 +205,9 @@ def test_end_tokens_end_a_row_alone():
 
 
 def test_positions_limit_the_answer_and_the_prompt():
-    generator, data = tiny.generator(tiny.model_config(sees=False)), tiny.data_config()
-    answer = generator.generate([ask(data, "x" * 105)], Settings(max_new_tokens=16))[0]
+    generator = tiny.generator(tiny.model_config(has_vision=False))
+    answer = generator.generate([tiny.ask("x" * 105)], Settings(max_new_tokens=16))[0]
     assert answer.finish_reason == "max_positions"
     assert answer.prompt_tokens + len(answer.tokens) == 128
     with pytest.raises(RequestError, match="reads at most 128"):
-        generator.generate([ask(data, "x" * 200)])
+        generator.generate([tiny.ask("x" * 200)])

@@ -7,14 +7,13 @@ import pytest
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
-from vlm_jax.generation.request import ask
 from vlm_jax.sharding import make_mesh
 
 NEW = 16
 
 
 def question(text: str = "what color?"):
-    return ask(tiny.data_config(), text, [tiny.picture(1)])
+    return tiny.ask(text, [tiny.picture(1)])
 
 
 def test_pieces_are_the_answer_in_order():

@@ -22,6 +22,8 @@ from vlm_jax.config.generation import Settings
 from vlm_jax.data.batch import Batch
 from vlm_jax.encoders import Encoder
 from vlm_jax.generation.request import Request
+from vlm_jax.generation.request import verbatim as verbatim_request
+from vlm_jax.processing.layout import Layout
 
 LINES = ["USER: what color is the shape? ASSISTANT: red", "a cat sits on the mat", "two dogs run in the park"]
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -75,31 +77,25 @@ def load(folder: Path, mesh: str | None = None, **settings: Any) -> Vlm | Encode
     return vlm_jax.load(folder, mesh, "float32", **settings)
 
 
+def verbatim(vlm: Vlm, text: str, images: Sequence[Image.Image] = ()) -> Request:
+    """A prompt that is written out, with the checkpoint's own token for every picture."""
+    return verbatim_request(text, vlm.processor.image_token, images)
+
+
+def laid_out(vlm: Vlm, request: Request) -> Layout:
+    return vlm.processor.lay_out(request.turns, request.sizes, open=True)
+
+
+def placed(vlm: Vlm, request: Request) -> Batch:
+    return vlm.generator.place([vlm.generator.prompt(request, 0, Settings())])
+
+
 def logits(vlm: Vlm, request: Request) -> np.ndarray:
     """[T, V] of a request's tokens."""
-    prompts = vlm.generator.place([vlm.generator.prompt(request, 0, Settings())])
-    rows, length = prompts.tokens.shape
-    zeros = np.zeros((rows, length), np.int32)
-    images, frames = prompts.images, prompts.frames
-    if images is None and vlm.model.sees:
-        side = vlm.model.config.vision.image_size
-        images, frames = np.zeros((rows, 1, 1, side, side, 3), np.uint8), np.zeros((rows, 1), np.int32)
-    batch = Batch(
-        images=images,
-        frames=frames,
-        tokens=prompts.tokens,
-        positions=prompts.positions,
-        segments=prompts.segments,
-        media_last=prompts.media_last,
-        media_first=prompts.media_first,
-        targets=zeros,
-        weights=zeros.astype(np.float32),
-        visual=prompts.visual,
-        sizes=prompts.sizes,
-    )
+    batch = placed(vlm, request)
     with vlm.generator.mesh_context():
         out = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))[0]
-    return out[np.asarray(prompts.segments)[0] > 0]
+    return out[np.asarray(batch.segments)[0] > 0]
 
 
 def their_answer(model: torch.nn.Module, inputs: Any, new: int, **settings: Any) -> list[list[int]]:

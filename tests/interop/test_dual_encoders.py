@@ -139,8 +139,8 @@ def test_every_hidden_state_of_the_text(case):
         lower = Decoder(dataclasses.replace(config, layers=layers), jnp.float32)
         some = {"params": params | {"layers": jax.tree.map(lambda p, n=layers: p[:n], params["layers"])}}
         x = lower.apply(some, tokens, positions, method="embed")
-        prefix = None if model.config.text.causal else np.ones(tokens.shape, bool)
-        compare(lower.apply(some, x, positions, np.ones_like(tokens), prefix=prefix)[0], normed[layers])
+        last_seen = None if model.config.text.causal else np.full(tokens.shape, TOKENS - 1, np.int32)
+        compare(lower.apply(some, x, positions, np.ones_like(tokens), prefix_end=last_seen)[0], normed[layers])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from folders import BOS, EOS, PAD, asked, load, picture, saved, their_answer, tokenizer
+from folders import BOS, EOS, PAD, asked, load, picture, saved, their_answer, tokenizer, verbatim
 from test_idefics import PROMPTS, idefics_folder, listed
 from test_llava import TEXT, TWO, llava
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,7 +66,7 @@ def test_beams(text, beams, penalty, early):
     model, words, vlm = text
     settings = dict(length_penalty=penalty, early_stopping=early)
     expected = [theirs(model, words, line, num_beams=beams, **settings) for line in TEXTS]
-    requests = [vlm.processor.request(line) for line in TEXTS]
+    requests = [verbatim(vlm, line) for line in TEXTS]
     answers = vlm.answer(requests, max_new_tokens=NEW, beams=beams, **settings)
     assert [answer.tokens for answer in answers] == expected
     assert vlm.answer(requests[:1], max_new_tokens=NEW, beams=beams, **settings)[0].tokens == expected[0], "alone"
@@ -87,7 +87,7 @@ def test_repetition_penalty(text, beams, penalty):
     model, words, vlm = text
     expected = [theirs(model, words, line, num_beams=beams, repetition_penalty=penalty) for line in TEXTS]
     assert expected != [theirs(model, words, line, num_beams=beams) for line in TEXTS]
-    requests = [vlm.processor.request(line) for line in TEXTS]
+    requests = [verbatim(vlm, line) for line in TEXTS]
     answers = vlm.answer(requests, max_new_tokens=NEW, beams=beams, repetition_penalty=penalty)
     assert [answer.tokens for answer in answers] == expected
 
@@ -95,9 +95,7 @@ def test_repetition_penalty(text, beams, penalty):
 @pytest.mark.parametrize("settings", [dict(), dict(beams=3), dict(repetition_penalty=1.5)], ids=str)
 def test_log_probabilities_are_the_models_own(text, settings):
     model, words, vlm = text
-    for line, answer in zip(
-        TEXTS, vlm.answer([vlm.processor.request(t) for t in TEXTS], max_new_tokens=NEW, **settings), strict=True
-    ):
+    for line, answer in zip(TEXTS, vlm.answer([verbatim(vlm, t) for t in TEXTS], max_new_tokens=NEW, **settings), strict=True):
         prompt = words(line)["input_ids"]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
@@ -110,7 +108,7 @@ def test_beams_over_pictures_in_the_sequence(tmp_path):
     vlm = load(tmp_path)
     many = [(TEXT, [picture(1, 30, 44)]), (TWO, [picture(n, 20 + n, 40) for n in range(3)])]
     expected = [their_answer(model, asked(processor, [line], pictures), NEW, num_beams=3)[0] for line, pictures in many]
-    answers = vlm.answer([vlm.processor.request(*one) for one in many], max_new_tokens=NEW, beams=3)
+    answers = vlm.answer([verbatim(vlm, *one) for one in many], max_new_tokens=NEW, beams=3)
     assert [answer.tokens for answer in answers] == expected
 
 
@@ -119,7 +117,7 @@ def test_beams_over_gated_cross_attention(tmp_path, mesh):
     model, processor = idefics_folder(tmp_path, seed=2)
     vlm = load(tmp_path, mesh)
     expected = [their_answer(model, processor(text=[listed(*prompt)]), NEW, num_beams=3)[0] for prompt in PROMPTS]
-    answers = vlm.answer([vlm.processor.request(*prompt) for prompt in PROMPTS], max_new_tokens=NEW, beams=3)
+    answers = vlm.answer([verbatim(vlm, *prompt) for prompt in PROMPTS], max_new_tokens=NEW, beams=3)
     assert [answer.tokens for answer in answers] == expected
 
 
@@ -134,7 +132,7 @@ def test_the_checkpoints_own_settings(tmp_path):
     assert vlm.settings() == wanted and vlm.settings(beams=1) == dataclasses.replace(wanted, beams=1)
     with torch.no_grad():
         out = model.generate(**words(TEXTS[0], return_tensors="pt"))[0]
-    tokens = vlm.answer([vlm.processor.request(TEXTS[0])])[0].tokens
+    tokens = vlm.answer([verbatim(vlm, TEXTS[0])])[0].tokens
     assert tokens == until_an_end(out[len(words(TEXTS[0])["input_ids"]) :].tolist())
 
 

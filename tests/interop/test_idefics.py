@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import EOS, PAD, exported_again, load, logits, picture, saved, their_answer, tokenizer
+from folders import EOS, PAD, exported_again, laid_out, load, logits, picture, saved, their_answer, tokenizer, verbatim
 from torch_helpers import TOKENS, VOCAB, compare, converted, randomised, state_of, text_batch
 from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsImageProcessorPil, IdeficsProcessor
 
-from vlm_jax.data.example import Text
-from vlm_jax.generation.request import Request
+from vlm_jax.generation.request import interleaved
 from vlm_jax.interop import idefics
 from vlm_jax.interop.engine import abstract_params
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -125,17 +124,17 @@ def test_a_saved_folder(tmp_path, extra):
     """Tokens, pixels, which picture each token sees, logits, answers one by one and batched, and back."""
     model, processor = idefics_folder(tmp_path / "a", seed=2, extra=extra)
     vlm = load(tmp_path / "a")
-    requests = [vlm.processor.request(*prompt) for prompt in PROMPTS]
+    requests = [verbatim(vlm, *prompt) for prompt in PROMPTS]
     together = processor(text=[listed(*prompt) for prompt in PROMPTS])
     inputs = [processor(text=[listed(*prompt)]) for prompt in PROMPTS]
     vision = vlm.model.config.vision
     for request, theirs in zip(requests, inputs, strict=True):
-        laid = vlm.processor.lay_out(request)
+        laid = laid_out(vlm, request)
         assert laid.tokens.tolist() == theirs["input_ids"][0].tolist()
         seen = (laid.media_last[:, None] == np.arange(1, theirs["image_attention_mask"].shape[-1] + 1)).astype(int)
         assert seen.tolist() == theirs["image_attention_mask"][0].int().tolist()
-        for film, expected in zip(request.images, theirs["pixel_values"][0], strict=False):
-            normal = (vlm.processor.pixels(film)[0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
+        for film, expected in zip(request.media, theirs["pixel_values"][0], strict=False):
+            normal = (vlm.processor.media.pixels(film)[0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
             np.testing.assert_allclose(normal.transpose(2, 0, 1), expected.numpy(), atol=1e-6)
         with torch.no_grad():
             compare(logits(vlm, request), model(**theirs).logits[0])
@@ -150,9 +149,8 @@ def test_a_saved_folder(tmp_path, extra):
 def test_texts_after_one_another_are_two_speakers(tmp_path):
     _, processor = idefics_folder(tmp_path, extra=("<end_of_utterance>",))
     vlm = load(tmp_path)
-    texts = [Text("User: what?", learn=False), Text(" Assistant:", learn=False)]
-    tokens = vlm.processor.lay_out(Request(tuple(texts))).tokens
-    assert tokens.tolist() == processor(text=[["User: what?", " Assistant:"]])["input_ids"][0].tolist()
+    texts = ["User: what?", " Assistant:"]
+    assert laid_out(vlm, interleaved(texts)).tokens.tolist() == processor(text=[texts])["input_ids"][0].tolist()
 
 
 def test_vector_gates_are_refused():

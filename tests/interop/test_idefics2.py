@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import PAD, exported_again, load, logits, picture, saved, their_answer, tokenizer
+from folders import PAD, exported_again, laid_out, load, logits, picture, placed, saved, their_answer, tokenizer, verbatim
 from test_llava import SIZES
 from torch_helpers import compare
 from transformers import (
@@ -86,12 +86,12 @@ def theirs_of(processor, text, pictures):
 def test_logits_answers_and_back(tmp_path, case):
     model, processor = idefics2(tmp_path / "a", seed=2, **CASES[case])
     vlm = load(tmp_path / "a")
-    requests = [vlm.processor.request(*prompt) for prompt in PROMPTS]
+    requests = [verbatim(vlm, *prompt) for prompt in PROMPTS]
     alone = []
     for (text, pictures), request in zip(PROMPTS, requests, strict=True):
         theirs = theirs_of(processor, text, pictures)
-        assert vlm.processor.lay_out(request).tokens.tolist() == theirs["input_ids"][0].tolist()
-        frames = [frame for film in request.images for frame in vlm.processor.pixels(film)]
+        assert laid_out(vlm, request).tokens.tolist() == theirs["input_ids"][0].tolist()
+        frames = [frame for film in request.media for frame in vlm.processor.media.pixels(film)]
         for number, frame in enumerate(frames):
             mask = theirs["pixel_attention_mask"][0, number].numpy()
             assert frame.shape[:2] == (mask.any(1).sum(), mask.any(0).sum())
@@ -114,7 +114,7 @@ def test_logits_answers_and_back(tmp_path, case):
 
 def encoded(vlm, text, pictures):
     """Of each crop of a prompt's pictures: its patches' features, and its visual tokens."""
-    prompts = vlm.generator.place([vlm.generator.prompt(vlm.processor.request(text, pictures), 0, vlm.settings())])
+    prompts = placed(vlm, verbatim(vlm, text, pictures))
 
     def parts(model, images, frames, sizes):
         flat, of_each = images.reshape(-1, *images.shape[3:]), sizes.reshape(-1, 2)
@@ -124,7 +124,7 @@ def encoded(vlm, text, pictures):
     run = jax.jit(lambda params, *x: vlm.model.apply({"params": params}, *x, method=parts))
     features, there, visual = map(np.asarray, run(vlm.params, prompts.images, prompts.frames, prompts.sizes))
     visual = visual.reshape(len(features), -1, visual.shape[-1])
-    # Slots and frames are padded to powers of two.
+    # A crop has a slot; slots are padded to a power of two.
     used = (np.arange(prompts.images.shape[2]) < np.asarray(prompts.frames)[0, :, None]).ravel()
     return [feature[mask] for feature, mask in zip(features[used], there[used], strict=True)], visual[used]
 
@@ -150,16 +150,16 @@ def test_padding_changes_nothing(tmp_path):
     idefics2(tmp_path, split=True)
     vlm = load(tmp_path)
     text, pictures = PROMPTS[1]
-    prompts = vlm.generator.place([vlm.generator.prompt(vlm.processor.request(text, pictures), 0, vlm.settings())])
-    assert prompts.images.shape[3:5] == (64, 64) and prompts.sizes.shape == (1, 4, 8, 2)
+    prompts = placed(vlm, verbatim(vlm, text, pictures))
+    assert prompts.images.shape[3:5] == (64, 64) and prompts.sizes.shape == (1, 16, 1, 2)
     arguments = (prompts.images, prompts.frames, False, prompts.sizes)
     run = jax.jit(lambda params, *x: vlm.model.apply({"params": params}, *x, method="encode_images")[0], static_argnums=3)
-    ours = np.asarray(run(vlm.params, *arguments)).reshape(4, 8, 3, 32)
+    ours = np.asarray(run(vlm.params, *arguments)).reshape(16, 3, 32)
     noisy = jax.random.bits(jax.random.key(0), prompts.images.shape, np.uint8)
     rows, columns = (np.arange(64) < np.asarray(prompts.sizes)[..., axis, None] for axis in (0, 1))
     there = rows[..., :, None, None] & columns[..., None, :, None]
     again = np.asarray(run(vlm.params, np.where(there, prompts.images, noisy), *arguments[1:])).reshape(ours.shape)
-    np.testing.assert_array_equal(again[:3, :5], ours[:3, :5])
+    np.testing.assert_array_equal(again[:15], ours[:15])  # five crops of three pictures
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -174,7 +174,7 @@ def test_a_processor_of_another_model(tmp_path, count):
 
 def test_a_mesh_answers_the_same(tmp_path):
     idefics2(tmp_path, seed=3)
-    asked = lambda vlm: [vlm.processor.request(*prompt) for prompt in PROMPTS]
+    asked = lambda vlm: [verbatim(vlm, *prompt) for prompt in PROMPTS]
     alone, spread = (load(tmp_path, mesh) for mesh in (None, "data=2,fsdp=2,tensor=2"))
     tokens = lambda vlm: [answer.tokens for answer in vlm.answer(asked(vlm), max_new_tokens=8)]
     assert tokens(alone) == tokens(spread)
@@ -186,7 +186,7 @@ def test_the_chat_template(tmp_path):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     expected = theirs_of(processor, text, [picture(1, 20, 20)])["input_ids"][0].tolist()
-    assert vlm.processor.lay_out(vlm.request("what?", [picture(1, 20, 20)])).tokens.tolist() == expected
+    assert laid_out(vlm, vlm.request("what?", [picture(1, 20, 20)])).tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("side", [1, 2, 6, 16, 20, 27, 49, 70, 98])

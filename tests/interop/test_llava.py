@@ -6,7 +6,23 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import BOS, CHAT, EOS, IMAGE, PAD, asked, exported_again, load, logits, picture, saved, their_answer, tokenizer
+from folders import (
+    BOS,
+    CHAT,
+    EOS,
+    IMAGE,
+    PAD,
+    asked,
+    exported_again,
+    laid_out,
+    load,
+    logits,
+    picture,
+    saved,
+    their_answer,
+    tokenizer,
+    verbatim,
+)
 from safetensors.numpy import load_file, save_file
 from torch_helpers import compare
 from transformers import (
@@ -107,10 +123,9 @@ def test_logits_and_back(tmp_path, changes):
     vlm = load(tmp_path / "a")
     pictures = [picture(1, 30, 44), picture(2, 16, 16), picture(3, 50, 20)]
     inputs = asked(processor, [TWO], pictures)
-    request = vlm.processor.request(TWO, pictures)
-    laid = vlm.processor.lay_out(request)
-    assert laid.tokens.tolist() == inputs["input_ids"][0].tolist()
-    pixels = np.concatenate([vlm.processor.pixels(film) for film in request.images])
+    request = verbatim(vlm, TWO, pictures)
+    assert laid_out(vlm, request).tokens.tolist() == inputs["input_ids"][0].tolist()
+    pixels = np.concatenate([vlm.processor.media.pixels(film) for film in request.media])
     vision = vlm.model.config.vision
     normal = (pixels / 255.0 - np.array(vision.mean)) / np.array(vision.std)
     np.testing.assert_allclose(normal.transpose(0, 3, 1, 2), inputs["pixel_values"].numpy(), atol=1e-6)
@@ -124,7 +139,7 @@ def test_logits_and_back(tmp_path, changes):
 def test_text_alone(tmp_path):
     model, processor = llava(tmp_path)
     vlm = load(tmp_path)
-    request = vlm.processor.request("a cat sits on the mat")
+    request = verbatim(vlm, "a cat sits on the mat")
     inputs = asked(processor, ["a cat sits on the mat"], None)
     with torch.no_grad():
         compare(logits(vlm, request), model(**inputs).logits[0])
@@ -136,8 +151,8 @@ def test_next_logits_and_back(tmp_path, text):
     vlm = load(tmp_path / "a")
     pictures = [picture(1, 30, 44), picture(2, 11, 60), picture(3, 70, 20)]
     inputs = asked(processor, [TWO], pictures)
-    request = vlm.processor.request(TWO, pictures)
-    assert vlm.processor.lay_out(request).tokens.tolist() == inputs["input_ids"][0].tolist()
+    request = verbatim(vlm, TWO, pictures)
+    assert laid_out(vlm, request).tokens.tolist() == inputs["input_ids"][0].tolist()
     ours = logits(vlm, request)
     with torch.no_grad():
         compare(ours, model(**inputs).logits[0])
@@ -152,7 +167,7 @@ def test_answers(tmp_path, make, mesh):
     model, processor = make(tmp_path, seed=3)
     vlm = load(tmp_path, mesh)
     many = [(TEXT, [picture(1, 30, 44)]), (TWO, [picture(n, 20 + n, 40) for n in range(3)]), (TEXT, [picture(5, 17, 16)])]
-    answers = vlm.answer([vlm.processor.request(*one) for one in many], max_new_tokens=12)
+    answers = vlm.answer([verbatim(vlm, *one) for one in many], max_new_tokens=12)
     alone = [their_answer(model, asked(processor, [text], pictures), 12)[0] for text, pictures in many]
     assert [answer.tokens for answer in answers] == alone
     texts, pictures = [text for text, _ in many], [one for _, pictures in many for one in pictures]
@@ -173,12 +188,10 @@ def test_the_chat_template_is_used_as_theirs(tmp_path):
     pictures = [picture(1, 20, 20), picture(2, 30, 30)]
     request = vlm.request("is <image> red?", pictures[1:], [(pictures[:1], "what?", "a cat")])
     expected = asked(processor, [rendered], pictures)["input_ids"][0].tolist()
-    assert vlm.processor.lay_out(request).tokens.tolist() == expected
-    begun = vlm.processor.request("<s>" + TEXT, pictures[:1])
-    assert (
-        vlm.processor.lay_out(begun).tokens.tolist()
-        == vlm.processor.lay_out(vlm.processor.request(TEXT, pictures[:1])).tokens.tolist()
-    ), "a begin token that the template writes is not repeated"
+    assert laid_out(vlm, request).tokens.tolist() == expected
+    begun = verbatim(vlm, "<s>" + TEXT, pictures[:1])
+    plain = verbatim(vlm, TEXT, pictures[:1])
+    assert laid_out(vlm, begun).tokens.tolist() == laid_out(vlm, plain).tokens.tolist(), "a begin token is not repeated"
 
 
 def test_pictures_that_are_no_squares_are_refused(tmp_path):
@@ -197,11 +210,11 @@ def test_square_padding_is_a_choice(tmp_path):
     vlm, plain = load(tmp_path, pad_to_square=True), load(tmp_path)
     for image in (picture(1, 31, 44), picture(2, 60, 21), picture(3, 20, 20)):
         theirs = padded(image, return_tensors="np")["pixel_values"][0]
-        pixels, vision = vlm.processor.pixels((image,))[0], vlm.model.config.vision
+        pixels, vision = vlm.processor.media.pixels((image,))[0], vlm.model.config.vision
         ours = ((pixels / 255.0 - np.array(vision.mean)) / np.array(vision.std)).transpose(2, 0, 1)
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
         if image.size[0] != image.size[1]:
-            assert not np.array_equal(pixels, plain.processor.pixels((image,))[0])
+            assert not np.array_equal(pixels, plain.processor.media.pixels((image,))[0])
     llava_next(tmp_path / "next")
     with pytest.raises(ValueError, match=r"only LLaVA-1\.5 was evaluated with pictures padded to squares"):
         load(tmp_path / "next", pad_to_square=True)

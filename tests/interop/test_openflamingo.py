@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from folders import logits, picture, tokenizer
+from folders import laid_out, logits, picture, tokenizer, verbatim
 from openflamingo_reference import Flamingo, GatedCrossAttentionBlock, PerceiverResampler
 from safetensors.numpy import load_file
 from torch_helpers import compare, randomised
@@ -88,7 +88,7 @@ def made(folder, build, every, only_last=True, prefix=""):
 
 def pixels_of(vlm, pictures):
     vision = vlm.model.config.vision
-    made = np.stack([vlm.processor.pixels((one,))[0] for one in pictures])
+    made = np.stack([vlm.processor.media.pixels((one,))[0] for one in pictures])
     scaled = (made / 255.0 - np.array(vision.mean)) / np.array(vision.std)
     return torch.tensor(scaled.transpose(0, 3, 1, 2)[None], dtype=torch.float32)
 
@@ -103,8 +103,8 @@ def test_logits_answers_and_back(tmp_path, build, every):
         vlm_jax.load(tmp_path)
     vlm = vlm_jax.load(tmp_path, dtype="float32", pickles=True)
     pictures = [picture(1, 30, 44), picture(2, 20, 17)]
-    request = vlm.processor.request(TEXT, pictures)
-    ids = vlm.processor.lay_out(request).tokens.tolist()
+    request = verbatim(vlm, TEXT, pictures)
+    ids = laid_out(vlm, request).tokens.tolist()
     assert ids == words(TEXT)["input_ids"]
     pixels = pixels_of(vlm, pictures)
     with torch.no_grad():
@@ -131,8 +131,8 @@ def test_the_quirk_of_all_previous_images(tmp_path):
     checkpoint.config = dataclasses.replace(checkpoint.config, fusion=fusion)
     vlm = vlm_jax.load(checkpoint, dtype="float32")
     pictures = [picture(1, 30, 44), picture(2, 20, 17)]
-    request = vlm.processor.request(TEXT, pictures)
-    ids = torch.tensor([vlm.processor.lay_out(request).tokens.tolist()])
+    request = verbatim(vlm, TEXT, pictures)
+    ids = torch.tensor([laid_out(vlm, request).tokens.tolist()])
     with torch.no_grad():
         compare(logits(vlm, request), reference(ids, pixels_of(vlm, pictures))[0])
 

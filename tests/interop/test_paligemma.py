@@ -1,11 +1,24 @@
 """PaliGemma against transformers: the prompt sees all of itself, pictures and text, and the answer what was before it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from folders import BOS, EOS, IMAGE, PAD, exported_again, load, logits, picture, saved, their_answer, tokenizer
+from folders import (
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    exported_again,
+    laid_out,
+    load,
+    logits,
+    picture,
+    saved,
+    their_answer,
+    tokenizer,
+    verbatim,
+)
 from torch_helpers import compare, text_batch
 from transformers import (
     GemmaConfig,
@@ -16,7 +29,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_jax.ops.masks import unlearned
+from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, prefix_ends
 
 SIDE, PATCH = 16, 4
 
@@ -76,13 +89,13 @@ PROMPTS = [
 def test_logits_answers_and_back(tmp_path, changes):
     model, processor = paligemma(tmp_path / "a", seed=1, **changes)
     vlm = load(tmp_path / "a")
-    requests = [vlm.processor.request(*prompt) for prompt in PROMPTS]
+    requests = [verbatim(vlm, *prompt) for prompt in PROMPTS]
     alone = []
     for (text, pictures), request in zip(PROMPTS, requests, strict=True):
         theirs = processor(images=pictures, text=text, return_tensors="pt")
         theirs.pop("labels")
-        assert vlm.processor.lay_out(request).tokens.tolist() == theirs["input_ids"][0].tolist()
-        pixels = np.concatenate([vlm.processor.pixels(film) for film in request.images])
+        assert laid_out(vlm, request).tokens.tolist() == theirs["input_ids"][0].tolist()
+        pixels = np.concatenate([vlm.processor.media.pixels(film) for film in request.media])
         normal = (pixels / 255.0 - 0.5) / 0.5
         np.testing.assert_allclose(normal.transpose(0, 3, 1, 2), theirs["pixel_values"].numpy(), atol=1e-6)
         with torch.no_grad():
@@ -94,21 +107,23 @@ def test_logits_answers_and_back(tmp_path, changes):
         compare(logits(vlm, requests[2]), again(**theirs).logits[0])
 
 
+SUFFIXES = ((7, 4), (5, 2))  # tokens of a conversation, and of its prompt
+
+
 def test_the_suffix_is_causal_in_training(tmp_path):
     """A packed row of two conversations, each as their model reads it alone with its prefix and suffix told."""
     model, _ = paligemma(tmp_path, seed=1)
     vlm = load(tmp_path)
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 200, (1, 12), dtype=np.int32)
-    sizes, prefixes = (7, 5), (4, 2)
+    sizes, prefixes = zip(*SUFFIXES, strict=True)
     segments = np.repeat([[1, 2]], sizes, axis=1).astype(np.int32)
     positions = np.concatenate([np.arange(size) for size in sizes])[None].astype(np.int32)
     starts = (0, 7)
-    weights = np.zeros((1, 12), np.float32)
-    for start, size, prefix in zip(starts, sizes, prefixes, strict=True):
-        weights[0, start + prefix - 1 : start + size - 1] = 1
-    blank = np.zeros((1, 1, 1, SIDE, SIDE, 3), np.uint8)
-    batch = text_batch(tokens, segments=segments, positions=positions, weights=weights, images=blank)
+    ends = [position if position >= prefix else prefix - 1 for size, prefix in SUFFIXES for position in range(size)]
+    batch = text_batch(
+        tokens, segments=segments, positions=positions, prefix_end=np.asarray([ends], np.int32), images=None, frames=None
+    )
     ours = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))[0]
     for start, size, prefix in zip(starts, sizes, prefixes, strict=True):
         kinds = torch.tensor([[0] * prefix + [1] * (size - prefix)])
@@ -118,8 +133,11 @@ def test_the_suffix_is_causal_in_training(tmp_path):
         compare(ours[start : start + size], theirs)
 
 
-def test_what_is_not_learned_is_the_prefix():
-    segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 3, 3, 3]])
-    weights = jnp.asarray([[0, 1, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 0, 1, 0]], jnp.float32)
-    expected = [[1, 1, 0, 0, 1, 0, 0, 0], [1, 0, 1, 1, 1, 1, 1, 0]]
-    np.testing.assert_array_equal(unlearned(segments, weights), np.asarray(expected, bool))
+def test_each_prompt_sees_to_its_own_end():
+    """Three conversations in a row: two turns, an answer alone, a prompt whose last token is also where an answer ends."""
+    prompt, learned, ends = PROMPT, LEARNED, PROMPT + ENDS
+    flags = [prompt, prompt, learned, prompt, prompt, prompt, learned, learned, prompt, prompt, ends]
+    positions = [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2]
+    expected = [1, 1, 2, 5, 5, 5, 6, 0, 2, 2, 2]
+    found = prefix_ends(np.asarray(flags, np.uint8), np.asarray(positions, np.int32))
+    assert found.tolist() == expected

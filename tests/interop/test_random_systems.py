@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from folders import asked, exported_again, load, logits, picture
+from folders import asked, exported_again, load, logits, picture, verbatim
 from test_idefics import idefics_folder, listed
 from test_idefics2 import idefics2
 from test_llava import llava, llava_next
@@ -138,7 +138,7 @@ FAMILIES = {
 def test_logits_and_back(tmp_path, family, seed):
     model, inputs, prompt = FAMILIES[family](tmp_path / "a", Draw(seed, len(family)))
     vlm = load(tmp_path / "a")
-    ours = logits(vlm, vlm.processor.request(*prompt))
+    ours = logits(vlm, verbatim(vlm, *prompt))
     with torch.no_grad():
         theirs = model(**inputs).logits[0]
         compare(ours, theirs, rounding(theirs))

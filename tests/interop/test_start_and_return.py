@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import load, logits, picture, saved, tokenizer
+from folders import load, logits, picture, saved, tokenizer, verbatim
 from test_encoder_folders import two_towers
 from test_idefics import idefics_folder, listed
 from test_llava import llava
@@ -19,14 +19,13 @@ from configs import finetune
 from tests.tiny import tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config_dict import from_config_dict
-from vlm_jax.data.pipeline import TrainBatches, build_source, build_tokenizer
+from vlm_jax.data.pipeline import TrainBatches, build_source
 from vlm_jax.errors import RequestError
 from vlm_jax.interop.published import open_published
-from vlm_jax.ops.masks import unlearned
 from vlm_jax.paths import by_path
 from vlm_jax.training.checkpoint import CheckpointError
-from vlm_jax.training.initial import read_tokenizer
 from vlm_jax.training.loop import train
+from vlm_jax.training.processors import build_processor
 from vlm_jax.training.step import check_pictures
 
 
@@ -61,7 +60,7 @@ def test_trained_from_published_and_exported(tmp_path):
     vlm = load(tmp_path / "back")
     with torch.no_grad():
         theirs = trained.eval()(**processor(text=[listed(*prompt)])).logits[0]
-    compare(logits(vlm, vlm.processor.request(*prompt)), theirs)
+    compare(logits(vlm, verbatim(vlm, *prompt)), theirs)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -162,22 +161,23 @@ def test_parts_start_from_several_checkpoints(tmp_path):
         train(dataclasses.replace(config, model=dataclasses.replace(model, vision=narrow)), tmp_path / "third")
 
 
-def sees(folder, family):
+def with_vision(folder, family):
     return {"llava": llava, "paligemma": paligemma}[family](folder, tie_word_embeddings=family == "paligemma")
 
 
+@pytest.mark.parametrize("words", ["recipe", "its own"])
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
-def test_visual_tokens_in_packed_rows(tmp_path, family):
+def test_visual_tokens_in_packed_rows(tmp_path, family, words):
     """A row holds several conversations with pictures; each is what their model reads alone. Then two steps, and back."""
     folder = tmp_path / "published"
-    model, _ = sees(folder, family)
+    model, _ = with_vision(folder, family)
     published = open_published(folder)
     base = run_of(tmp_path, folder)
-    data = dataclasses.replace(base.data, end="</s>", visual_tokens=16, image_size=16, tokens=96)
+    own = dict(end="</s>") if words == "recipe" else dict(processor=str(folder))
+    data = dataclasses.replace(base.data, **own, visual_tokens=16, image_size=16, tokens=96)
     config = dataclasses.replace(base, model=published.config, data=data)
     source = build_source(data, "train")
-    tokenizer = build_tokenizer(data, source, None, lambda name: read_tokenizer(name, data.end))
-    with TrainBatches(config, tokenizer, source, 0, 0, 1) as batches:
+    with TrainBatches(config, build_processor(data, source, tmp_path / "processor"), source, 0, 0, 1) as batches:
         batch = next(iter(batches))
     assert batch.segments.max() > 1 and (batch.visual > 16).any()
     vlm = load(folder)
@@ -192,7 +192,8 @@ def test_visual_tokens_in_packed_rows(tmp_path, family):
         pixels = (batch.images[row, slots, 0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
         more = dict(pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)) if slots else {}
         if family == "paligemma":
-            prefix = np.asarray(unlearned(batch.segments, batch.weights))[row, place]
+            prefix = batch.positions[row, place] <= batch.prefix_end[row, place[0]]
+            assert prefix.any() and not prefix[batch.weights[row, place] > 0][1:].any(), "the last of the prompt is learned at"
             more["token_type_ids"] = torch.tensor(~prefix, dtype=torch.long)[None]
         with torch.no_grad():
             theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0]
@@ -214,11 +215,11 @@ def test_the_recipe_for_any_checkpoint(tmp_path):
     idefics_folder(tmp_path / "idefics")
     for name, tokens in (("llava", 16), ("idefics", 0)):
         run = from_config_dict(RunConfig, finetune.get_config(str(tmp_path / name)))
-        assert (run.data.visual_tokens, run.data.end) == (tokens, "</s>")
+        assert (run.data.visual_tokens, run.data.processor) == (tokens, str(tmp_path / name))
         assert run.model == open_published(tmp_path / name).config
         check_pictures(run)
     two_towers(tmp_path / "clip", "clip")
-    with pytest.raises(ValueError, match="does not answer about pictures"):
+    with pytest.raises(ValueError, match="is an encoder: it answers nothing"):
         finetune.get_config(str(tmp_path / "clip"))
 
 
@@ -226,11 +227,11 @@ def test_the_data_must_lay_pictures_out_as_the_model_reads_them(tmp_path):
     llava(tmp_path / "published")
     config = run_of(tmp_path, tmp_path / "published")
     for changes, message in (
-        (dict(), "config.data.visual_tokens=0: the model has 16 for a picture"),
+        (dict(), "config.data.visual_tokens=0: the model has 16 visual tokens of a tile in the sequence: set it to 16"),
         (dict(visual_tokens=16, image_size=32), "set config.data.image_size=16 and frames=1"),
     ):
         with pytest.raises(ValueError, match=message):
             train(dataclasses.replace(config, data=dataclasses.replace(config.data, end="</s>", **changes)), tmp_path / "run")
     crossing = tiny_run(data=dataclasses.replace(tiny_run().data, visual_tokens=4))
-    with pytest.raises(ValueError, match="visual_tokens is for models with visual tokens in the sequence"):
+    with pytest.raises(ValueError, match="visual_tokens=4: the model reads pictures by cross-attention, or none: set it to 0"):
         check_pictures(crossing)

@@ -84,7 +84,7 @@ def pixel_values(pixels: np.ndarray, config: VitConfig) -> torch.Tensor:
 
 
 def text_batch(tokens: np.ndarray, **fields: np.ndarray) -> Batch:
-    """One segment a row; no images unless given."""
+    """One segment a row, read causally; no images unless given."""
     rows, length = tokens.shape
     zeros = np.zeros((rows, length), np.int32)
     positions = np.repeat(np.arange(length, dtype=np.int32)[None], rows, axis=0)
@@ -96,6 +96,7 @@ def text_batch(tokens: np.ndarray, **fields: np.ndarray) -> Batch:
         segments=zeros + 1,
         media_last=zeros,
         media_first=zeros,
+        prefix_end=positions,
         targets=zeros,
         weights=zeros.astype(np.float32),
     )

@@ -30,6 +30,7 @@ def batch_of(last, first=None, slots=3):
         segments=np.ones_like(last),
         media_last=last,
         media_first=first,
+        prefix_end=positions,
         targets=rng.integers(1, 300, last.shape, dtype=np.int32),
         weights=np.ones(last.shape, np.float32),
     )

@@ -71,6 +71,7 @@ def rows_of(*rows, length=LENGTH):
         frames=np.ones((len(rows), SLOTS), np.int32),
         media_last=last,
         media_first=first,
+        prefix_end=fields["positions"],
         targets=fields["tokens"],
         weights=np.ones(last.shape, np.float32),
         **fields,

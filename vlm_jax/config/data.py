@@ -45,8 +45,8 @@ class SampleRule:
 @frozen
 class DataConfig:
     source: EasyVqaConfig | JsonLinesConfig
-    # A published checkpoint (folder or name) whose own tokenizer, chat template and picture processor are used; "": the recipe's:
-    # `tokenizer`, `prompt`, `answer` and `image_fit`.
+    # A published checkpoint (folder or name) whose own tokenizer, chat template and picture processor are used; "": the
+    # recipe's, which are `tokenizer`, `prompt`, `answer` and `image_fit`.
     processor: str = ""
     template: str = ""  # of a published processor: a name of `processing/templates.py`; "": its own
     tokenizer: str = "train"  # "train": a byte-level BPE made from the training text; else a folder or a hub name

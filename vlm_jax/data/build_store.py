@@ -59,7 +59,8 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
     store = TokenStore(cache / key)
     _report(store, made=made)
     if not len(store):
-        raise DataError("the data set holds no example to learn from")
+        reason = f"none of the {len(store.slots)} examples can be trained on; the first: {store.meta['shown'][0]}"
+        raise DataError(reason if store.meta["problems"] else "the data set holds no example to learn from")
     return store
 
 

@@ -161,7 +161,15 @@ def _list_records(path: Path) -> Iterator[tuple[int, int, int]]:
         passed = text[at:place]
         at, line, start = place, line + passed.count("\n"), start + len(passed.encode())
 
+    def longer() -> bool:
+        nonlocal text, at
+        if more := next(blocks, ""):
+            text, at = text[at:] + more, 0
+        return bool(more)
+
     go_to(blank.match(text).end())
+    while at == len(text) and longer():
+        go_to(blank.match(text).end())
     if text[at : at + 1] != "[":
         raise DataError(f"{path}:1: expected a list, '[...]'. If there is a record a line, name the file .jsonl")
     go_to(at + 1)
@@ -174,9 +182,7 @@ def _list_records(path: Path) -> Iterator[tuple[int, int, int]]:
                 return
             _, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            more = next(blocks, "")
-            if more:  # the record may go on
-                text, at = text[at:] + more, 0
+            if longer():  # the record may go on
                 continue
             if isinstance(error, json.JSONDecodeError):
                 raise DataError(f"{path}:{line + text.count(chr(10), at, error.pos)}: is not JSON: {error.msg}") from None

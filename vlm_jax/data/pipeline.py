@@ -29,7 +29,7 @@ from vlm_jax.data.workers import start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.processing.processor import Processor
 
-_STORES: weakref.WeakKeyDictionary[Any, tuple[str, TokenStore]] = weakref.WeakKeyDictionary()
+_STORES: weakref.WeakKeyDictionary[Any, tuple[Any, TokenStore]] = weakref.WeakKeyDictionary()
 
 
 def build_source(config: DataConfig, split: str) -> Source:
@@ -55,9 +55,9 @@ def tokens_of(config: DataConfig, processor: Processor, source: Source) -> Token
     Raises:
       DataError: an example that is wrong or fits in no row.
     """
-    key, store = _STORES.get(source, ("", None))
-    if store is None or key != processor.fingerprint:
-        key = processor.fingerprint
+    known, store = _STORES.get(source, (None, None))
+    key = (config, processor.fingerprint)
+    if store is None or known != key:
         skip = getattr(config.source, "bad_lines", "error") == "skip"
         store = token_store(config, processor, source, skip=skip)
         _STORES[source] = (key, store)

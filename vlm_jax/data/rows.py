@@ -164,10 +164,8 @@ class RowMaker:
         if kept is not None:
             return kept
         example = self._source[number]
-        made = [
-            self._pixels(example, medium, size)
-            for medium, size in zip(example.media, self._store.media_of(number), strict=True)
-        ]
+        sizes = self._store.media_of(number)  # of those that are spoken of, which are the first
+        made = [self._pixels(example, *one) for one in zip(example.media[: len(sizes)], sizes, strict=True)]
         size = sum(tile.nbytes for tiles in made for tile in tiles)
         with self._lock:
             # An epoch asks for every example once: what is kept first serves as well as what is kept last.
@@ -180,7 +178,8 @@ class RowMaker:
         try:
             if picture_size(medium[0]) != size:
                 raise DataError(
-                    f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised; start again"
+                    f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
+                    f"delete {self._store.folder}, which is made anew, and start again"
                 )
             return self._spread.media.pixels(medium)
         except (ImageError, RequestError) as error:

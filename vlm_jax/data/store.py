@@ -7,7 +7,8 @@
     CACHE/KEY.part/       one that is being made; an interrupted one is gone on with
     CACHE/KEY.lock        held by the process that makes it
 
-Axis letters: N conversations, E examples, C compact tokens of all conversations (`processing/layout.py`), M media of all examples.
+Axis letters: N conversations, E examples, C compact tokens of all conversations (`processing/layout.py`), M media of all
+examples.
 """
 
 from __future__ import annotations

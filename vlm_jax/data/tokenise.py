@@ -63,10 +63,12 @@ class Tokeniser:
             try:
                 example = self.source[index]
                 sizes, found = self._measured(example)
-                slots = sum(self.processor.media.tiles(size) for size in sizes) if self._in_sequence else len(sizes)
-                rows = [self._written(example, turns, sizes, out) for turns in found]
-                self._check_example(example, slots)
-                media = len(sizes)
+                rows = [self._written(example, turns, sizes) for turns in found]
+                # What only dropped turns speak of takes no slot.
+                sizes = sizes[: max((place + 1 for turns, _, _ in rows for place in media_of(turns)), default=0)]
+                slots, media = self._slots(sizes), len(sizes)
+                self._check_example(example, slots, media)
+                out.dropped += sum(len(turns) - len(kept) for turns, (kept, _, _) in zip(found, rows, strict=True))
                 for turns, written, length in rows:
                     self._add(out, index, turns, written, length)
                 out.fields["sizes"].append(np.asarray(sizes, np.int32).reshape(-1))
@@ -82,6 +84,9 @@ class Tokeniser:
     @property
     def _in_sequence(self) -> bool:
         return self.processor.media.tile_tokens > 0
+
+    def _slots(self, sizes: list[Size]) -> int:
+        return sum(self.processor.media.tiles(size) for size in sizes) if self._in_sequence else len(sizes)
 
     def _measured(self, example: Example) -> tuple[list[Size], tuple[Conversation, ...]]:
         """The sizes of its media, from the headers of their files, which are all looked at."""
@@ -103,26 +108,26 @@ class Tokeniser:
     def _size(self, picture: Picture) -> Size:
         return self._sizes(picture) if isinstance(picture, str) else picture_size(picture)
 
-    def _written(
-        self, example: Example, turns: Conversation, sizes: list[Size], out: Chunk
-    ) -> tuple[Conversation, Written, int]:
+    def _written(self, example: Example, turns: Conversation, sizes: list[Size]) -> tuple[Conversation, Written, int]:
         """The conversation written, and the places it takes; if asked for without the last turns that no row can take."""
+        drops = self.config.too_long == "drop_turns"
         while True:
             try:
                 written = self.processor.write(turns)
             except RequestError as error:
                 raise DataError(f"{example.id}: {error}") from error
-            length = self._length(written, [sizes[place] for place in media_of(turns)])
-            if length <= self.config.tokens:
+            own = [sizes[place] for place in media_of(turns)]
+            length = self._length(written, own)
+            too_long, too_many = length > self.config.tokens, self._slots(own) > self.config.images
+            shorter = _without_last_pair(turns) if drops and (too_long or too_many) else None
+            if shorter is None and not too_long:
                 return turns, written, length
-            shorter = _without_last_pair(turns)
-            if self.config.too_long == "error" or shorter is None:
+            if shorter is None:
                 raise DataError(
-                    f"{example.id}: a conversation of {length} tokens, and a row has data.tokens={self.config.tokens}. Raise it, "
-                    "shorten the text, or leave out its last turns: data.too_long=drop_turns"
-                    + (" (which was done, but the first is too long already)" if self.config.too_long != "error" else "")
+                    f"{example.id}: a conversation of {length} tokens, and a row has data.tokens={self.config.tokens}. Raise "
+                    "it, shorten the text, or leave out its last turns: data.too_long=drop_turns"
+                    + (" (which was done, but the first is too long already)" if drops else "")
                 )
-            out.dropped += len(turns) - len(shorter)
             turns = shorter
 
     def _length(self, written: Written, sizes: list[Size]) -> int:
@@ -132,12 +137,12 @@ class Tokeniser:
             length += sum(len(run) - 1 for size in sizes for run in self.processor.media.runs(size))
         return length
 
-    def _check_example(self, example: Example, slots: int) -> None:
+    def _check_example(self, example: Example, slots: int, media: int) -> None:
         config = self.config
         if slots > config.images:
             what = "tiles of pictures" if self._in_sequence else "images"
             raise DataError(f"{example.id}: {slots} {what}, and a row has data.images={config.images}. Raise it")
-        most = max((len(medium) for medium in example.media), default=0)
+        most = max((len(medium) for medium in example.media[:media]), default=0)
         if most > config.frames:
             raise DataError(
                 f"{example.id}: an image slot of {most} frames, and a slot has data.frames={config.frames}. Raise it"

@@ -6,7 +6,7 @@ A line of the input, pictures relative to the file; `shots` are solved examples 
     {"id": "8", "prompt": "<image> or <image>?", "images": ["a.png", "b.png"],
      "shots": [{"image": "c.png", "question": "what color is it?", "answer": "red"}]}
 
-    {"id": "9", "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "hm?"}]}]}
+    {"id": "9", "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}]}
 
 A line of the output, in the order the answers come::
 

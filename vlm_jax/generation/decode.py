@@ -1,7 +1,7 @@
 """The whole of generation as one program: images -> prompt -> a loop of one-token steps with a cache.
 
-The prompts are a `Batch` padded on the left, without targets; a row that is only padding has segments 0 and a limit of 0. Without
-pictures in any row `images` is None.
+The prompts are a `Batch` padded on the left, without targets; a row that is only padding has segments 0 and a limit of 0.
+Without pictures in any row `images` is None.
 
 Shapes come in buckets (`buckets.py`), prompts are padded on the left, and everything else is an array: a second request of
 similar size compiles nothing. Rows that are done wait for the others; the loop ends with the last of them.
@@ -143,17 +143,9 @@ def generate(
 
 def _images(model: VisionLanguageModel, params: Any, prompts: Batch) -> tuple[Any, Any, int]:
     """The visual tokens, the gated layers' keys and values of them, and the number of slots they lie in."""
-    config = model.config
-    if not model.has_vision or (prompts.images is None and not model.uses_cross_attention):
-        return None, None, 0
-    if prompts.images is None:
-        # One token that nothing sees: the gated layers' feed-forward still applies to every token.
-        visual = jnp.zeros((prompts.tokens.shape[0], 1, 1, config.visual_width), model.dtype)
-    else:
-        images = (prompts.images, prompts.frames, False, prompts.sizes)
-        visual, _ = model.apply({"params": params}, *images, method="encode_images")
-    if not model.uses_cross_attention:
-        return visual, None, visual.shape[1]
+    visual = model.apply({"params": params}, prompts, method="visual_tokens")
+    if visual is None or not model.uses_cross_attention:
+        return visual, None, 0
     keys_values = model.apply({"params": params}, visual, method="keys_values")
     names = ("layers", "batch", "length", "heads", "head")
     return visual, jax.tree.map(lambda x: constrain(x, *names[-x.ndim :]), keys_values), visual.shape[1]

@@ -171,7 +171,7 @@ class Generator:
         media = self.processor.media
         pictures = [[media.pixels(medium) for medium in prompt.request.ordered] for prompt in prompts]
         in_sequence = media.tile_tokens > 0
-        # A tile that visual tokens of the sequence are made of takes a slot; a medium that is read by cross-attention takes one.
+        # A tile whose visual tokens stand in the sequence takes a slot; a medium that is read by cross-attention does.
         slots = bucket(max(sum(map(len, row)) if in_sequence else len(row) for row in pictures))
         if slots:
             frames = 1 if in_sequence else bucket(max(len(tiles) for row in pictures for tiles in row))

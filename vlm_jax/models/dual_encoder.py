@@ -78,8 +78,8 @@ class TextTower(nn.Module):
             raise ValueError(f"{length} tokens of text: the tower has learned {encoder.max_positions} positions; truncate it")
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         decoder = Decoder(encoder, self.dtype, self.remat, name="encoder")
-        seen = None if config.causal else jnp.ones(tokens.shape, bool)
-        hidden, _, _ = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), prefix=seen)
+        last_seen = None if config.causal else jnp.full(tokens.shape, length - 1, jnp.int32)
+        hidden, _, _ = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), prefix_end=last_seen)
         pooled = jnp.take_along_axis(hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
         linear = {"embed": encoder.block.width}, {"projection": config.projection}
         return Linear(*linear, config.projection_bias, self.dtype, name="projection")(pooled)

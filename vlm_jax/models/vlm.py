@@ -43,7 +43,7 @@ LANGUAGE = {DecoderConfig: Decoder}
 class VisionLanguageModel(nn.Module):
     """Any vision encoder, connector, fusion and language model that fit together.
 
-    Training calls the model on a `Batch`. Generation calls its parts: `encode_images` and `keys_values` once, then `embed` and
+    Training calls the model on a `Batch`. Generation calls its parts: `visual_tokens` and `keys_values` once, then `embed` and
     `step` with the cache for the prompt and for every further token.
     """
 
@@ -80,13 +80,11 @@ class VisionLanguageModel(nn.Module):
 
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""
-        visual = between = None
-        if self.has_vision:
-            visual, _ = self.encode_images(batch.images, batch.frames, sizes=batch.sizes)
+        visual, between = self.visual_tokens(batch), None
         x = self.embed(batch.tokens, batch.positions, batch.visual, visual)
         if self.uses_cross_attention:
             media = (batch.media_first, batch.media_last)
-            between = self.fusion(*media, batch.frames.shape[1], visual=visual, segments=batch.segments)
+            between = self.fusion(*media, visual.shape[1], visual=visual, segments=batch.segments)
         prefix_end = batch.prefix_end if self.is_prefix_lm else None
         hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between, prefix_end=prefix_end)
         return self.language.head(hidden)
@@ -98,6 +96,18 @@ class VisionLanguageModel(nn.Module):
         row = lambda dtype: np.zeros((1, 1), dtype)
         images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
         return (Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), visual=row(np.int32)),)
+
+    def visual_tokens(self, batch: Batch) -> Array | None:
+        """Of the pictures of a batch: [B, M, R, D]; None: no visual tokens stand in the sequence.
+
+        Where no row has a picture, the gated layers read one token that nothing sees: their feed-forward still applies to every
+        token.
+        """
+        if not self.has_vision or (batch.images is None and not self.uses_cross_attention):
+            return None
+        if batch.images is None:
+            return jnp.zeros((batch.tokens.shape[0], 1, 1, self.config.visual_width), self.dtype)
+        return self.encode_images(batch.images, batch.frames, sizes=batch.sizes)[0]
 
     def encode_images(
         self, images: Array, frames: Array, want_weights: bool = False, sizes: Array | None = None

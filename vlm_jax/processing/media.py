@@ -71,6 +71,11 @@ class FittedMedia:
         return 1
 
     def pixels(self, medium: Medium) -> list[np.ndarray]:
+        if self.tile_tokens and len(medium) != 1:
+            raise RequestError(
+                f"a film of {len(medium)} pictures: a model with visual tokens in the sequence reads single pictures. "
+                "Give them one by one"
+            )
         return [self._fitted(picture) for picture in medium]
 
     def _fitted(self, picture: Picture) -> np.ndarray:
@@ -89,8 +94,8 @@ class PublishedMedia:
 
     Attributes:
       wrapped: transformers' picture processor.
-      background: the colour with which pictures are first padded to squares, centred, as LLaVA-1.5 was evaluated by its authors;
-        None: they are not, as transformers has it.
+      background: the colour with which pictures are first padded to squares, centred, as LLaVA-1.5 was evaluated by its
+        authors; None: they are not, as transformers has it.
     """
 
     wrapped: Any

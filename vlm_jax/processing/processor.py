@@ -1,7 +1,7 @@
 """The one way in: a conversation and its media -> tokens, what is learned, visual tokens in their places, pixels.
 
-Training, inference and whatever asks a model call the same: `write` tokenises a conversation once, `spread` puts the visual tokens
-into their places, `media.pixels` makes the tiles. A prompt is the same call with the last answer left open.
+Training, inference and whatever asks a model call the same: `write` tokenises a conversation once, `spread` puts the visual
+tokens into their places, `media.pixels` makes the tiles. A prompt is the same call with the last answer left open.
 
     layout = processor.lay_out(conversation, sizes)               # to train on
     layout = processor.lay_out(conversation, sizes, open=True)    # to be answered

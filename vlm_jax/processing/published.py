@@ -47,8 +47,8 @@ class PublishedTokenizer:
 class PublishedProcessor(Processor):
     """Of a published checkpoint: text by its chat template; each `<image>` of it gives way to visual tokens.
 
-    A base model, without a template, reads the prompt as it is, an answer behind `before_answer`, and `after_answer` behind that;
-    behind a learned text that stands by itself, `after_text`.
+    A base model, without a template, reads the prompt as it is, an answer behind `before_answer`, and `after_answer` behind
+    that; behind a learned text that stands by itself, `after_text`.
 
     Attributes:
       wrapped: transformers' processor, or its tokenizer alone for a language model.
@@ -92,17 +92,18 @@ class PublishedProcessor(Processor):
         self._check(conversation)
         last = conversation[-1] if conversation and not open and conversation[-1].learn else None
         prompt = self.rendered(conversation[:-1] if last else conversation, ask=open or last is not None)
-        answers, glue = self._answers(conversation, prompt, last=last)
+        answers, said, end_id = self._answers(conversation, prompt, last=last)
         try:
             ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
-            written = flagged(ids, offsets or [(0, 0)] * len(ids), answers, self.ends)
+            offsets = offsets or [(0, 0)] * len(ids)
+            written = flagged(prompt, ids, offsets, answers=answers, ends=self.ends)
             self._check_pictures(written, prompt, conversation)
             if last is None:
                 return written
-            answer = continued(self.tokenizer.encode_offsets, prompt, glue + last.text) if last.text else []
+            answer = continued(self.tokenizer.encode_offsets, prompt, said) if last.text else []
         except ValueError as error:
             raise RequestError(str(error)) from error
-        return closed(written, answer, self.spread.end_id)
+        return closed(written, answer, end_id)
 
     def rendered(self, turns: Conversation, *, ask: bool) -> str:
         """The text that is tokenised, as transformers' processor makes it; one image token for each run of visual tokens.
@@ -145,8 +146,8 @@ class PublishedProcessor(Processor):
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
         return [backend, self.template, self.image_token, self.before_answer, self.after_answer, self.after_text]
 
-    def _answers(self, conversation: Conversation, prompt: str, *, last: Turn | None) -> tuple[list[Span], str]:
-        """The spans of the answers within the prompt, and what the model says between a prompt and its answer.
+    def _answers(self, conversation: Conversation, prompt: str, *, last: Turn | None) -> tuple[list[Span], str, int]:
+        """The spans of the answers within the prompt, what the model says behind it, and the token it ends with.
 
         Args:
           last: the answer behind the prompt; None: the prompt is open.
@@ -156,7 +157,7 @@ class PublishedProcessor(Processor):
         """
         answered = [number for number, turn in enumerate(conversation) if turn.learn]
         if not answered:
-            return [], ""
+            return [], "", self.spread.end_id
         before = prompt if last else self.rendered(conversation[: answered[-1]], ask=True)
         for changed in (lambda text: text, str.strip):  # templates may strip what is said
             marks = Marks.outside(turn.text for turn in conversation)
@@ -167,11 +168,22 @@ class PublishedProcessor(Processor):
                 glue = plain[len(before) : spans[-1][0]] if plain.startswith(before) else ""
                 begins = [self._begin(conversation[:at], plain, span, glue) for at, span in zip(answered, spans, strict=True)]
                 within = [(begin, span[1]) for begin, span in zip(begins, spans, strict=True)]
-                return within[:-1] if last else within, glue
+                if last is None:
+                    return within, "", self.spread.end_id
+                space, end_id = self._end(plain[spans[-1][1] :])
+                return within[:-1], plain[len(before) : spans[-1][1]] + space, end_id
         raise RequestError(
             "the checkpoint's chat template changes what the assistant says, or writes it differently once it has been said: "
             "what is to be learned cannot be known. Name another one: data.template"
         )
+
+    def _end(self, behind: str) -> tuple[str, int]:
+        """The white space and the token that the template ends an answer with; where it does not, none and the usual token."""
+        rest = behind.lstrip()
+        for end in sorted(self.ends):
+            if rest.startswith(self.tokenizer.wrapped.convert_ids_to_tokens(end)):
+                return behind[: len(behind) - len(rest)], end
+        return "", self.spread.end_id
 
     def _begin(self, before: Conversation, text: str, span: Span, glue: str) -> int:
         """Where the model begins to speak: behind the prompt, which may leave the space behind "ASSISTANT:" to it."""

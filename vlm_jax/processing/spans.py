@@ -42,23 +42,24 @@ class Marks:
 
     def taken_out(self, text: str) -> tuple[str, list[Span]]:
         """The text without the marks, and the spans between them."""
-        spans, plain, begin = [], "", 0
+        spans, plain, begin = [], "", None
         for piece in re.split(f"([{self.begin}{self.end}])", text):
             if piece == self.begin:
                 begin = len(plain)
             elif piece == self.end:
-                spans.append((begin, len(plain)))
+                spans += [] if begin is None else [(begin, len(plain))]
+                begin = None
             else:
                 plain += piece
         return plain, spans
 
 
-def flagged(ids: list[int], offsets: list[Span], answers: list[Span], ends: AbstractSet[int]) -> Written:
+def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Span], ends: AbstractSet[int]) -> Written:
     """Tokens of a rendered text, with what is learned of them.
 
-    An answer's tokens are those with a character of it: one that the tokenizer joined with the character before is learned too. The
-    end token right behind an answer is learned with it; where the
-    text goes on without one, the model learns to end there all the same (`ENDS`).
+    An answer's tokens are those with a character of it: one that the tokenizer joined with the character before is learned too.
+    The end token behind an answer is learned with it, and white space between the two; where the text goes on without one, the
+    model learns to end there all the same (`ENDS`).
 
     Args:
       offsets: the characters each token stands for, as long as `ids`.
@@ -70,11 +71,13 @@ def flagged(ids: list[int], offsets: list[Span], answers: list[Span], ends: Abst
     for begin, end in answers:
         flags[(begins < end) & (stops > begin)] = LEARNED
         behind = np.flatnonzero((begins >= end) & (stops > 0))  # a token that was added in front stands for no character
-        next_token = int(behind[0]) if len(behind) else len(ids)
-        if next_token < len(ids) and ids[next_token] in ends:
-            flags[next_token] = LEARNED
-        elif next_token:
-            flags[next_token - 1] |= ENDS
+        first = place = int(behind[0]) if len(behind) else len(ids)
+        while place < len(ids) and ids[place] not in ends and text[end : stops[place]].isspace():
+            place += 1
+        if place < len(ids) and ids[place] in ends:
+            flags[first : place + 1] = LEARNED
+        elif first:
+            flags[first - 1] |= ENDS
     return Written(np.asarray(ids, np.int32), flags)
 
 

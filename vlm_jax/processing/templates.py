@@ -1,7 +1,7 @@
 """Chat templates by name, in Jinja as transformers reads them, and how any template is rendered.
 
-The names and the texts are LLaVA's (`llava/conversation.py`); `<image>` stands where the picture does in a turn, before its text.
-A checkpoint's own template is used unless `data.template` names one of these.
+The names and the texts are LLaVA's (`llava/conversation.py`); `<image>` stands where the picture does in a turn, before its
+text. A checkpoint's own template is used unless `data.template` names one of these.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ TEMPLATES = {
     "plain": "{%- for message in messages -%}{%- if message['content'] is string -%}"
     "{%- if message['role'] == 'assistant' -%}{{ message['content'] + '\\n' }}{%- endif -%}{%- else -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{ '<image>' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ part['text'] + '\\n' }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}",
+    "{%- elif message['role'] == 'assistant' -%}{{ part['text'] + '\\n' }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{%- endfor -%}",
 }
 
 

@@ -1,29 +1,72 @@
-"""Ctrl-C and SIGTERM as a wish that the loop asks for, between two steps."""
+"""Ctrl-C and SIGTERM: before the first step they end the start, afterwards they are a wish that the loop asks for.
+
+Python runs its signal handlers between two of its own instructions, so that a compilation or a long step would keep a signal
+waiting. `heard` therefore listens beside the main thread, where the process is the trainer's own (train.py).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 import numpy as np
 
+PATIENCE_S = 1.0  # for the main thread to end a start by itself
+
+_ARMED: Interrupt | None = None  # of the run whose steps have begun
+_SAID = threading.Event()  # the user was told that a start ends
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came before the first step. It is no `Exception`: nobody takes it for a damaged file, for example."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+    def __str__(self) -> str:
+        return (
+            f"{signal.Signals(self.signal).name} before the first step: nothing was trained yet, the same command starts again"
+        )
+
 
 class Interrupt:
-    """`with Interrupt() as interrupt:` — the first signal is remembered, a second Ctrl-C interrupts at once."""
+    """`with Interrupt() as interrupt:` the first signal after `arm` is remembered, a second Ctrl-C interrupts at once.
+
+    Raises:
+      Interrupted: a signal before `arm`.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> Interrupt:
+        _SAID.clear()
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
+        global _ARMED
+        _ARMED = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def arm(self) -> None:
+        """From here on there are steps to be saved."""
+        global _ARMED
+        _ARMED = self
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if _ARMED is not self:
+            _say_so(number)
+            raise Interrupted(number)
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -39,3 +82,39 @@ class Interrupt:
         signals = multihost_utils.process_allgather(np.asarray(self.signal or 0))
         self.signal = int(np.max(signals)) or None
         return self.signal is not None
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Says at once that a signal came, and ends a start that does not end by itself because it compiles, for example."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(read,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)  # ends the thread
+
+
+def _listen(read: int) -> None:
+    while byte := os.read(read, 1):
+        if byte[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        name = signal.Signals(byte[0]).name
+        if _ARMED is not None:
+            print(f"{name}: heard; the step is finished and saved first", file=sys.stderr, flush=True)
+            continue
+        # All that a start leaves on disk appears whole or can be gone on with, so it may end anywhere.
+        time.sleep(PATIENCE_S)
+        if _ARMED is None:
+            _say_so(byte[0])
+            os._exit(128 + byte[0])
+    os.close(read)
+
+
+def _say_so(number: int) -> None:
+    if not _SAID.is_set():
+        _SAID.set()
+        print(Interrupted(number), file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from vlm_jax.config import RunConfig
-from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches
+from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches, tokens_of
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.flops import count_flops, peak_flops
@@ -45,18 +45,25 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
     Raises:
       ValueError: the data does not lay pictures out as the model reads them.
       CheckpointError: `workdir` belongs to another configuration, or all its checkpoints are damaged.
+      Interrupted: a signal before the first step.
       NonFiniteLoss: more than `config.optimizer.max_bad_steps` updates in a row were not finite.
     """
+    with Interrupt() as interrupt:
+        return _train(config, Path(workdir).expanduser(), interrupt)
+
+
+def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
     check_pictures(config)
-    folder = Path(workdir).expanduser()
     claim(folder, config)
     source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
     processor = build_processor(config.data, source, folder, pickles=config.pickles)
     known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
     if needed > known:
         raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
+    for of_split in (source, held_out):  # what is wrong with the data is found before the model is made
+        tokens_of(config.data, processor, of_split)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), Interrupt() as interrupt:
+    with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
         if jax.process_index() == 0:
             print_table(trainer)
@@ -90,6 +97,7 @@ class _Run:
         done = f"resuming at step {start}" if start else "starting"
         self.reporter.say(f"{done}, {config.steps - start} steps to go; Ctrl-C saves and leaves, the same command goes on")
         data = TrainBatches(config, self.processor, self.source, start, jax.process_index(), jax.process_count())
+        self.interrupt.arm()
         laps, metrics, step, saved = Laps(), {}, start, start
         try:
             for batch in data:

@@ -1,15 +1,16 @@
-"""Every kind of picture file a user may have; axis letters as in vlm_jax/data/images.py."""
+"""Every kind of picture file a user may have; axis letters as in vlm_jax/processing/pictures.py."""
 
 import io
 
 import numpy as np
 import pytest
-from data_helpers import random_pixels
 from PIL import Image
 
-from vlm_jax.config import AugmentConfig
-from vlm_jax.data.augment import augment
-from vlm_jax.processing.pictures import PAD, ImageError, check_image, fit_image, read_image
+from vlm_jax.processing.pictures import PAD, ImageError, fit_image, open_picture, picture_size, read_image
+
+
+def random_pixels(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -117,16 +118,58 @@ def test_refused(tmp_path, monkeypatch):
         with pytest.raises(ImageError, match=cause) as error:
             read_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
-    check_image(tmp_path / "cut.png")  # its header is good
+    assert picture_size(tmp_path / "cut.png") == (64, 64)  # its header is good
     with pytest.raises(ImageError, match="bytes of memory"):
         read_image(b"nothing")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # 64 x 64 is more, but not twice as much: Pillow only warns
-    for look in (read_image, check_image):
+    for look in (read_image, open_picture, picture_size):
         with pytest.raises(ImageError, match="4,000 pixels"):
             look(good)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     with pytest.raises(ImageError, match="400 pixels"):
         read_image(good)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_the_size_in_the_header_is_that_of_the_upright_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(random_pixels(40, 20)), kind, exif=exif)
+    size = read_image(data).shape[:2]
+    assert size == ((20, 40) if orientation >= 5 else (40, 20))
+    assert picture_size(data) == size
+    with Image.open(io.BytesIO(data)) as image:
+        assert picture_size(image) == size
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_size_is_known_without_the_pixels(kind):
+    data = saved(Image.fromarray(random_pixels(64, 48)), kind)
+    assert picture_size(data[: len(data) // 2]) == (64, 48)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        open_picture(data[: len(data) // 2])
+
+
+def test_an_opened_picture_keeps_its_mode_and_stands_upright():
+    image = Image.new("LA", (8, 4), (0, 128))
+    image.putpixel((0, 0), (255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(image, exif=exif)
+    for given in (data, Image.open(io.BytesIO(data))):
+        got = open_picture(given)
+        assert got.mode == "LA" and got.size == (4, 8) and got.getpixel((3, 0)) == (255, 255)
+
+
+@pytest.mark.parametrize("look", [read_image, open_picture, picture_size])
+def test_pixels_in_memory(look):
+    pixels = random_pixels(5, 7)
+    got = look(pixels)
+    assert got == (5, 7) if look is picture_size else np.array_equal(np.asarray(got), pixels)
+    for wrong in (pixels.astype(np.float32), pixels[..., 0], random_pixels(5, 7)[..., :2]):
+        with pytest.raises(ImageError, match=r"expected \[H, W, 3\] uint8, found \[5, 7"):
+            look(wrong)
 
 
 def test_fit_stretch_pad_crop():
@@ -154,27 +197,3 @@ def test_a_picture_too_thin(fit):
     with pytest.raises(ImageError, match="too thin"):
         fit_image(np.zeros((30000, 10, 3), np.uint8), 16, fit)
     assert fit_image(np.zeros((30000, 10, 3), np.uint8), 16, "stretch").shape == (16, 16, 3)
-
-
-def test_augment_flips():
-    image, seen = random_pixels(4, 4), set()
-    for seed in range(30):
-        got = augment(image, AugmentConfig(flip=True), np.random.default_rng(seed))
-        seen.add(got.tobytes())
-    assert seen == {np.ascontiguousarray(image[::a, ::b]).tobytes() for a in (1, -1) for b in (1, -1)}
-
-
-def test_augment_shifts_repeat_the_border():
-    image, seen = random_pixels(6, 6), set()
-    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
-    for seed in range(300):
-        seen.add(augment(image, AugmentConfig(shift=2), np.random.default_rng(seed)).tobytes())
-    assert seen == {np.ascontiguousarray(padded[i : i + 6, j : j + 6]).tobytes() for i in range(5) for j in range(5)}
-
-
-def test_augment_colour_stays_in_range():
-    image = random_pixels(8, 8)
-    got = [augment(image, AugmentConfig(colour=0.2), np.random.default_rng(seed)) for seed in range(20)]
-    change = [float(one.mean()) / float(image.mean()) for one in got]
-    assert 0.75 < min(change) < 0.95 and 1.05 < max(change) < 1.25
-    assert augment(image, AugmentConfig(), np.random.default_rng(0)) is image

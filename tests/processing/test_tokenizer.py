@@ -2,10 +2,10 @@ import subprocess
 import sys
 
 import pytest
-from data_helpers import TEXTS
 
 from vlm_jax.processing.tokenizer import SPECIAL, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
+TEXTS = ["what color is the shape?", " red", " no", "is there a circle in the image?"] * 4
 TYPED = [
     "a cat\n",
     "  two spaces",
@@ -19,6 +19,11 @@ TYPED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS, 300)
+
+
 @pytest.mark.parametrize("text", TYPED)
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -30,11 +35,22 @@ def test_special_tokens(tokenizer):
     assert tokenizer.pad_id == 0
     ids = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id, tokenizer.eoc_id]
     assert ids == [0, 1, 2, 3, 4]
-    assert tokenizer.encode("<image>a<EOC>", special=True) == [3, *tokenizer.encode("a"), 4]
-    assert tokenizer.encode("<image>") != [3]  # asking once does not stick
+    assert not {3, 4} & set(tokenizer.encode("<image>a<EOC>"))  # written out, they are text
     assert tokenizer.decode([1, 3, *tokenizer.encode(" red"), 4]) == "<BOS><image> red<EOC>"
     assert tokenizer.decode([1, 3, *tokenizer.encode(" red"), 4], special=False) == " red"
-    assert tokenizer.encode_batch(["a", "<image>"]) == [tokenizer.encode("a"), tokenizer.encode("<image>")]
+
+
+@pytest.mark.parametrize("text", [text for text in TYPED if text.isascii()] + TEXTS[:4])
+def test_offsets_are_the_characters_of_each_token(tokenizer, text):
+    ids, offsets = tokenizer.encode_offsets(text)
+    assert ids == tokenizer.encode(text)
+    assert [text[begin:end] for begin, end in offsets] == [tokenizer.decode([token]) for token in ids]
+
+
+def test_offsets_count_characters_and_not_bytes(tokenizer):
+    ids, offsets = tokenizer.encode_offsets("猫 red")
+    assert tokenizer.decode(ids[-1:]) == " red" and offsets[-1] == (1, 5)
+    assert offsets[:-1] == [(0, 1)] * (len(ids) - 1) and len(ids) == 4  # each of its three bytes is of the first
 
 
 def test_training_is_the_same_in_another_process(tokenizer, tmp_path):
@@ -55,7 +71,8 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     assert vars_of(loaded) == vars_of(tokenizer)
     for text in TYPED:
         assert loaded.encode(text) == tokenizer.encode(text)
-        assert loaded.encode(text, special=True) == tokenizer.encode(text, special=True)
+        assert loaded.encode_offsets(text) == tokenizer.encode_offsets(text)
+    assert loaded.serialised == tokenizer.serialised != train_tokenizer(TEXTS, 270).serialised
 
 
 def vars_of(tokenizer: Tokenizer) -> dict:
