@@ -10,16 +10,13 @@ import logging
 import os
 import sys
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from vlm_jax import compilation_cache
-from vlm_jax.config import RunConfig
-from vlm_jax.config_dict import from_config_dict
+from vlm_jax.training.interrupt import heard
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells at every start that PyTorch is not there
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at every start that PyTorch is not there
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: a file in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and metrics.")
@@ -35,18 +32,20 @@ def main(argv: list[str]) -> int:
         sys.exit(f"train.py: unknown arguments {argv[1:]}; see --help")
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it writes
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
+    import jax
+
+    from vlm_jax import compilation_cache
+    from vlm_jax.config import RunConfig
+    from vlm_jax.config_dict import from_config_dict
+
     compilation_cache.enable()
     if DISTRIBUTED.value or COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     # After the distributed start: the imports below may touch the devices.
-    from vlm_jax.training.interrupt import Interrupted, heard
     from vlm_jax.training.loop import NonFiniteLoss, train
 
     try:
-        with heard():
-            result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
-    except Interrupted as interrupted:
-        return 128 + interrupted.signal
+        result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
     except (ValueError, NonFiniteLoss) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -56,4 +55,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    with heard():
+        app.run(main)

@@ -1,7 +1,11 @@
-"""Eight simulated devices for every test; set before jax starts."""
+"""Eight simulated devices for every test; set before jax starts. And a run that several files ask."""
 
+import dataclasses
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Unoptimised machine code: the programs are tiny, and compiling them is most of a test's time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -10,3 +14,28 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a start keeps for the next one (`~/.cache`: token stores, compiled programs) is kept apart from the user's own.
 os.environ["HOME"] = tempfile.mkdtemp(prefix="vlm_jax-tests-")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run that was saved before its first step, its gates open, with pictures 0.png, 1.png, ... in data/."""
+    import jax
+
+    from tests.tiny import mesh_of, tiny_run, write_data
+    from vlm_jax.processing.tokenizer import train_tokenizer
+    from vlm_jax.training.checkpoint import Checkpoints, claim
+    from vlm_jax.training.step import Trainer
+
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    config, mesh = tiny_run(), mesh_of(1, 1, 1)
+    claim(folder, config)
+    train_tokenizer(["which colour? red green blue"] * 9, config.data.vocab_size).save(folder / "tokenizer")
+    with jax.set_mesh(mesh):
+        state = Trainer(config, mesh).init()
+        opened = lambda path, leaf: leaf + 1.5 if path[-1].key.endswith("gate") else leaf
+        checkpoints = Checkpoints(folder, 1, 0)
+        checkpoints.save(dataclasses.replace(state, trained=jax.tree_util.tree_map_with_path(opened, state.trained)), 4)
+        checkpoints.wait()
+        checkpoints.close()
+    write_data(folder / "data", 4)
+    return folder

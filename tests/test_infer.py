@@ -6,36 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from PIL import Image
 
 import infer
 import vlm_jax
-from tests.tiny import mesh_of, tiny_run, write_data
 from vlm_jax import api
-from vlm_jax.processing.tokenizer import train_tokenizer
-from vlm_jax.training.checkpoint import Checkpoints, claim
-from vlm_jax.training.step import Trainer
+from vlm_jax.generation import answer_file
 
 NEW = "--max-new-tokens=8"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The folder of a run that was saved before its first step, with pictures 0.png, 1.png, ... in data/."""
-    folder = tmp_path_factory.mktemp("runs") / "a"
-    config = tiny_run()
-    claim(folder, config)
-    train_tokenizer(["which colour? red green blue"] * 9, config.data.vocab_size).save(folder / "tokenizer")
-    mesh = mesh_of(1, 1, 1)
-    with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(folder, 1, 0)
-        checkpoints.save(Trainer(config, mesh).init(), 4)
-        checkpoints.wait()
-        checkpoints.close()
-    write_data(folder / "data", 4)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +85,12 @@ def test_shots_come_before_the_question(run):
         (["--prompt=x", "--top-p=0"], "top_p=0.0"),
         (["--prompt=x", "--checkpoint=nowhere"], "no checkpoint at nowhere"),
         (["--prompt=x", "--checkpoint={run}/data"], "holds no config.json"),
-        ([], "give either --prompt or --input"),
+        ([], "give one of --prompt, --messages and --input"),
+        (["--prompt=x", "--messages=a.json"], "give one of --prompt, --messages and --input"),
+        (["--messages=a.json", "--image=a.png"], "with --messages they stand in the file"),
+        (["--messages=nowhere.json"], "--messages=nowhere.json: No such file"),
+        (["--messages={run}/data/0.png"], "0.png: 'utf-8' codec can't decode"),
+        (["--messages={run}/data/data.jsonl"], "data.jsonl:2: is not JSON: Extra data"),
         (["--input=a.jsonl"], "--input and --output go together"),
         (["--input=nowhere.jsonl", "--output=b.jsonl"], "nowhere.jsonl: No such file"),
         (["--prompt=x", "--max-new-tokens=many"], "invalid int value: 'many'"),
@@ -116,6 +100,11 @@ def test_shots_come_before_the_question(run):
 def test_errors_are_one_line(capsys, run, argv, message):
     argv = [word.replace("{run}", str(run)) for word in argv]
     assert message in fails(capsys, f"--checkpoint={run}", *argv)
+
+
+def asked(*messages: dict) -> str:
+    """A line of a file of questions."""
+    return json.dumps({"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -128,16 +117,67 @@ def test_errors_are_one_line(capsys, run, argv, message):
         ('{"prompt": "x", "picture": "a"}', "in.jsonl:2: unknown key 'picture'"),
         ('{"prompt": "x", "image": "a.png"}', "a.png: there is no such file"),
         ('{"prompt": "<image><image>", "image": "0.png"}', "in.jsonl:2: the prompt has 2 <image> markers and 1 image"),
-        (json.dumps({"prompt": "long " * 300}), "in.jsonl:2: the prompt is"),
         ('{"prompt": "x", "shots": [{"question": "y"}]}', "in.jsonl:2: shot 1: 'answer' is missing"),
+        ('{"messages": "x", "prompt": "x"}', "in.jsonl:2: unknown key 'prompt'; expected ['id', 'messages']"),
+        (asked({"role": "human", "content": "x"}), "in.jsonl:2: message 1 has the role 'human'"),
+        (asked({"role": "assistant", "content": "x"}), "in.jsonl:2: the last message is the assistant's"),
+        (asked({"role": "user", "content": [{"image": "a.png"}]}), "data/a.png: there is no such file"),
+        (
+            asked({"role": "user", "content": [{"image": 3}]}),
+            "in.jsonl:2: message 1, part 1: a picture is 3; expected a file's",
+        ),
     ],
 )
-def test_a_bad_line_is_named(capsys, run, line, message):
+def test_a_bad_line_is_named(capsys, run, tmp_path, line, message):
     path = run / "data" / "in.jsonl"
     path.write_text('{"prompt": "x", "image": "0.png"}\n' + line + "\n")
-    output = run / "bad.jsonl"
+    output = tmp_path / "out.jsonl"
     assert message in fails(capsys, f"--checkpoint={run}", f"--input={path}", f"--output={output}")
     assert not output.exists()
+
+
+def test_a_line_that_does_not_fit_leaves_the_answers_before_it(capsys, run, tmp_path, monkeypatch):
+    """A file is laid out some batches at a time, and not as a whole before the first answer."""
+    monkeypatch.setattr(answer_file, "WINDOW", 2)
+    lines = [{"prompt": "x", "image": "0.png"}, {"prompt": "y"}, {"prompt": "z"}, {"prompt": "long " * 300}]
+    path, output = run / "data" / "long.jsonl", tmp_path / "out.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    command = (f"--checkpoint={run}", f"--input={path}", f"--output={output}", "--batch=1", NEW)
+    assert infer.main(list(command)) == 2
+    assert "long.jsonl:4: the prompt is" in capsys.readouterr().err
+    before = read(output)
+    assert sorted(before) == [1, 2]
+    path.write_text("\n".join(map(json.dumps, [*lines[:3], {"prompt": "short"}])))
+    succeeds(capsys, *command)
+    assert sorted(read(output)) == [1, 2, 3, 4] and before.items() <= read(output).items()
+
+
+def test_a_chat_in_a_file(capsys, run, tmp_path):
+    """Of several turns, its pictures beside it; the same chat as a line of a file of questions."""
+    chats = run / "data" / "chats"
+    chats.mkdir()
+    content = lambda *parts: {"role": "user", "content": list(parts)}
+    image = lambda name: {"type": "image", "image": f"../{name}"}
+    said = lambda text: {"type": "text", "text": text}
+    turns = [content(said("which colour?"), image("0.png")), {"role": "assistant", "content": "red"}]
+    (chats / "a.json").write_text(json.dumps([*turns, content(image("1.png"), said("and é?"))]))
+    picture = lambda number: str(run / "data" / f"{number}.png")
+    vlm = load(str(run), None, None, None, 16)
+    shots = [([picture(0)], "which colour?", "red")]
+    expected = vlm.generate("and é?", [picture(1)], shots, max_new_tokens=8)
+    asked_alone = (f"--checkpoint={run}", NEW)
+    assert succeeds(capsys, *asked_alone, f"--messages={chats / 'a.json'}") == expected + "\n"
+    assert succeeds(capsys, *asked_alone, f"--messages={chats / 'a.json'}", "--stream") == expected + "\n"
+    succeeds(capsys, *asked_alone, f"--messages={chats / 'a.json'}", f"--attention={tmp_path / 'looks.png'}")
+    assert (tmp_path / "looks.png").is_file()
+
+    lines = [{"id": "c", "messages": json.loads((chats / "a.json").read_text())}, {"prompt": "which?", "image": "../2.png"}]
+    (chats / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    succeeds(capsys, *asked_alone, f"--input={chats / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
+    assert read(tmp_path / "out.jsonl") == {
+        1: {"line": 1, "id": "c", "prompt": "and é?", "answer": expected},
+        2: {"line": 2, "id": 2, "prompt": "which?", "answer": vlm.generate("which?", [picture(2)], max_new_tokens=8)},
+    }
 
 
 def questions(run: Path) -> Path:

@@ -12,6 +12,7 @@ from PIL import Image
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.build_store import token_store
 from vlm_jax.data.example import Example, Source
+from vlm_jax.data.jsonl import JsonLinesSource
 from vlm_jax.data.pipeline import build_source
 from vlm_jax.data.store import TokenStore
 from vlm_jax.processing.layout import Runs
@@ -98,12 +99,26 @@ def parts(data: DataConfig) -> tuple[RecipeProcessor, Source]:
     return processor_of(data, source), source
 
 
+def opened(path: Path, image_root="") -> JsonLinesSource:
+    return JsonLinesSource(path, image_root, cache_dir=path.parent / "cache")
+
+
+def chat(*values, **more) -> dict:
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+    return {"id": "1", "conversations": turns} | more
+
+
 class WatchedSource:
     """A source that notes what is read of it, and may be interrupted or held up; it pickles."""
 
-    def __init__(self, wrapped: Source, *, stop_at: int = -1, begun=None, go_on=None) -> None:
+    def __init__(self, wrapped: Source, stop_at: int = -1, stopped=None, *, begun=None, go_on=None) -> None:
+        """
+        Args:
+          stop_at: the example at which `stopped` is called and Ctrl-C pressed.
+          begun, go_on: events; the first is set, the second waited for.
+        """
         self.wrapped, self.fingerprint = wrapped, wrapped.fingerprint
-        self.stop_at, self.begun, self.go_on = stop_at, begun, go_on
+        self.stop_at, self.stopped, self.begun, self.go_on = stop_at, stopped, begun, go_on
         self.read: list[int] = []
         self._index_file = wrapped._index_file  # beside which its store is kept
 
@@ -113,6 +128,8 @@ class WatchedSource:
     def __getitem__(self, index: int) -> Example:
         self.read.append(index)
         if index == self.stop_at:
+            if self.stopped is not None:
+                self.stopped()
             raise KeyboardInterrupt
         if self.begun is not None:
             self.begun.set()

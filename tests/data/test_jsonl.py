@@ -1,12 +1,11 @@
-"""Lines and lists of the user's own data -> examples. The store's tests have what is looked at later: pictures and lengths."""
+"""Lines of the user's own data -> examples. The store's tests have what is looked at later: pictures and lengths."""
 
 import json
 import logging
 import pickle
-from pathlib import Path
 
 import pytest
-from data_helpers import picture, store_of, text_of, write_lines
+from data_helpers import chat, opened, picture, store_of, text_of, write_lines
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data import jsonl
@@ -36,26 +35,17 @@ def root(tmp_path):
     return tmp_path
 
 
-def opened(path: Path, image_root="") -> JsonLinesSource:
-    return JsonLinesSource(path, image_root, cache_dir=path.parent / "cache")
-
-
 def source(root, *records, image_root="") -> JsonLinesSource:
     return opened(write_lines(root / "x.jsonl", list(records)), image_root)
-
-
-def chat(*values, **more) -> dict:
-    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
-    return {"id": "1", "conversations": turns} | more
-
-
-def names_of(root, example: Example) -> tuple:
-    return tuple(tuple(frame.split(str(root) + "/")[1] for frame in medium) for medium in example.media)
 
 
 def messages(*parts) -> dict:
     content = [*parts, {"type": "text", "text": "Q"}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+
+
+def names_of(root, example: Example) -> tuple:
+    return tuple(tuple(frame.split(str(root) + "/")[1] for frame in medium) for medium in example.media)
 
 
 def one(root, record) -> tuple:
@@ -155,7 +145,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": "Q"}]}, "nothing to learn"),
     (messages({"image": "../a.png"}), "is outside of"),
     (messages({"image": "none.png"}), "none.png: there is no such file"),
-    (messages({"image": 3}), "picture's path is 3; expected a string"),
+    (messages({"image": 3}), "message 1, part 1: a picture is 3; expected a file's path"),
     (messages({"type": "image"}), "message 1, part 1 has no picture"),
     (messages({"image_url": {"url": "https://x.y/z.png"}}), "fetch the picture first"),
     (messages({"type": "video", "frames": []}), "message 1, part 1 is .*; expected 'type'"),
@@ -223,28 +213,6 @@ def test_a_file_changed_on_the_way(root):
     (root / "x.jsonl").write_text("nothing\n")
     with pytest.raises(DataError, match="was changed"):
         got[0]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_list_file(root, indent, end):
-    records = [chat(f"Zürich 猫 {index}\n[", "A", image="a.png") for index in range(5)]
-    text = json.dumps(records, indent=indent, ensure_ascii=False).replace("\n", end)
-    (root / "x.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    got = opened(root / "x.json")
-    assert len(got) == 5
-    assert [question(got[index]) for index in range(5)] == [f"Zürich 猫 {index}\n[" for index in range(5)]
-    text = text.replace('"a.png"', '"none.png"')
-    (root / "x.json").write_text(text)
-    with pytest.raises(DataError, match=rf"x\.json:{2 if indent else 1}: .*none.png"):
-        store_of(opened(root / "x.json"))
-
-
-def test_a_broken_list_file(root):
-    for text, cause in [("{}", r"x\.json:1: expected a list"), ('[\n{"id": 1},\n{"id" 2}]', r"x\.json:3: is not JSON")]:
-        (root / "x.json").write_text(text)
-        with pytest.raises(DataError, match=cause):
-            opened(root / "x.json")
 
 
 def test_bom_and_windows_line_ends(root):
@@ -319,52 +287,3 @@ def test_fingerprints_of_sources(root):
         opened(write_lines(root / "sub/x.jsonl", [*records, *records])).fingerprint,
     }
     assert len(others | {there}) == 4
-
-
-LISTS = {
-    "letters of 2, 3 and 4 bytes": [chat(f"Zü {index} 猫🙂", "é" * index) for index in range(6)],
-    "brackets, quotes and escapes": [chat('[{"\\"]},', "\\u00fc ]\n", id=index, more=[[], {}, "]"]) for index in range(4)],
-    "long and short": [chat("a" * 300, "b"), chat("", "c"), chat("🙂" * 100, "d")],
-}
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 10_000])
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("name", LISTS)
-def test_a_list_is_read_in_blocks(root, monkeypatch, block, indent, name):
-    """Wherever a block ends, within a letter or an escape, each record's line and bytes are exact."""
-    monkeypatch.setattr(jsonl, "BLOCK", block)
-    records = LISTS[name]
-    text = b"\xef\xbb\xbf \r\n" + json.dumps(records, indent=indent, ensure_ascii=False).replace("\n", "\r\n").encode() + b"\n"
-    (root / "x.json").write_bytes(text)
-    found = list(jsonl._list_records(root / "x.json"))
-    assert [json.loads(text[start : start + size]) for _, start, size in found] == records
-    for line, start, size in found:
-        assert text[start : start + 1] == b"{" and text[start + size - 1 : start + size] == b"}"
-        assert line == 1 + text[:start].count(b"\n")
-
-
-@pytest.mark.parametrize("block", [1, 5, 10_000])
-@pytest.mark.parametrize(
-    ("text", "cause"),
-    [
-        ('[{"id": 1},\n{"id": 2}', "2: is not JSON: the list is not closed"),
-        ('[{"id": 1},\n{"id": ', "2: is not JSON: Expecting value"),
-        ('[{"id": 1},\n{"a": [\n1 2]}]', "3: is not JSON: Expecting ',' delimiter"),
-        ("[", "1: is not JSON: the list is not closed"),
-        ('[{"id": 1 2},\n{"id": 2}]\n\n', "1: is not JSON: Expecting ',' delimiter"),
-        ("", "1: expected a list"),
-        ('["' + "[" * 9, "1: is not JSON: Unterminated string"),
-    ],
-)
-def test_where_a_list_in_blocks_is_broken(root, monkeypatch, block, text, cause):
-    monkeypatch.setattr(jsonl, "BLOCK", block)
-    (root / "x.json").write_text(text)
-    with pytest.raises(DataError, match=rf"x\.json:{cause}"):
-        opened(root / "x.json")
-
-
-def test_a_closed_list_without_records(root):
-    (root / "x.json").write_text("[ ]")
-    with pytest.raises(DataError, match=r"x\.json: holds no example"):
-        opened(root / "x.json")

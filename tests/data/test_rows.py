@@ -93,13 +93,21 @@ def test_tiles_of_several_examples_in_a_row(tmp_path):
         (user(*map(Medium, some), Text("q")), assistant("a")) for some in [(0, 1), (1,), ()]
     ))  # fmt: skip
     alone = Example("0", ((pixels[0],),), ((user(Medium(0), Text("q")), assistant("a")),))
-    row, processor = filled([alone, both], [[0], [1, 2, 3]], tmp_path, tiles=True, images=6)
-    assert row["images"][:, 0, 0, 0, 0].tolist() == [10, 20, 20, 20, 30, 30] and row["frames"].tolist() == [1] * 6
+    row, processor = filled([alone, both], [[1, 2, 3], [0]], tmp_path, tiles=True, images=6)
+    assert row["images"][:, 0, 0, 0, 0].tolist() == [20, 20, 20, 30, 30, 10] and row["frames"].tolist() == [1] * 6
     visual = [row["visual"][row["segments"] == segment] for segment in range(1, 5)]
     seen = [[(number - 1) // 2 for number in one[one > 0]] for one in visual]
-    assert seen == [[0, 0], [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [4, 4, 5, 5], []]
+    assert seen == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4], [3, 3, 4, 4], [], [5, 5]]
     assert ((row["tokens"] == processor.spread.image_id) == (row["visual"] > 0)).all()
     assert ((row["weights"] > 0).sum(), (row["targets"] == processor.spread.end_id).sum()) == (4 * 3, 4)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_pictures_of_dropped_turns_are_not_in_the_row(tmp_path, tiles):
+    media = tuple((np.full((8, 8, 3), value, np.uint8),) for value in (10, 20))
+    said = tuple(turn for place in range(2) for turn in (user(Medium(place), Text("q")), assistant("a")))
+    row, _ = filled([Example("0", media, (said,))], [[0]], tmp_path, tiles=tiles, tokens=30, too_long="drop_turns")
+    assert row["images"][:, 0, 0, 0, 0].tolist() == [10, 0, 0, 0] and row["frames"].tolist() == [1, 0, 0, 0]
 
 
 def test_an_answer_without_an_end_token_is_ended(tmp_path, monkeypatch):

@@ -50,11 +50,11 @@ def test_what_is_too_long_names_its_line_and_both_numbers(root):
 
 
 def test_last_turns_are_dropped_counted_and_reported(root, caplog):
-    store = store_of(source(root, chat(1), chat(4)), tokens=TWO_TURNS, too_long="drop_turns")
-    assert store.lengths.tolist() == [ONE_TURN, TWO_TURNS]
+    store = store_of(source(root, chat(1), chat(4), chat(3), chat(2)), tokens=TWO_TURNS, too_long="drop_turns")
+    assert store.lengths.tolist() == [ONE_TURN, TWO_TURNS, TWO_TURNS, TWO_TURNS]
     assert text_of(store, 1) == "<BOS>" + "Question: q Answer: aaa<EOC>" * 2  # whole turns, ended as ever
     assert store.written(1).flags[-1] == LEARNED
-    assert store.meta["dropped"] == 4 and "4 turns are left out of conversations that are too long" in caplog.text
+    assert store.meta["dropped"] == 4 + 2 and "6 turns are left out of conversations that are too long" in caplog.text
     caplog.clear()
     store_of(source(root, chat(1)), tokens=TWO_TURNS, too_long="drop_turns")
     assert "turns are left out" not in caplog.text
@@ -93,6 +93,9 @@ def test_more_pictures_than_a_row_has(root):
     records = source(root, with_pictures("a.png", "b.png", "c.png"))
     with pytest.raises(DataError, match=r"x\.jsonl:1: 3 images, and a row has data\.images=2\. Raise it"):
         store_of(records, images=2)
+    store = store_of(source(root, with_pictures("a.png", "b.png", "c.png"), chat(1)), images=2, skip=True)
+    assert store.slots.tolist() == store.example_media.tolist() == [0, 0] and store.meta["problems"] == 1
+    records = source(root, with_pictures("a.png", "b.png", "c.png"))
     store = store_of(records, images=2, too_long="drop_turns")
     assert store.slots.tolist() == [2] and store.meta["dropped"] == 2 and text_of(store, 0).count("<image>") == 2
     with pytest.raises(DataError, match=r"x\.jsonl:1: 2 images, and a row has data\.images=1\. Raise it"):

@@ -198,6 +198,13 @@ def test_what_may_be_generated():
     assert np.flatnonzero(~allowed).tolist() == [PAD, BOS, IMAGE, 128, 129]
 
 
+def test_an_end_may_always_be_generated():
+    """GPT-2 begins, ends and fills up with one and the same token."""
+    tokenizer = Letters()
+    tokenizer.pad_id = tokenizer.bos_id = tokenizer.eos_id
+    assert np.flatnonzero(~RecipeProcessor(tokenizer, DATA).allowed(128)).tolist() == [IMAGE]
+
+
 def test_equal_fingerprints_mean_that_all_is_written_alike():
     one = processor()
     assert processor(rows=3, augment=DATA.augment).fingerprint == one.fingerprint

@@ -19,8 +19,8 @@ import references
 import torch
 import transformers
 from conversations import Message, random_conversation
-from PIL import Image
-from references import opened, strings, upright
+from folders import picture
+from references import END, opened, strings, upright
 from test_openflamingo import made as openflamingo_made
 from test_openflamingo import neox
 from torch_helpers import randomised
@@ -48,6 +48,7 @@ class Family:
       made: (folder, seed) -> PyTorch's model with random weights, and its processor; both are saved in the folder.
       prompt: (processor, messages up to an answer) -> the model's inputs, made by transformers.
       extended: (inputs, so many tokens behind the prompt) -> the inputs that are not tokens.
+      ends: tokens that end an answer; the last of them stands behind answers.
       said: what `random_conversation` must keep to.
       sizes: changes of the run's `DataConfig`; fusion: of its `ModelConfig.fusion`.
     """
@@ -55,6 +56,7 @@ class Family:
     made: Callable[..., tuple[torch.nn.Module, Any]]
     prompt: Callable[[Any, Sequence[Message]], Inputs]
     extended: Callable[[Inputs, int], Inputs] = lambda inputs, more: {}
+    ends: tuple[str, ...] = ("</s>",)
     said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(rows=4, tokens=512, images=8))
     fusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,13 +70,18 @@ class Family:
         ][0]
 
 
-def saved(name: str, style: str) -> Callable[..., tuple[torch.nn.Module, Any]]:
-    """A family of `references.py`, its weights made random."""
+def saved(name: str, style: str, ends: Sequence[str] = ("</s>",)) -> Callable[..., tuple[torch.nn.Module, Any]]:
+    """A family of `references.py`, its weights made random.
+
+    Args:
+      ends: what its `generation_config.json` says.
+    """
 
     def make(folder: Path, seed: int = 0) -> tuple[torch.nn.Module, Any]:
         processor = references.FAMILIES[name].make(folder, style)
-        model = loaded(folder)
-        randomised(model, seed).save_pretrained(folder)
+        model = randomised(loaded(folder), seed)
+        model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(list(ends))
+        model.save_pretrained(folder)
         return model, processor
 
     return make
@@ -173,18 +180,15 @@ def openflamingo_prompt(processor: OpenFlamingoProcessor, messages: Sequence[Mes
     return dict(input_ids=processor.tokenizer(text, return_tensors="pt")["input_ids"], pixel_values=made[None])
 
 
+LARGE = dict(rows=4, tokens=768, images=30)
+BOTH = ("</s>", END)  # as published with IDEFICS2, whose template writes the other one
 FAMILIES = {
     "llava": Family(saved("llava", "prepend"), chat, said=dict(system=True)),
-    "llava_next": Family(
-        saved("llava_next", "prepend"), chat, said=dict(system=True), sizes=dict(rows=4, tokens=768, images=24)
-    ),
+    "llava_next": Family(saved("llava_next", "prepend"), chat, said=dict(system=True), sizes=LARGE),
     "idefics": Family(saved("idefics", "prepend"), idefics, idefics_extended),
-    "idefics2": Family(saved("idefics2", "prepend"), idefics2, said=dict(system=True)),
+    "idefics2": Family(saved("idefics2", "prepend", BOTH), idefics2, ends=BOTH, said=dict(system=True)),
     "idefics2_split": Family(
-        saved("idefics2_split", "bytes"),
-        idefics2,
-        said=dict(system=True, least_side=2),
-        sizes=dict(rows=4, tokens=512, images=30),
+        saved("idefics2_split", "bytes", BOTH), idefics2, ends=BOTH, said=dict(system=True, least_side=2), sizes=LARGE
     ),
     "paligemma": Family(
         saved("paligemma", "metaspace_first"),
@@ -192,10 +196,11 @@ FAMILIES = {
         paligemma_extended,
         said=dict(turns=1, least_pictures=1, most_pictures=2),
     ),
-    "openflamingo": Family(openflamingo(only_last=True), openflamingo_prompt),
+    "openflamingo": Family(openflamingo(only_last=True), openflamingo_prompt, ends=("<|endofchunk|>",)),
     "openflamingo_all_previous": Family(
         openflamingo(only_last=False),
         openflamingo_prompt,
+        ends=("<|endofchunk|>",),
         said=dict(least_pictures=1),
         fusion=dict(media="all_previous_uniform"),
     ),
@@ -268,31 +273,23 @@ class Tuned:
     """A checkpoint that learned two answers.
 
     Attributes:
-      run, exported: folders; questions: messages of one question each; answers: to them.
+      run, exported: folders; questions: messages of one question each; `ANSWERS` are the answers.
     """
 
     run: Path
     exported: Path
     questions: list[list[Message]]
-    answers: list[str]
 
 
-def tuned(folder: Path, family: Family, ends: Sequence[str] = ()) -> Tuned:
-    """The same question about two pictures, learned by heart: a checkpoint, `configs/finetune.py`, `train`, `vlm_jax.export`.
-
-    Args:
-      ends: tokens that end an answer as the checkpoint's `generation_config.json` says; none: as its configuration does.
-    """
-    model, processor = family.made(folder / "published", 1)
-    if ends:
-        model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(list(ends))
-        model.generation_config.save_pretrained(folder / "published")
+def tuned(folder: Path, family: Family) -> Tuned:
+    """The same question about two pictures, learned by heart: the recipe `configs/finetune.py`, `train`, `vlm_jax.export`."""
+    family.made(folder / "published", 1)
     pictures = folder / "data"
     pictures.mkdir()
     questions = []
-    for number, (size, colour) in enumerate((((30, 18), (230, 30, 20)), ((15, 40), (20, 60, 240)))):
+    for number, size in enumerate(((30, 18), (15, 40))):
         path = pictures / f"{number}_0.png"
-        Image.new("RGB", size, colour).save(path)
+        picture(number, *size).save(path)
         content = [dict(type="image", image=str(path)), dict(type="text", text="what is in the picture?")]
         questions.append([dict(role="user", content=content)])
     closed = [
@@ -301,9 +298,9 @@ def tuned(folder: Path, family: Family, ends: Sequence[str] = ()) -> Tuned:
     ]
     lines = write_conversations(pictures, closed)
     whole = dict.fromkeys(("steps", "eval_every", "save_every", "log_every"), STEPS)
-    run = run_config(folder / "published", lines, dict(rows=8, tokens=320, images=12), **whole)
+    run = run_config(folder / "published", lines, dict(rows=1, tokens=320, images=12), **whole)
     optimizer = dataclasses.replace(run.optimizer, lr=5e-3, warmup_steps=5)
     result = train(dataclasses.replace(run, optimizer=optimizer), folder / "run")
     assert result.metrics["accuracy"] == 1 and result.metrics["sequences"] == 2, result.metrics
     vlm_jax.export(folder / "run", folder / "exported")
-    return Tuned(folder / "run", folder / "exported", questions, list(ANSWERS))
+    return Tuned(folder / "run", folder / "exported", questions)

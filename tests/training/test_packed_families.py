@@ -26,7 +26,7 @@ SEED = 2
 
 
 def prepared(folder, family, **changes):
-    """(PyTorch's model, the conversations' prompts as its inputs, the run)."""
+    """(PyTorch's model, the conversations' prompts as its inputs, the end token, the run)."""
     pictures = folder / "data"
     pictures.mkdir()
     model, processor = family.made(folder / "published", SEED)
@@ -34,24 +34,25 @@ def prepared(folder, family, **changes):
     lines = write_conversations(pictures, many)
     run = run_config(folder / "published", lines, family.sizes, fusion=family.fusion, **changes)
     check_pictures(run)
-    return model, [family.prompt(processor, messages[:-1]) for messages in many], run
+    prompts = [family.prompt(processor, messages[:-1]) for messages in many]
+    return model, prompts, processor.tokenizer.convert_tokens_to_ids(family.ends[-1]), run
 
 
-def found(prompts, batch, row, places):
+def found(prompts, end, batch, row, places):
     """Which conversation it is, and what stands behind its prompt: the last answer, without its end."""
     tokens = batch.tokens[row, places].tolist()
     fits = [number for number, one in enumerate(prompts) if tokens[: one["input_ids"].shape[1]] == one["input_ids"][0].tolist()]
     assert len(fits) == 1, "what training reads of a prompt is not what transformers makes of it"
     length = prompts[fits[0]]["input_ids"].shape[1]
     assert batch.weights[row, places[length - 1 :]].all(), "the whole answer is learned, and its end"
-    assert batch.targets[row, places[length - 1 : -1]].tolist() == tokens[length:]
+    assert batch.targets[row, places[length - 1 :]].tolist() == [*tokens[length:], end]
     return fits[0], tokens[length:]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_packed_rows(tmp_path, name):
     family = FAMILIES[name]
-    model, prompts, run = prepared(tmp_path, family, steps=2)
+    model, prompts, end, run = prepared(tmp_path, family, steps=2)
     params = open_published(tmp_path / "published", pickles=True).load_params(mesh_of(1, 1, 1))
     apply = jax.jit(VisionLanguageModel(run.model).apply)
     for batches in packed(run, tmp_path / "run"):
@@ -59,7 +60,7 @@ def test_logits_of_packed_rows(tmp_path, name):
         for batch in batches:
             ours = np.asarray(apply({"params": params}, batch))
             for row, places in segments_of(batch):
-                number, answer = found(prompts, batch, row, places)
+                number, answer = found(prompts, end, batch, row, places)
                 with torch.no_grad():
                     compare(ours[row, places], family.logits(model, prompts[number], answer))
                 seen.add(number)
@@ -71,7 +72,7 @@ def test_logits_of_packed_rows(tmp_path, name):
 def test_loss_and_gradients_of_packed_rows(tmp_path, name):
     """The mean over the learned tokens of all conversations, of which PyTorch reads one after the other."""
     family = FAMILIES[name]
-    model, prompts, run = prepared(tmp_path, family, steps=1)
+    model, prompts, end, run = prepared(tmp_path, family, steps=1)
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, rules=()), remat="full")
     batch = packed(run, tmp_path / "run")[1][0]
     mesh = mesh_of(1, 1, 1)
@@ -82,7 +83,7 @@ def test_loss_and_gradients_of_packed_rows(tmp_path, name):
         sums, gradients = jax.jit(trainer.gradients)(state.trained, state.frozen, trainer.put(batch))
     total = 0.0
     for row, places in segments_of(batch):
-        number, answer = found(prompts, batch, row, places)
+        number, answer = found(prompts, end, batch, row, places)
         logits = family.logits(model, prompts[number], answer)
         targets, weights = (torch.tensor(getattr(batch, field)[row, places]) for field in ("targets", "weights"))
         losses = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")

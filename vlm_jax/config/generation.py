@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from typing import Any
 
 from vlm_jax.errors import RequestError
@@ -17,6 +18,7 @@ OTHER_NAMES = {
     "stop_strings": "stop",
     "random_seed": "seed",
 }
+KINDS = {"int": (numbers.Integral, "a whole number"), "float": (numbers.Real, "a number"), "bool": (bool, "True or False")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,9 @@ class Settings:
             if not good:
                 raise RequestError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
+        for field in dataclasses.fields(self):
+            kind, expected = KINDS.get(field.type, (object, ""))
+            check(field.name, isinstance(getattr(self, field.name), kind), expected)
         check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
         check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more")
         check("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more")
@@ -55,7 +60,8 @@ class Settings:
                 f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0 and leave stop "
                 "out, or set beams=1"
             )
-        check("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty")
+        strings = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        check("stop", strings, "strings that are not empty")
         check("seed", 0 <= self.seed < 2**63, "0 or more")
 
     def changed(self, **changes: Any) -> Settings:
@@ -72,8 +78,9 @@ class Settings:
                 near = difflib.get_close_matches(name, known, n=1)
                 meant = f"did you mean {near[0]!r}? The" if near else "the"
                 raise RequestError(f"{name}={value!r}: there is no such setting; {meant} settings are {', '.join(known)}")
-        if isinstance(changes.get("stop"), str):
-            changes["stop"] = (changes["stop"],)
-        elif "stop" in changes:
-            changes["stop"] = tuple(changes["stop"])
+        match changes.get("stop", ()):
+            case str(stop):
+                changes["stop"] = (stop,)
+            case list(stop):
+                changes["stop"] = tuple(stop)
         return dataclasses.replace(self, **changes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import time
 from collections import deque
@@ -22,7 +24,7 @@ from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
 from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, dtype_of, locked
 from vlm_jax.data.tokenise import Chunk, Tokeniser
-from vlm_jax.data.workers import start_worker
+from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.processing.processor import Processor
 
@@ -119,20 +121,29 @@ class _Build:
                 yield indices, self.tokeniser.chunk(indices, skip=self.skip)
             return
         context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(self.tokeniser,))
+        # By way of a file: what is handed to a starting process through its pipe can wait for ever where it dies.
+        pickled = self.folder / "tokeniser.pickle"
+        pickled.write_bytes(pickle.dumps(self.tokeniser))
+        pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(pickled,))
         waiting: deque[tuple[range, concurrent.futures.Future]] = deque()
         try:
             for indices in ranges:
-                waiting.append((indices, pool.submit(_tokenise, indices, self.skip)))
+                with sigint_blocked():
+                    waiting.append((indices, pool.submit(_tokenise, indices, self.skip)))
                 if len(waiting) > 2 * count:
                     yield self._taken(waiting)
             while waiting:
                 yield self._taken(waiting)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise DataError(
+                "a process that tokenises the data was killed (for want of memory?); the same command goes on from there"
+            ) from None
         finally:
             # Whatever is still being tokenised is of no use any more.
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
+            pickled.unlink(missing_ok=True)
 
     @staticmethod
     def _taken(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
@@ -185,12 +196,12 @@ class _Build:
 _TOKENISER: Tokeniser | None = None
 
 
-def _start(tokeniser: Tokeniser) -> None:
+def _start(pickled: Path) -> None:
     """Runs first in a process that tokenises."""
     global _TOKENISER
     start_worker()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _TOKENISER = tokeniser
+    _TOKENISER = pickle.loads(pickled.read_bytes())
 
 
 def _tokenise(indices: range, skip: bool) -> Chunk:

@@ -1,4 +1,4 @@
-"""A record of a JSON-lines file -> Example. The two formats are described in `jsonl.py`."""
+"""A record of a JSON-lines file -> Example. The three formats are described in `jsonl.py`."""
 
 from __future__ import annotations
 

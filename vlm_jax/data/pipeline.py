@@ -9,8 +9,6 @@ are the same for any number of processes, and worker processes change nothing bu
 
 from __future__ import annotations
 
-import multiprocessing.resource_tracker
-import signal
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +23,7 @@ from vlm_jax.data.example import Source
 from vlm_jax.data.packing import PackedRows, plan_epoch
 from vlm_jax.data.rows import Arrays, RowMaker, empty_rows, to_batch
 from vlm_jax.data.store import TokenStore
-from vlm_jax.data.workers import start_worker
+from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.processing.processor import Processor
 
@@ -162,15 +160,10 @@ class TrainBatches:
         return batch
 
     def _first(self) -> Arrays:
-        """The workers are started by the first call. They inherit a blocked SIGINT, for the time until they ignore it."""
+        """The workers are started by the first call."""
         self._started = True
-        # It unblocks SIGINT in the thread that starts it, so it must run before.
-        multiprocessing.resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with sigint_blocked():
             return next(self._held[0])
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """Ends the worker processes."""

@@ -1,16 +1,22 @@
-"""What every process does first that prepares data for a trainer."""
+"""What every process does first that prepares data for a trainer, and how it is started."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 
 
 def start_worker() -> None:
     # Ctrl-C is the trainer's to answer; a worker that died of it would be reported as a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Where PyTorch is installed, transformers imports it: 200 MB that no picture processor of ours needs.
+    sys.modules.setdefault("torch", None)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -20,3 +26,15 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def sigint_blocked() -> Iterator[None]:
+    """Processes that are started within inherit a blocked SIGINT, for the time until they ignore it."""
+    # It unblocks SIGINT in the thread that starts it, so it must run before.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

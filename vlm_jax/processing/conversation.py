@@ -206,14 +206,20 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
         found = found.get("url") if isinstance(found, dict) else found
         if found is None:
             raise RequestError(f"{where} has no picture: expected it under 'image', a file's path for example")
-        if isinstance(found, str) and found.startswith(("http://", "https://")):
-            raise RequestError(f"{where}: {found[:60]} is an address; fetch the picture first and give its path")
-        media.append((found,))
+        media.append((_picture(where, found),))
     elif kind == "video" and isinstance(part.get("frames"), list | tuple) and part["frames"]:
-        media.append(tuple(part["frames"]))
+        media.append(tuple(_picture(where, frame) for frame in part["frames"]))
     else:
         raise RequestError(f"{where} is {_shown(part)}; expected 'type': 'text' or 'image', or 'video' with 'frames'")
     return Medium(len(media) - 1)
+
+
+def _picture(where: str, found: Any) -> Picture:
+    if not isinstance(found, Picture):
+        raise RequestError(f"{where}: a picture is {_shown(found)}; expected a file's path, its bytes, a PIL image or an array")
+    if isinstance(found, str) and found.startswith(("http://", "https://")):
+        raise RequestError(f"{where}: {found[:60]} is an address; fetch the picture first and give its path")
+    return found
 
 
 def _count(number: int, name: str) -> str:

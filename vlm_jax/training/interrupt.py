@@ -15,13 +15,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-import jax
-import numpy as np
-
 PATIENCE_S = 1.0  # for the main thread to end a start by itself
 
 _ARMED: Interrupt | None = None  # of the run whose steps have begun
 _SAID = threading.Event()  # the user was told that a start ends
+_ENDED = threading.Event()  # there were steps, and they are over
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,11 +47,14 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         _SAID.clear()
+        _ENDED.clear()
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
         global _ARMED
+        if _ARMED is self:
+            _ENDED.set()
         _ARMED = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -65,34 +66,39 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if _ARMED is not self:
-            _say_so(number)
-            raise Interrupted(number)
+            _end_start(number, frame)
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
     def wanted(self, agree: bool) -> bool:
         """Whether to stop. Several processes stop at the same step: they are asked only where `agree` is true on all."""
+        import jax  # not above: `heard` begins before what takes long to import
+
         if jax.process_count() == 1:
             return self.signal is not None
         if not agree:
             return False
         from jax.experimental import multihost_utils
 
-        signals = multihost_utils.process_allgather(np.asarray(self.signal or 0))
-        self.signal = int(np.max(signals)) or None
+        self.signal = int(multihost_utils.process_allgather(self.signal or 0).max()) or None
         return self.signal is not None
 
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Says at once that a signal came, and ends a start that does not end by itself because it compiles, for example."""
+    """Around all that train.py does: says at once that a signal came, and ends a start that does not end by itself, because it
+    compiles for example."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(read,), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_start)
     try:
         yield
+    except Interrupted as interrupted:
+        sys.exit(128 + interrupted.signal)
     finally:
         signal.set_wakeup_fd(before)
         os.close(write)  # ends the thread
@@ -108,10 +114,17 @@ def _listen(read: int) -> None:
             continue
         # All that a start leaves on disk appears whole or can be gone on with, so it may end anywhere.
         time.sleep(PATIENCE_S)
-        if _ARMED is None:
+        if _ARMED is None and not _ENDED.is_set():
             _say_so(byte[0])
             os._exit(128 + byte[0])
     os.close(read)
+
+
+def _end_start(number: int, frame: FrameType | None) -> None:
+    if _ENDED.is_set():
+        raise KeyboardInterrupt
+    _say_so(number)
+    raise Interrupted(number)
 
 
 def _say_so(number: int) -> None:
