@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     try:
         result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
-    except (ValueError, NonFiniteLoss) as error:
+    except (ValueError, OSError, NonFiniteLoss) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     if result.signal is not None:

@@ -13,6 +13,8 @@ Conversations are written as the checkpoint's own chat template has them, or as 
 `python -m vlm_jax.show` prints an example as the model reads it. Weights in PyTorch pickles need `--config.pickles=True`.
 """
 
+from pathlib import Path
+
 import ml_collections
 
 from vlm_jax.api import open_checkpoint
@@ -30,7 +32,8 @@ from vlm_jax.config_dict import to_config_dict
 def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
     if not checkpoint:
         raise ValueError("name a checkpoint behind a colon: --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf")
-    found = open_checkpoint(checkpoint, pickles=True)  # of the weights, only the names and sizes are read here
+    # Of weights that are here, only the names and sizes are read; pickles of a hub repository are not fetched for that.
+    found = open_checkpoint(checkpoint, pickles=Path(checkpoint).expanduser().exists())
     model = found.config
     if not isinstance(model, ModelConfig):
         raise ValueError(f"{checkpoint} is an encoder: it answers nothing, so it cannot be trained with this recipe")

@@ -124,7 +124,7 @@ def asked(*messages: dict) -> str:
         (asked({"role": "user", "content": [{"image": "a.png"}]}), "data/a.png: there is no such file"),
         (
             asked({"role": "user", "content": [{"image": 3}]}),
-            "in.jsonl:2: message 1, part 1: a picture is 3; expected a file's",
+            "message 1, part 1: a picture is 3; expected a file's path",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_bad_line_is_named(capsys, run, tmp_path, line, message):
 def test_a_line_that_does_not_fit_leaves_the_answers_before_it(capsys, run, tmp_path, monkeypatch):
     """A file is laid out some batches at a time, and not as a whole before the first answer."""
     monkeypatch.setattr(answer_file, "WINDOW", 2)
-    lines = [{"prompt": "x", "image": "0.png"}, {"prompt": "y"}, {"prompt": "z"}, {"prompt": "long " * 300}]
+    lines = [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "z"}, {"prompt": "long " * 300}]
     path, output = run / "data" / "long.jsonl", tmp_path / "out.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     command = (f"--checkpoint={run}", f"--input={path}", f"--output={output}", "--batch=1", NEW)
@@ -165,15 +165,11 @@ def test_a_chat_in_a_file(capsys, run, tmp_path):
     vlm = load(str(run), None, None, None, 16)
     shots = [([picture(0)], "which colour?", "red")]
     expected = vlm.generate("and é?", [picture(1)], shots, max_new_tokens=8)
-    asked_alone = (f"--checkpoint={run}", NEW)
-    assert succeeds(capsys, *asked_alone, f"--messages={chats / 'a.json'}") == expected + "\n"
-    assert succeeds(capsys, *asked_alone, f"--messages={chats / 'a.json'}", "--stream") == expected + "\n"
-    succeeds(capsys, *asked_alone, f"--messages={chats / 'a.json'}", f"--attention={tmp_path / 'looks.png'}")
-    assert (tmp_path / "looks.png").is_file()
-
+    command = (f"--checkpoint={run}", NEW)
+    assert succeeds(capsys, *command, f"--messages={chats / 'a.json'}") == expected + "\n"
     lines = [{"id": "c", "messages": json.loads((chats / "a.json").read_text())}, {"prompt": "which?", "image": "../2.png"}]
     (chats / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    succeeds(capsys, *asked_alone, f"--input={chats / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
+    succeeds(capsys, *command, f"--input={chats / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
     assert read(tmp_path / "out.jsonl") == {
         1: {"line": 1, "id": "c", "prompt": "and é?", "answer": expected},
         2: {"line": 2, "id": 2, "prompt": "which?", "answer": vlm.generate("which?", [picture(2)], max_new_tokens=8)},

@@ -32,7 +32,7 @@ from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.pictures import Picture
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
-from vlm_jax.training.processors import run_processor
+from vlm_jax.training.processors import run_processor, write_template
 from vlm_jax.training.step import compute_dtype
 
 DTYPES = ("float32", "bfloat16")
@@ -128,6 +128,8 @@ class Vlm:
 
 def _listed(images: Any) -> list[Any]:
     """One picture is a list of one."""
+    if images is None:
+        return []
     alone = isinstance(images, str | Path | bytes | np.ndarray | Image.Image)
     return [images] if alone else list(images)
 
@@ -235,7 +237,10 @@ def export(path: str | Path, folder: str | Path, step: int | None = None, mesh: 
                 f"{path} was not started from a published checkpoint (config.init_from), so there is no published "
                 "configuration to export it under"
             )
-        return open_published(origin).export(load_run(checkpoint.folder, placed, step=step).params, folder)
+        published = open_published(origin, checkpoint.config.pickles)
+        written = published.export(load_run(checkpoint.folder, placed, step=step).params, folder)
+        write_template(checkpoint.config.data, Path(folder))
+        return written
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh:

@@ -178,7 +178,7 @@ def test_two_processes_make_one_store(root):
 
 
 def test_a_cache_that_cannot_be_written(root):
-    with pytest.raises(DataError, match=r"data\.cache_dir=.*x\.jsonl/cache: .*; set another one"):
+    with pytest.raises(DataError, match=r"x\.jsonl/cache: Not a directory \(data\.cache_dir="):
         store_of(source(root), **LEFT_OUT, cache_dir=str(root / "x.jsonl" / "cache"))
 
 

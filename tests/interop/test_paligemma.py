@@ -29,8 +29,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, prefix_ends
-
 SIDE, PATCH = 16, 4
 
 
@@ -131,13 +129,3 @@ def test_the_suffix_is_causal_in_training(tmp_path):
         with torch.no_grad():
             theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=kinds).logits[0]
         compare(ours[start : start + size], theirs)
-
-
-def test_each_prompt_sees_to_its_own_end():
-    """Three conversations in a row: two turns, an answer alone, a prompt whose last token is also where an answer ends."""
-    prompt, learned, ends = PROMPT, LEARNED, PROMPT + ENDS
-    flags = [prompt, prompt, learned, prompt, prompt, prompt, learned, learned, prompt, prompt, ends]
-    positions = [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2]
-    expected = [1, 1, 2, 5, 5, 5, 6, 0, 2, 2, 2]
-    found = prefix_ends(np.asarray(flags, np.uint8), np.asarray(positions, np.int32))
-    assert found.tolist() == expected

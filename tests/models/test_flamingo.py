@@ -148,6 +148,18 @@ def test_rows_without_an_image_have_finite_logits_and_gradients():
     np.testing.assert_array_equal(logits(changed)[0], logits(batch)[0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_without_pictures_is_one_of_empty_slots(mode):
+    """The gated layers' feed-forward applies to every token all the same."""
+    empty = batch_of([0] * 8, first=[0] * 8)
+    empty.frames[:] = 0
+    without = dataclasses.replace(empty, images=None, frames=None)
+    np.testing.assert_allclose(logits(without, mode), logits(empty, mode), atol=1e-5)
+    alone = VisionLanguageModel(ModelConfig(vision=None, connector=None, fusion=None, language=tiny_model().language))
+    text = jax.jit(alone.apply)({"params": {"language": params()["language"]}}, without)
+    assert np.abs(logits(without, mode) - text).max() > 0.1
+
+
 def test_half_an_eye_is_an_error():
     config = dataclasses.replace(tiny_model(), connector=None)
     with pytest.raises(ValueError, match="vision, connector and fusion are all there, or none of them is"):

@@ -25,6 +25,18 @@ def test_all_previous_images_are_those_of_the_segment():
     np.testing.assert_array_equal(seen[0], np.array(expected, bool))
 
 
+def test_text_before_the_first_image_sees_all_of_its_segment():
+    """Two conversations with images in a row, one without, padding: OpenFlamingo's quirk stays within each."""
+    segments = np.array([[1, 1, 1, 1, 2, 2, 3, 3, 0]])
+    first = np.array([[1, 1, 1, 1, 3, 3, 0, 0, 0]])
+    last = np.array([[0, 1, 1, 2, 0, 3, 0, 0, 0]])
+    seen = media_mask(first, last, 4, "all_previous_uniform", segments=segments)[0]
+    table = {0: "1100", 1: "1000", 2: "1000", 3: "1100", 4: "0010", 5: "0010", 6: "0000", 7: "0000", 8: "0000"}
+    assert {place: "".join(map(str, row)) for place, row in enumerate(seen.astype(int).tolist())} == table
+    alone = media_mask(first[:, :4], last[:, :4], 4, "all_previous_uniform")
+    np.testing.assert_array_equal(alone[0], seen[:4])
+
+
 def test_an_unknown_media_mode_is_an_error():
     with pytest.raises(ValueError, match="'some': expected 'last', 'all_previous' or"):
         media_mask(MEDIA_LAST, MEDIA_LAST, 2, "some")
@@ -39,6 +51,23 @@ def test_a_token_sees_its_segment_up_to_itself_and_not_beyond_the_window(window)
         back = positions[row, t] - positions[row, s]
         same = segments[row, t] == segments[row, s] != 0
         assert mask[row, t, s] == (same and 0 <= back < (window or 99)), (row, t, s)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_prompt_sees_to_its_own_end(window):
+    """big_vision's table of a prefix: two turns, and a second segment that begins with its answer."""
+    segments = np.array([[1, 1, 1, 1, 1, 1, 2, 2]])
+    positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1]])
+    ends = np.array([[1, 1, 2, 4, 4, 5, 0, 1]])  # prompts are places 0-1 and 3-4
+    rows = ("11000000", "11000000", "11100000", "11111000", "11111000", "11111100", "00000010", "00000011")
+    expected = np.array([[int(digit) for digit in row] for row in rows], bool)
+    if window:
+        expected &= positions[0][:, None] - positions[0] < window
+    mask = causal_mask(positions, positions, segments, segments, window, ends)
+    np.testing.assert_array_equal(mask[0], expected)
+    # The last places alone against all keys, as with a cache.
+    some = causal_mask(positions[:, 5:], positions, segments[:, 5:], segments, window, ends[:, 5:])
+    np.testing.assert_array_equal(some[0], expected[5:])
 
 
 def test_published_alibi_slopes():

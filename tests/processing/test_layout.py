@@ -80,8 +80,14 @@ def test_a_prompt_is_a_block_and_an_answer_is_causal():
 
 @pytest.mark.parametrize(("prompt", "expected"), [([], []), ([1], [0]), ([0], [0]), ([1, 1], [1, 1]), ([0, 0, 1], [0, 1, 2])])
 def test_the_edges_of_a_prefix(prompt, expected):
-    flags = np.array(prompt, np.uint8) * PROMPT + np.uint8(ENDS)  # other flags are of no concern
+    flags = np.array(prompt, np.uint8) * PROMPT
     assert prefix_ends(flags, np.arange(len(prompt), dtype=np.int32)).tolist() == expected
+
+
+def test_a_prompt_ends_where_an_empty_answer_is_learned():
+    # The token that has to predict the end does not see the next question.
+    flags = np.array([PROMPT, PROMPT + ENDS, PROMPT, PROMPT], np.uint8)
+    assert prefix_ends(flags, np.arange(4, dtype=np.int32)).tolist() == [1, 1, 3, 3]
 
 
 def layout_of(tokens: list[int], flags: list[int]) -> Layout:

@@ -273,12 +273,14 @@ class Tuned:
     """A checkpoint that learned two answers.
 
     Attributes:
-      run, exported: folders; questions: messages of one question each; `ANSWERS` are the answers.
+      run, exported: folders; questions: messages of one question each, `ANSWERS` are the answers; loss: of a learned token, as
+        the run's last evaluation says.
     """
 
     run: Path
     exported: Path
     questions: list[list[Message]]
+    loss: float
 
 
 def tuned(folder: Path, family: Family) -> Tuned:
@@ -303,4 +305,4 @@ def tuned(folder: Path, family: Family) -> Tuned:
     result = train(dataclasses.replace(run, optimizer=optimizer), folder / "run")
     assert result.metrics["accuracy"] == 1 and result.metrics["sequences"] == 2, result.metrics
     vlm_jax.export(folder / "run", folder / "exported")
-    return Tuned(folder / "run", folder / "exported", questions)
+    return Tuned(folder / "run", folder / "exported", questions, result.metrics["loss"])

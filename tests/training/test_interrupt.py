@@ -56,4 +56,4 @@ def test_a_signal_is_heard_while_compiled_code_runs(armed):
     if armed:
         assert said == "SIGINT: heard; the step is finished and saved first\n" and process.returncode == 7
     else:
-        assert said.startswith("SIGINT before the first step: nothing was trained yet") and process.returncode == 130
+        assert said.startswith("SIGINT before the first step: the same command goes on") and process.returncode == 130

@@ -15,7 +15,7 @@ class EasyVqaConfig:
 
 @frozen
 class JsonLinesConfig:
-    """The user's own data: see `vlm_jax/data/jsonl.py` for the two formats of a line."""
+    """The user's own data: see `vlm_jax/data/jsonl.py` for the formats of a line."""
 
     kind: Literal["jsonl"] = "jsonl"
     train: str

@@ -40,7 +40,7 @@ class Batch:
     tokens: Array  # [B, T] int32
     positions: Array  # [B, T] int32, counted from 0 within a segment
     segments: Array  # [B, T] int32, counted from 1 within the row; 0 is padding
-    media_last: Array  # [B, T] int32, the last image slot the token may see
+    media_last: Array  # [B, T] int32, the last image slot the token may see by cross-attention
     media_first: Array  # [B, T] int32, the first slot of its segment's images
     prefix_end: Array  # [B, T] int32, the last position a prefix-LM lets the token see: the end of its own prompt, or itself
     targets: Array | None = None  # [B, T] int32, the token to predict at this place; None: nothing is learned

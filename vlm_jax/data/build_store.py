@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the files
 CHUNK = 512  # examples that are tokenised in one go
+MOST_PROCESSES = 16  # each holds a tokenizer
 ALONE = 8  # chunks that are not worth starting processes for
 SAVE_S = 5.0  # seconds of work that an interruption may cost
 SHOWN = 5  # reasons of skipped examples that are reported
@@ -57,7 +58,8 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
             if made:
                 _Build(cache / key, Tokeniser(source, processor, config), skip=skip).run()
     except OSError as error:
-        raise DataError(f"data.cache_dir={cache}: {error.strerror or error}; set another one") from error
+        where = error.filename or cache
+        raise DataError(f"{where}: {error.strerror or error} (data.cache_dir={cache} is where the tokens are kept)") from error
     store = TokenStore(cache / key)
     _report(store, made=made)
     if not len(store):
@@ -72,6 +74,7 @@ def _report(store: TokenStore, *, made: bool) -> None:
         log.warning("%d of %d examples are left out; the first:", meta["problems"], len(store.slots))
         for reason in meta["shown"]:
             log.warning("  %s", reason)
+        log.warning("  once they are mended, delete %s", store.folder)
     if meta["dropped"]:
         log.warning("%d turns are left out of conversations that are too long", meta["dropped"])
     if made:
@@ -115,14 +118,14 @@ class _Build:
 
     def _chunks(self, ranges: list[range]) -> Iterator[tuple[range, Chunk]]:
         """Chunks in their order."""
-        count = min(os.cpu_count() or 1, len(ranges))
+        count = min(len(os.sched_getaffinity(0)), len(ranges), MOST_PROCESSES)
         if count < 2 or len(ranges) <= ALONE:
             for indices in ranges:
                 yield indices, self.tokeniser.chunk(indices, skip=self.skip)
             return
         context = multiprocessing.get_context("spawn")
         # By way of a file: what is handed to a starting process through its pipe can wait for ever where it dies.
-        pickled = self.folder / "tokeniser.pickle"
+        pickled = self.target.with_name(f"{self.target.name}.pickle")
         pickled.write_bytes(pickle.dumps(self.tokeniser))
         pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(pickled,))
         waiting: deque[tuple[range, concurrent.futures.Future]] = deque()
@@ -141,16 +144,16 @@ class _Build:
         finally:
             # Whatever is still being tokenised is of no use any more.
             for process in list((pool._processes or {}).values()):
-                process.terminate()
+                process.kill()
             pool.shutdown(wait=False, cancel_futures=True)
             pickled.unlink(missing_ok=True)
 
     @staticmethod
     def _taken(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
         indices, future = waiting.popleft()
-        while True:  # in short waits: a signal is heard between them
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return indices, future.result(timeout=0.2)
+        while not concurrent.futures.wait([future], timeout=0.2).done:  # in short waits: a signal is heard between them
+            pass
+        return indices, future.result()
 
     def _write(self, files: dict[str, Any], chunk: Chunk) -> None:
         for field, values in chunk.fields.items():
@@ -187,10 +190,10 @@ class _Build:
         for name, field in OFFSETS.items():
             np.save(self.folder / f"{name}.npy", np.concatenate([[0], np.cumsum(read(field), dtype=np.int64)]).astype(np.int64))
         meta = {name: self.state[name] for name in ("problems", "shown", "dropped", "seconds")}
-        (self.folder / "state.json").unlink(missing_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(meta | {"ids": self.ids, "version": VERSION}, indent=2) + "\n")
         shutil.rmtree(self.target, ignore_errors=True)
         self.folder.rename(self.target)
+        (self.target / "state.json").unlink(missing_ok=True)
 
 
 _TOKENISER: Tokeniser | None = None

@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax.data.store import Lengths, TokenStore, locked
+from vlm_jax.errors import DataError
 
+VERSION = 1  # of plans: those of another version are not read
 OPEN_ROWS = 32  # rows that first fit looks at; more fill slightly better and plan slower
 
 
@@ -68,7 +70,7 @@ def plan_epoch(
       shuffle: False keeps the order of the data set, and all of it (an evaluation).
 
     Raises:
-      ValueError: a sequence or an example that no row can take (`check_fits` says so in the user's words).
+      ValueError: a sequence or an example that no row can take (`tokenise.py` says so in the user's words).
     """
     if len(lengths.tokens) and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
         raise ValueError("a sequence longer than a row, or an example of more images than a row has")
@@ -180,7 +182,7 @@ class PackedRows:
         if epoch not in self._plans:
             while len(self._plans) >= 3:
                 self._plans.pop(next(iter(self._plans)))
-            name = "-".join(map(str, (*self._args, epoch)))
+            name = "-".join(map(str, (VERSION, *self._args, epoch)))
             make = lambda: plan_epoch(self.store.lengths_to_pack, *self._args, epoch)
             self._plans[epoch] = _kept(self.store.folder / "plans" / name, make)
         return self._plans[epoch]
@@ -189,7 +191,10 @@ class PackedRows:
         """Global row -> (epoch, row within it). Epochs differ in their number of rows, so those before are planned."""
         with self._lock:
             while self._firsts[-1] <= row:
-                self._firsts.append(self._firsts[-1] + len(self.plan(len(self._firsts) - 1)))
+                planned = len(self.plan(len(self._firsts) - 1))
+                if not planned:
+                    raise DataError("data.sampling leaves an epoch without any conversation: raise its shares")
+                self._firsts.append(self._firsts[-1] + planned)
             epoch = int(np.searchsorted(self._firsts, row, side="right")) - 1
             return epoch, row - self._firsts[epoch]
 

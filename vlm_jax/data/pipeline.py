@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from vlm_jax.config import DataConfig, EasyVqaConfig, RunConfig
@@ -62,6 +63,26 @@ def tokens_of(config: DataConfig, processor: Processor, source: Source) -> Token
     if isinstance(source, EasyVqaSource):
         source.check(len(store))
     return store
+
+
+def check_same(store: TokenStore) -> None:
+    """Whether all processes of a run have the same data.
+
+    Raises:
+      DataError: they do not: each has files, or a cache, of its own.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.process_allgather(np.uint32(store.checksum))
+    if len(set(found.tolist())) > 1:
+        raise DataError(
+            f"the processes have different data (checksums {found.tolist()}): bring the same files to every machine, and "
+            f"delete {store.folder} where they differed"
+        )
 
 
 def _share(config: DataConfig, process_index: int, process_count: int) -> range:

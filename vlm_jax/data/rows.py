@@ -55,16 +55,17 @@ def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) 
       in_sequence: a tile takes a slot; else a medium does, with its frames.
 
     Raises:
-      ValueError: a tile larger than the row's square.
+      ValueError: a tile of another size than the row's square, or a larger one where sizes may differ.
     """
     groups = [[tile] for tiles in media for tile in tiles] if in_sequence else media
     for number, group in enumerate(groups, slot):
         row["frames"][number] = len(group)
         for frame, tile in enumerate(group):
             height, width = tile.shape[:2]
-            if height > row["images"].shape[2] or width > row["images"].shape[3]:
-                most = f"{row['images'].shape[2]}x{row['images'].shape[3]}"
-                raise ValueError(f"a tile of {height}x{width} pixels, and a slot has {most}")
+            room = row["images"].shape[2:4]
+            fits = height <= room[0] and width <= room[1] if "sizes" in row else (height, width) == room
+            if not fits:
+                raise ValueError(f"a tile of {height}x{width} pixels, and a slot has {room[0]}x{room[1]}")
             row["images"][number, frame, :height, :width] = tile
             if "sizes" in row:
                 row["sizes"][number, frame] = height, width

@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,12 @@ class TokenStore:
         """What packing plans with."""
         share = None if np.all(self.share == 1) else self.share
         return Lengths(self.lengths, self.example, self.slots, share)
+
+    @property
+    def checksum(self) -> int:
+        """Of what the plans of its epochs depend on."""
+        arrays = (self.counts, self.lengths, self.example, self.slots)
+        return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 
     def written(self, index: int) -> Written:
         """A conversation's compact tokens."""

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 
 def start_worker() -> None:
-    # Ctrl-C is the trainer's to answer; a worker that died of it would be reported as a crash.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals to the whole process group are the trainer's to answer; a worker that died of one would be reported as a crash.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # Where PyTorch is installed, transformers imports it: 200 MB that no picture processor of ours needs.
     sys.modules.setdefault("torch", None)
     threading.Thread(target=_end_with_parent, daemon=True).start()

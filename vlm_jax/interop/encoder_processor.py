@@ -1,6 +1,6 @@
 """Pictures and texts of published encoders, by transformers' own processor, without PyTorch.
 
-Pictures leave it as bytes, as in `processor.py`.
+Pictures leave it as bytes, as in `processing/published.py`.
 
 Axis letters: B images, H x W pixels, C texts, T tokens.
 """

@@ -18,7 +18,7 @@ from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, q
 from vlm_jax.interop.source import PublishedError
 from vlm_jax.interop.table import Table, row
 from vlm_jax.processing.layout import Runs
-from vlm_jax.processing.media import Medium, PublishedMedia, picture_bytes
+from vlm_jax.processing.media import Medium, PublishedMedia
 from vlm_jax.processing.pictures import Size
 from vlm_jax.processing.published import PublishedProcessor
 
@@ -105,8 +105,7 @@ class Idefics2Media(PublishedMedia):
 
     def pixels(self, medium: Medium) -> list[np.ndarray]:
         # transformers' processor makes RGB of a picture before its picture processor has it: transparency is dropped.
-        picture = self.opened(medium)
-        return picture_bytes(self.wrapped, picture.convert("RGB"), do_pad=False)
+        return self.tiled(medium[0], self.opened(medium).convert("RGB"), do_pad=False)
 
 
 class Idefics2Processor(PublishedProcessor):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from vlm_jax.processing.media import PublishedMedia
 from vlm_jax.processing.published import PublishedProcessor
 
 MODEL_TYPE = "open_flamingo"
+PROCESSING = "processing"  # where a run keeps the tokenizer and the picture processor
 SETTINGS = ("checkpoint", "vision", "language", "cross_attn_every_n_layers")
 IMAGE, END_OF_CHUNK, PAD = "<image>", "<|endofchunk|>", "<PAD>"
 
@@ -134,8 +136,14 @@ class OpenFlamingo:
         return written
 
     def keep_files(self, folder: Path) -> None:
-        """Writes the settings, with the parts where they are now."""
+        """Writes the settings, with the parts where they are now, and the processing of the two beside them."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name, part in self.parts.items():
+            kept = folder / PROCESSING / name
+            kept.mkdir(parents=True, exist_ok=True)
+            for file in part.iterdir():
+                if file.suffix in (".json", ".model", ".txt") and ".index." not in file.name:
+                    shutil.copyfile(file, kept / file.name)
         settings = json.loads((self.folder / "config.json").read_text())
         settings |= {name: str(part.resolve()) for name, part in self.parts.items()}
         settings["checkpoint"] = str((self.folder / settings["checkpoint"]).resolve())
@@ -162,7 +170,8 @@ def openflamingo_processor(folder: Path) -> OpenFlamingoProcessor:
     Raises:
       PublishedError: the tokenizer or the picture processor of a part it names cannot be read.
     """
-    parts = _parts(folder, _settings(folder), pickles=True)
+    kept = {name: folder / PROCESSING / name for name in ("vision", "language")}
+    parts = kept if kept["language"].is_dir() else _parts(folder, _settings(folder), pickles=True)
     vision = read_config(parts["vision"], ("clip", "clip_vision_model"))
     return OpenFlamingoProcessor(_wrapped(parts), getattr(vision, "vision_config", vision).image_size)
 

@@ -110,7 +110,7 @@ def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool 
     """Finds (or fetches) a checkpoint and reads all of it but the weights.
 
     Args:
-      pad_to_square: LLaVA-1.5 alone, see `PublishedProcessor.background`.
+      pad_to_square: LLaVA-1.5 alone, see `PublishedMedia.background`.
 
     Raises:
       PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.

@@ -10,6 +10,7 @@ that is written out. Such turns may follow one another; `learn` says which of th
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import re
 from collections.abc import Sequence as Many
@@ -217,6 +218,11 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
 def _picture(where: str, found: Any) -> Picture:
     if not isinstance(found, Picture):
         raise RequestError(f"{where}: a picture is {_shown(found)}; expected a file's path, its bytes, a PIL image or an array")
+    if isinstance(found, str) and found.startswith("data:"):  # OpenAI's way to send a picture along
+        try:
+            return base64.b64decode(found.partition("base64,")[2], validate=True)
+        except ValueError:
+            raise RequestError(f"{where}: {found[:40]}... is no picture in base64") from None
     if isinstance(found, str) and found.startswith(("http://", "https://")):
         raise RequestError(f"{where}: {found[:60]} is an address; fetch the picture first and give its path")
     return found

@@ -118,7 +118,7 @@ def prefix_ends(flags: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """
     prompt = (flags & PROMPT) > 0
     follows = np.append(prompt[1:] & (positions[1:] > 0), False) if len(flags) else prompt
-    goes_on = prompt & follows
+    goes_on = prompt & follows & ((flags & ENDS) == 0)
     place = np.arange(len(flags))
     # The next place, from here on, at which the block does not go on.
     end = np.minimum.accumulate(np.where(goes_on, len(flags), place)[::-1])[::-1] if len(flags) else place

@@ -8,7 +8,7 @@ Axis letters: R visual tokens of a tile, S the side of the square that tiles lie
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -33,7 +33,11 @@ class MediaProcessor(Protocol):
     Attributes:
       side: S.
       tile_tokens: R; 0: the model reads its media by cross-attention, and one token says where each stands.
+      reads_films: whether a medium may have several frames.
     """
+
+    @property
+    def reads_films(self) -> bool: ...
 
     side: int
     tile_tokens: int
@@ -63,6 +67,10 @@ class FittedMedia:
     fit: Literal["stretch", "pad", "crop"]
     tile_tokens: int
     blank: bool = False  # the control experiment: every picture grey
+
+    @property
+    def reads_films(self) -> bool:
+        return not self.tile_tokens
 
     def runs(self, size: Size) -> Runs:
         return (np.arange(self.tile_tokens),)
@@ -102,6 +110,7 @@ class PublishedMedia:
     side: int
     tile_tokens: int
     background: tuple[int, int, int] | None = None
+    reads_films: ClassVar[bool] = False
 
     def runs(self, size: Size) -> Runs:
         return (np.arange(max(self.tile_tokens, 1)),)
@@ -110,7 +119,14 @@ class PublishedMedia:
         return 1
 
     def pixels(self, medium: Medium) -> list[np.ndarray]:
-        return picture_bytes(self.wrapped, self.opened(medium))
+        return self.tiled(medium[0], self.opened(medium))
+
+    def tiled(self, picture: Picture, opened: Any, **settings: Any) -> list[np.ndarray]:
+        """`picture_bytes`, with the picture's name in its errors."""
+        try:
+            return picture_bytes(self.wrapped, opened, **settings)
+        except ImageError as error:
+            raise ImageError(f"picture {picture_name(picture)}: {error}") from error
 
     def opened(self, medium: Medium) -> Any:
         """The picture as transformers' processor takes it: upright, in its own mode."""

@@ -80,7 +80,7 @@ def picture_size(picture: Picture) -> Size:
 
 def _upright_size(image: Image.Image) -> Size:
     # Pillow decodes a whole PNG to look for EXIF data behind its pixels, so only what stands before them is asked for.
-    known = image.format != "PNG" or "exif" in image.info or "Raw profile type exif" in image.info
+    known = image.format != "PNG" or {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
     turned = known and image.getexif().get(ORIENTATION) in TURNED
     return (image.width, image.height) if turned else (image.height, image.width)
 

@@ -40,8 +40,8 @@ class PublishedTokenizer:
         Args:
           begin: with the tokens that the tokenizer puts in front of a text.
         """
-        made = self.wrapped(text, add_special_tokens=begin, return_offsets_mapping=self.wrapped.is_fast)
-        return made["input_ids"], made.get("offset_mapping", [])
+        made = self.wrapped(text, add_special_tokens=begin, return_offsets_mapping=True)
+        return made["input_ids"], made["offset_mapping"]
 
 
 class PublishedProcessor(Processor):
@@ -93,17 +93,12 @@ class PublishedProcessor(Processor):
         last = conversation[-1] if conversation and not open and conversation[-1].learn else None
         prompt = self.rendered(conversation[:-1] if last else conversation, ask=open or last is not None)
         answers, said, end_id = self._answers(conversation, prompt, last=last)
-        try:
-            ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
-            offsets = offsets or [(0, 0)] * len(ids)
-            written = flagged(prompt, ids, offsets, answers=answers, ends=self.ends)
-            self._check_pictures(written, prompt, conversation)
-            if last is None:
-                return written
-            answer = continued(self.tokenizer.encode_offsets, prompt, said) if last.text else []
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-        return closed(written, answer, end_id)
+        ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
+        written = flagged(prompt, ids, offsets, answers=answers, ends=self.ends)
+        self._check_pictures(written, prompt, conversation)
+        if last is None:
+            return written
+        return closed(written, continued(self.tokenizer.encode_offsets, prompt, said) if last.text else [], end_id)
 
     def rendered(self, turns: Conversation, *, ask: bool) -> str:
         """The text that is tokenised, as transformers' processor makes it; one image token for each run of visual tokens.
@@ -143,8 +138,15 @@ class PublishedProcessor(Processor):
 
     def described(self) -> list[Any]:
         tokenizer = self.tokenizer.wrapped
-        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-        return [backend, self.template, self.image_token, self.before_answer, self.after_answer, self.after_text]
+        return [
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.special_tokens_map,
+            self.template,
+            self.image_token,
+            self.before_answer,
+            self.after_answer,
+            self.after_text,
+        ]
 
     def _answers(self, conversation: Conversation, prompt: str, *, last: Turn | None) -> tuple[list[Span], str, int]:
         """The spans of the answers within the prompt, what the model says behind it, and the token it ends with.
@@ -164,6 +166,8 @@ class PublishedProcessor(Processor):
             turns = tuple(_with_text(turn, marks.around(changed(turn.text))) if turn.learn else turn for turn in conversation)
             plain, spans = marks.taken_out(self.rendered(turns, ask=last is None))
             same = plain.startswith(prompt) if last else plain == prompt
+            if last and last.text != last.text.strip():
+                same = same and plain == self.rendered(conversation, ask=False)
             if same and len(spans) == len(answered):
                 glue = plain[len(before) : spans[-1][0]] if plain.startswith(before) else ""
                 begins = [self._begin(conversation[:at], plain, span, glue) for at, span in zip(answered, spans, strict=True)]
@@ -172,6 +176,8 @@ class PublishedProcessor(Processor):
                     return within, "", self.spread.end_id
                 space, end_id = self._end(plain[spans[-1][1] :])
                 return within[:-1], plain[len(before) : spans[-1][1]] + space, end_id
+        if last is None:
+            return [], "", self.spread.end_id  # what is only read need not be known
         raise RequestError(
             "the checkpoint's chat template changes what the assistant says, or writes it differently once it has been said: "
             "what is to be learned cannot be known. Name another one: data.template"

@@ -21,8 +21,10 @@ from vlm_jax.processing.conversation import Conversation, Medium, Text, Turn
 from vlm_jax.processing.layout import LEARNED, PROMPT, Written
 from vlm_jax.processing.media import FittedMedia
 from vlm_jax.processing.processor import Processor, Spread
-from vlm_jax.processing.spans import continued
+from vlm_jax.processing.spans import CONTEXT, continued
 from vlm_jax.processing.tokenizer import Tokenizer
+
+KNOWN_TEXTS = 2048  # whose tokens are remembered
 
 
 class RecipeProcessor(Processor):
@@ -34,8 +36,9 @@ class RecipeProcessor(Processor):
         self.blind = data.blank_images
         # A tokenizer may have no <EOC> apart from <EOS>, or use <EOS> as <BOS> or padding: an end is always allowed.
         self.ends = {tokenizer.eoc_id, tokenizer.eos_id}
-        self._encode = functools.lru_cache(1 << 14)(tokenizer.encode_offsets)
-        self._continued = functools.lru_cache(1 << 14)(functools.partial(continued, self._encode))
+        # Questions and answers of a data set are often the same.
+        self._encode = functools.lru_cache(KNOWN_TEXTS)(tokenizer.encode_offsets)
+        self._continued = functools.lru_cache(KNOWN_TEXTS)(functools.partial(continued, tokenizer.encode_offsets))
 
     def __reduce__(self) -> Any:
         return type(self), (self.tokenizer, self.data)
@@ -64,7 +67,7 @@ class RecipeProcessor(Processor):
                 run = ""
             elif learn:
                 learning = True
-                add(self._continued(run, part), LEARNED)
+                add(self._continued(run[-CONTEXT:], part), LEARNED)
                 run += part
             else:
                 add(self._encode(part)[0], PROMPT)

@@ -69,7 +69,7 @@ def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Spa
     flags = np.full(len(ids), PROMPT, np.uint8)
     begins, stops = np.asarray(offsets, np.int64).reshape(-1, 2).T
     for begin, end in answers:
-        flags[(begins < end) & (stops > begin)] = LEARNED
+        flags[(begins < end) & (stops > begin) & (begin < end)] = LEARNED
         behind = np.flatnonzero((begins >= end) & (stops > 0))  # a token that was added in front stands for no character
         first = place = int(behind[0]) if len(behind) else len(ids)
         while place < len(ids) and ids[place] not in ends and text[end : stops[place]].isspace():
@@ -84,17 +84,15 @@ def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Spa
 def continued(encode: Encode, before: str, text: str) -> list[int]:
     """The ids of a text that follows another one, whose own ids stay as they are.
 
-    Tokenised by itself it could begin otherwise: LLaMA's tokenizer puts a space in front of every text.
-
-    Raises:
-      ValueError: the tokenizer joins the text's beginning with whatever stands before it.
+    Tokenised by itself it could begin otherwise: LLaMA's tokenizer puts a space in front of every text. So it is tokenised
+    behind its context, or behind another one where the tokenizer joins the two.
     """
-    for context in (before[-CONTEXT:], "\n", ":", "a", ""):
+    for context in (before[-CONTEXT:], "\n", ":", "a"):
         ids, offsets = encode(context + text)
         first = next((place for place, (begin, _) in enumerate(offsets) if begin >= len(context)), len(ids))
         if all(end <= len(context) for _, end in offsets[:first]):
             return ids[first:]
-    raise ValueError(f"the tokenizer has no tokens of {text[:20]!r} that begin where it begins")
+    return encode(text)[0]
 
 
 def closed(prompt: Written, answer: list[int], end_id: int) -> Written:

@@ -44,6 +44,7 @@ FREE = {
     "init_parts",
     "data.workers",
     "data.cache_dir",
+    "data.processor",  # it is kept in the run's folder
     "pickles",
     "data.source.cache_dir",
 }
@@ -107,9 +108,11 @@ def claim(folder: Path, config: RunConfig) -> None:
       CheckpointError: the run was started with another configuration; the message shows the difference.
     """
     path = folder / "config.json"
-    new = json.loads(json.dumps(to_dict(config)))
+    as_json = lambda config: json.loads(json.dumps(to_dict(config)))
+    new = as_json(config)
     if path.exists():
-        changed = differences(json.loads(path.read_text()), new)
+        # What an older version did not know yet has its default.
+        changed = differences(as_json(read_config(folder)), new)
         if changed:
             raise CheckpointError(
                 f"{folder} was started with another configuration:\n  " + "\n  ".join(changed) + "\n"

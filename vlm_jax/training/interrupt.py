@@ -30,9 +30,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
     def __str__(self) -> str:
-        return (
-            f"{signal.Signals(self.signal).name} before the first step: nothing was trained yet, the same command starts again"
-        )
+        return f"{signal.Signals(self.signal).name} before the first step: the same command goes on from there"
 
 
 class Interrupt:

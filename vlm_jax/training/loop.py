@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from vlm_jax.config import RunConfig
-from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches, tokens_of
+from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_batches, tokens_of
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.flops import count_flops, peak_flops
@@ -61,7 +61,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
     if needed > known:
         raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
     for of_split in (source, held_out):  # what is wrong with the data is found before the model is made
-        tokens_of(config.data, processor, of_split)
+        check_same(tokens_of(config.data, processor, of_split))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)

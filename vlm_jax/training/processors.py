@@ -6,6 +6,7 @@ RUN/tokenizer/   of a recipe: the tokenizer, as transformers saves it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,17 +38,35 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
             published = open_published(config.processor, pickles)
             if isinstance(published.processor, EncoderProcessor):
                 raise DataError(f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations")
-            template = named_template(config.template) if config.template else ""
             part = folder / f".{PROCESSOR}.part"
             published.keep_files(part)
-            if template:
-                (part / TEMPLATE).write_text(template)
+            write_template(config, part)
             part.rename(folder / PROCESSOR)
         _wait()
-        return run_processor(config, folder)
+        processor = run_processor(config, folder)
+        if config.template and getattr(processor, "template", "") != named_template(config.template):
+            raise DataError(f"data.template={config.template}: {config.processor} reads no chat template: leave it out")
+        return processor
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         _tokenizer(config, source).save(folder / TOKENIZER)
     return run_processor(config, folder)
+
+
+def write_template(config: DataConfig, folder: Path) -> None:
+    """Puts a named chat template in the place of a checkpoint's own, wherever transformers looks for one.
+
+    Raises:
+      RequestError: there is no template of that name.
+    """
+    if not config.template:
+        return
+    (folder / TEMPLATE).write_text(named_template(config.template))
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    for path in (folder / name for name in ("processor_config.json", "tokenizer_config.json")):
+        if path.is_file():
+            settings = json.loads(path.read_text())
+            if settings.pop("chat_template", None) is not None:
+                path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def run_processor(config: DataConfig, folder: Path) -> Processor:

@@ -79,8 +79,10 @@ def check_pictures(config: RunConfig) -> None:
     side = model.vision.image_size if needed and not data.keep_shapes else data.image_size
     if needed and (data.image_size, data.frames) != (side, 1):
         raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
-    if data.processor and data.augment != AugmentConfig():
-        raise ValueError("config.data.augment changes the pixels that config.data.processor makes: leave one of them out")
+    if data.processor and (data.augment != AugmentConfig() or data.blank_images):
+        raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    if data.template and not data.processor:
+        raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
 
 
 class Trainer:
