@@ -219,9 +219,9 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
     with parts.open("a") as file:
         file.write('{"line": 7, "id"')  # a line that a crash cut short
 
-    def counted(self, requests, settings):
-        seen.extend(requests)
-        return batches(self, requests, settings)
+    def counted(self, prompts, settings):
+        seen.extend(prompts)
+        return batches(self, prompts, settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(generator), "batches", counted)

@@ -18,6 +18,7 @@ def start_worker() -> None:
         signal.signal(number, signal.SIG_IGN)
     # Where PyTorch is installed, transformers imports it: 200 MB that no picture processor of ours needs.
     sys.modules.setdefault("torch", None)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says so otherwise
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
