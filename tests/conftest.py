@@ -1,7 +1,9 @@
 """Eight simulated devices for every test; set before jax starts. And a run that several files ask."""
 
+import atexit
 import dataclasses
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a start keeps for the next one (`~/.cache`: token stores, compiled programs) is kept apart from the user's own.
-os.environ["HOME"] = tempfile.mkdtemp(prefix="vlm_jax-tests-")
+if "VLM_JAX_TESTS" not in os.environ:  # pytest's workers share the folder of the process that starts them
+    os.environ["VLM_JAX_TESTS"] = os.environ["HOME"] = tempfile.mkdtemp(prefix="vlm_jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
