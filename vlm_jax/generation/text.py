@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from vlm_jax.processing.processor import Codec
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not yet a character
-
-
-class Codec(Protocol):
-    """Text <-> ids, nothing added in front or behind."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int], special: bool = True) -> str: ...
 
 
 def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
