@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> None:
     from vlm_jax.api import open_checkpoint
     from vlm_jax.generation.answer_file import answer_file, read_questions
     from vlm_jax.generation.request import Request, chat_file
-    from vlm_jax.interop.encoder_processor import EncoderProcessor
     from vlm_jax.processing.conversation import Shot, from_prompt
+    from vlm_jax.processing.encoders import EncoderProcessor
     from vlm_jax.processing.pictures import picture_size
     from vlm_jax.progress import bytes_read
 
@@ -155,8 +155,8 @@ def run(args: argparse.Namespace) -> None:
         for image in args.image:
             picture_size(image)
         compilation_cache.enable()
-        with bytes_read("reading") as tell:
-            encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), tell=tell)
+        with bytes_read("reading") as progress:
+            encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), progress=progress)
         classify(encoder, args)
         return
     settings = checkpoint.processor.defaults.changed(**given)
@@ -166,18 +166,17 @@ def run(args: argparse.Namespace) -> None:
         request = chat_file(args.messages) if args.messages else Request(*from_prompt(args.prompt, args.image, shots))
         checkpoint.processor.lay_out(request.turns, request.sizes, open=True)
     compilation_cache.enable()
-    with bytes_read("reading") as tell:
-        vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, tell=tell)
+    with bytes_read("reading") as progress:
+        vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, progress=progress)
     if questions:
-        tell = lambda line: print(line, file=sys.stderr, flush=True)
-        answer_file(vlm, args.input, questions, args.output, settings, tell)
+        progress = lambda line: print(line, file=sys.stderr, flush=True)
+        answer_file(vlm, args.input, questions, args.output, settings, progress)
         return
-    one = vlm.generator.mesh.size == 1
     if args.attention:
         text, maps = vlm.attention_of(request, **given)
         maps.save(args.attention)
         print(text)
-    elif args.stream or (args.stream is None and one and settings.beams == 1 and sys.stdout.isatty()):
+    elif args.stream or (args.stream is None and settings.beams == 1 and sys.stdout.isatty()):
         for piece in vlm.generator.stream(request, settings):
             print(piece, end="", flush=True)
         print()

@@ -20,7 +20,7 @@ from train_step import run_config
 from transformers import IdeficsConfig
 
 from vlm_jax.config import MeshConfig, ModelConfig
-from vlm_jax.interop import idefics
+from vlm_jax.families import idefics
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.step import Trainer, zeros_batch
 

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from peers import SIZES, SMOLLM2, Peers, alternate, bandwidth, build, build_smollm2, inputs, ratio, table
 
-from vlm_jax.data.batch import Batch
+from vlm_jax.batch import Batch
 from vlm_jax.generation import decode
-from vlm_jax.generation.buckets import STOP_WIDTH, STOPS
-from vlm_jax.generation.decode import NEVER, Rules
+from vlm_jax.generation.buckets import SLOTS, STOP_WIDTH, STOPS, bucket
+from vlm_jax.generation.decode import NEVER, Rules, Wishes
+from vlm_jax.generation.generator import STEPS
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.unstack import unstack, worth_unstacking
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -49,7 +50,7 @@ def torch_side(both: Peers, theirs: dict[str, torch.Tensor], new: int) -> Callab
 
 def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
     rows, vocabulary = batch.tokens.shape[0], both.config.language.vocab_size
-    params = jax.device_put(both.params)
+    params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), both.params)  # large stacks are taken apart and freed
     params = unstack(params) if worth_unstacking(params) else params
     prompts = dataclasses.replace(batch, targets=None, weights=None)
     if both.config.vision is None:
@@ -61,15 +62,25 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
         repetition_penalty=np.ones(rows, np.float32),
         seeds=np.zeros(rows, np.uint32),
     )
-    rules = Rules(
-        allowed=np.ones(vocabulary, bool),
-        ends=np.full(1, NEVER, np.int32),
-        stops=np.full((STOPS, STOP_WIDTH), NEVER, np.int32),
-        limits=np.full(rows, new, np.int32),
-        pad=np.int32(0),
-    )
-    program = jax.jit(functools.partial(decode.generate, VisionLanguageModel(both.config)), static_argnums=0)
-    return lambda: np.asarray(program(new, params, prompts, greedy, rules).tokens)
+    stops = np.full((rows, STOPS, STOP_WIDTH), NEVER, np.int32)
+    wishes = Wishes(sampling=greedy, limits=np.full(rows, new, np.int32), stops=stops)
+    rules = Rules(allowed=np.ones(vocabulary, bool), ends=np.full(1, NEVER, np.int32), pad=np.int32(0))
+    model = VisionLanguageModel(both.config)
+    prefill = jax.jit(functools.partial(decode.prefill, model))
+    begin = jax.jit(decode.begin, static_argnames="slots")
+    steps = jax.jit(functools.partial(decode.steps, model, room=STEPS), donate_argnums=1)
+    slots = bucket(prompts.tokens.shape[1] + new, SLOTS)
+
+    def run() -> np.ndarray:
+        """As `Generator` does it, without tokenizer and pictures."""
+        state, picked = begin(prefill(params, prompts), wishes, rules, slots=slots)
+        pieces = [np.asarray(picked.tokens)[:, None]]
+        for most in [STEPS] * ((new - 1) // STEPS) + [(new - 1) % STEPS]:
+            state, picked, _ = steps(params, state, rules, np.int32(most))
+            pieces.append(np.asarray(picked.tokens)[:, :most])
+        return np.concatenate(pieces, axis=1)
+
+    return run
 
 
 def compare(both: Peers, size: str, rows: int, prompt: int, new: int, repeats: int) -> tuple[list[float], list[float]]:

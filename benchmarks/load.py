@@ -39,8 +39,9 @@ def write_folder(folder: Path) -> int:
     import numpy as np
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    from vlm_jax.interop import llava, safetensors_files
+    from vlm_jax.families import llava
     from vlm_jax.interop.engine import abstract_params
+    from vlm_jax.interop.files import safetensors_files
     from vlm_jax.interop.plan import Problems, resolve
     from vlm_jax.interop.table import written
     from vlm_jax.models.vlm import VisionLanguageModel
@@ -81,9 +82,9 @@ def ours(folder: Path, mesh: str) -> dict[str, float]:
     from transformers import AutoConfig
 
     from vlm_jax.api import parse_mesh
-    from vlm_jax.interop import llava
+    from vlm_jax.families import llava
     from vlm_jax.interop.engine import boxed_params, load_params
-    from vlm_jax.interop.folder import open_weights
+    from vlm_jax.interop.files.folder import open_weights
     from vlm_jax.models.vlm import VisionLanguageModel
 
     published = AutoConfig.from_pretrained(folder)

@@ -23,10 +23,9 @@ import optax
 import torch
 from peers import SIZES, Peers, alternate, build, inputs, ratio, seconds, table
 
+from vlm_jax.batch import Batch
 from vlm_jax.config import DataConfig, EasyVqaConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
-from vlm_jax.data.batch import Batch
 from vlm_jax.sharding import make_mesh
-from vlm_jax.training.losses import next_token_sums
 from vlm_jax.training.step import Trainer
 
 LR, DECAY, TOLERANCE = 1e-4, 0.1, 1e-4
@@ -97,19 +96,14 @@ def profile(both: Peers, rows: int, tokens: int, repeats: int) -> str:
         params, batch = state.trained, trainer.put(inputs(both, rows, tokens)[0])
         part = lambda method: jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=method))
 
-        def after_images(module: Any, visual: jax.Array, batch: Batch) -> jax.Array:
-            between = module.fusion(batch.media_first, batch.media_last, batch.frames.shape[1], visual=visual)
-            x = module.language.embed(batch.tokens, batch.positions)
-            return module.language.head(module.language(x, batch.positions, batch.segments, between=between)[0])
-
         images = batch.images.reshape(-1, *batch.images.shape[3:])
         see = part(lambda module, images: module.vision(images))
         features = see(params, images)
         features = features.reshape(*batch.images.shape[:3], *features.shape[1:])
         connect = part(lambda module, features, frames: module.connector(features, frames)[0])
         visual = connect(params, features, batch.frames)
-        read = part(after_images)
-        loss = lambda params, batch: next_token_sums(model.apply({"params": params}, batch), batch)["loss"]
+        read = part(lambda module, visual, batch: module.logits(module.read(batch, visual=visual).hidden))
+        loss = lambda params, batch: trainer.objective.sums(model, params, batch)["loss"]
         forward, backward = jax.jit(loss), jax.jit(jax.grad(loss))
         gradients = backward(params, batch)
 

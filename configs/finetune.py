@@ -6,7 +6,7 @@ alone) trained further on data of your own, and written back for PyTorch.
     python -c "import vlm_jax; vlm_jax.export('runs/tuned', 'tuned')"
 
 Behind the colon stands a folder that transformers saved, or the name of a hub repository. The vision encoder stays frozen. The
-data's formats are those of `vlm_jax/data/jsonl.py`.
+data's formats are those of `vlm_jax/data/sources/jsonl.py`.
 
 Conversations are written as the checkpoint's own chat template has them, or as a template named by `--config.data.template`
 (which is then exported too), pictures are what its own processor makes of them: what is trained is what is asked afterwards.

@@ -1,9 +1,12 @@
 """Eight simulated devices for every test; set before jax starts. And a run that several files ask."""
 
 import atexit
+import ctypes
 import dataclasses
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +20,43 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a start keeps for the next one (`~/.cache`: token stores, compiled programs) is kept apart from the user's own.
 if "VLM_JAX_TESTS" not in os.environ:  # pytest's workers share the folder of the process that starts them
     os.environ["VLM_JAX_TESTS"] = os.environ["HOME"] = tempfile.mkdtemp(prefix="vlm_jax-tests-")
+    # What one worker compiled the other one reads, and so does the same worker when its own programs were dropped.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ['HOME']}/.cache/jax"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+
+
+class Memory:
+    """Compiled programs are dropped when a worker has grown: each holds megabytes, and few serve another test."""
+
+    MORE = 1 << 30  # bytes a worker may grow by
+
+    def __init__(self) -> None:
+        self.limit = 2 * self.MORE
+
+    def check(self) -> None:
+        if "jax" not in sys.modules or self._resident() < self.limit:
+            return
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the system
+        self.limit = max(2 * self.MORE, self._resident() + self.MORE)
+
+    @staticmethod
+    def _resident() -> int:
+        status = Path("/proc/self/statm")
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+
+
+MEMORY = Memory()
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    yield
+    MEMORY.check()
 
 
 @pytest.fixture(scope="session")

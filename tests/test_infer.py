@@ -78,7 +78,6 @@ def test_shots_come_before_the_question(run):
         (["--prompt=" + "long " * 300], "but the model reads at most 256"),
         (["--prompt=x", "--mesh=tensor=3"], "'tensor=3' does not fit: there are 8 devices"),
         (["--prompt=x", "--mesh=model=8"], "expected sizes for some of data, fsdp, tensor"),
-        (["--prompt=x", "--mesh=tensor=8", "--stream"], "streaming works on one device"),
         (["--prompt=x", "--attention=out.png"], "needs a picture"),
         (["--prompt=x", "--step=3"], "no checkpoint of step 3; it has [4]"),
         (["--prompt=x", "--temperature=-1"], "temperature=-1.0: expected 0 (greedy) or more"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.config import JsonLinesConfig
-from vlm_jax.data.jsonl import JsonLinesSource
+from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.errors import DataError
 from vlm_jax.interop.published import open_published
 from vlm_jax.show import Shown

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from vlm_jax.batch import Batch
 from vlm_jax.config import (
     BlockConfig,
     DataConfig,
@@ -30,8 +31,8 @@ from vlm_jax.config import (
     VitConfig,
 )
 from vlm_jax.config_dict import to_config_dict
-from vlm_jax.data.batch import Batch
 from vlm_jax.sharding import Named, make_mesh
+from vlm_jax.training.objectives.next_token import scores_of, sums_of
 
 VOCAB = 320
 
@@ -137,6 +138,11 @@ def random_batch(rows: int = 8, seed: int = 0) -> Batch:
         targets=rng.integers(1, VOCAB, (rows, tokens), dtype=np.int32),
         weights=weights,
     )
+
+
+def next_token_sums(logits: Any, batch: Batch) -> Any:
+    """The sums of the next-token objective."""
+    return sums_of(*scores_of(logits, batch.targets), batch)
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}

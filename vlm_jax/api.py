@@ -19,16 +19,18 @@ from PIL import Image
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
+from vlm_jax.config.register import module_of
 from vlm_jax.encoders import Encoder
 from vlm_jax.errors import RequestError
 from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.request import Request, chat_request
-from vlm_jax.interop.encoder_processor import EncoderProcessor
-from vlm_jax.interop.folder import is_published
-from vlm_jax.interop.published import MODELS, Checkpoint, open_published
+from vlm_jax.interop.checkpoint import Checkpoint
+from vlm_jax.interop.files.folder import is_published
+from vlm_jax.interop.published import open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot, from_prompt
+from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.pictures import Picture
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
@@ -42,7 +44,7 @@ class Vlm:
     """A model that answers questions about pictures.
 
     Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8, a list of them or one alone; a list in
-    the place of one is a film. They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
+    the place of one is a video. They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
     (images, question, answer) triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p,
     repetition_penalty, beams, length_penalty, early_stopping, stop, seed; what is not given is the checkpoint's own.
 
@@ -53,8 +55,12 @@ class Vlm:
 
     def __init__(self, checkpoint: Run | Checkpoint, generator: Generator) -> None:
         self.checkpoint, self.generator = checkpoint, generator
-        self.model, self.params, self.processor = generator.model, generator.params, generator.processor
-        self.mesh = generator.mesh
+        self.model, self.processor, self.mesh = generator.model, generator.processor, generator.mesh
+
+    @property
+    def params(self) -> Any:
+        """Nested dicts on the mesh, layers stacked. Of a large model it is a copy: take it once."""
+        return self.generator.params
 
     def settings(self, **changes: Any) -> Settings:
         """The checkpoint's own settings with some changed."""
@@ -102,7 +108,7 @@ class Vlm:
     def stream(
         self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), **settings: Any
     ) -> Iterator[str]:
-        """The answer piece by piece, while it is generated; on one device only."""
+        """The answer piece by piece, while it is generated."""
         yield from self.generator.stream(self.request(prompt, images, examples), self.settings(**settings))
 
     def attention(
@@ -175,7 +181,7 @@ def load(
     rows: int = 16,
     pickles: bool = False,
     pad_to_square: bool = False,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Vlm | Encoder:
     """Reads a run of ours (the `--workdir` of train.py) or a published checkpoint.
 
@@ -190,7 +196,7 @@ def load(
       rows: at most so many requests are answered at once.
       pickles: whether PyTorch's `.bin` files may be read; nothing in them is executed.
       pad_to_square: of LLaVA-1.5: pictures are padded to squares first, as its authors evaluated it. transformers does not.
-      tell: called with the bytes read so far and in all, of a published checkpoint.
+      progress: called with the bytes read so far and in all, of a published checkpoint.
 
     Raises:
       ValueError: no checkpoint, a damaged one, or a mesh or dtype that cannot be; the message says which.
@@ -204,8 +210,8 @@ def load(
             model, params = checkpoint.load(placed, dtype)
         else:
             compute = compute_dtype(dtype or "auto")
-            model = MODELS[type(checkpoint.config)](checkpoint.config, compute)
-            params = checkpoint.load_params(placed, compute, tell)
+            model = module_of(checkpoint.config)(checkpoint.config, compute)
+            params = checkpoint.load_params(placed, compute, progress)
     if isinstance(checkpoint.processor, EncoderProcessor):
         return Encoder(checkpoint, model, params, placed, rows)
     return Vlm(checkpoint, Generator(model, params, checkpoint.processor, placed, rows))

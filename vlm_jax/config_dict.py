@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import dacite
 import ml_collections
+
+from vlm_jax.config.frozen import Kinds
+from vlm_jax.config.register import RegisterError
 
 
 def to_dict(config: Any) -> Any:
@@ -26,13 +31,42 @@ def from_dict(cls: type, values: Any) -> Any:
     Raises:
       ValueError: an unknown, missing or mistyped field; the message names it.
     """
-    options = dacite.Config(strict=True, strict_unions_match=True, cast=[tuple], type_hooks={float: _as_float})
     try:
-        config = dacite.from_dict(cls, values, options)
+        config = _read(cls, values)
     except dacite.DaciteError as error:
         raise ValueError(f"config: {error}") from error
     _refuse_missing(config, values, "")
     return config
+
+
+def _read(cls: type, values: Any) -> Any:
+    hooks = {choice: functools.partial(_of_kind, choice) for choice in Kinds.__subclasses__()}
+    options = dacite.Config(strict=True, strict_unions_match=True, cast=[tuple], type_hooks={float: _as_float} | hooks)
+    return dacite.from_dict(cls, values, options)
+
+
+def _of_kind(choice: type[Kinds], values: Any) -> Any:
+    """One of the registered kinds of a choice, by its `kind`."""
+    if not isinstance(values, Mapping):
+        return values
+    if "kind" not in values:
+        raise dacite.MissingValueError("kind")
+    try:
+        config = choice.kinds[values["kind"]]
+    except RegisterError as error:
+        raise _UnknownKind(error) from error
+    return _read(config, values)
+
+
+class _UnknownKind(dacite.DaciteFieldError):
+    """dacite puts the names of the fields around it in front."""
+
+    def __init__(self, error: RegisterError) -> None:
+        super().__init__(field_path="kind")
+        self.error = error
+
+    def __str__(self) -> str:
+        return f"{self.field_path}: {self.error}"
 
 
 def _as_float(value: Any) -> Any:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.interop.encoder_processor import check_list
-from vlm_jax.interop.published import Published
+from vlm_jax.interop.checkpoint import Checkpoint
+from vlm_jax.processing.encoders import check_list
 from vlm_jax.processing.pictures import Picture
 from vlm_jax.sharding import batch_sharding
 
@@ -30,7 +30,7 @@ class Encoder:
       checkpoint: what it was loaded from; model, params, processor: its parts; mesh: the devices it lies on.
     """
 
-    def __init__(self, checkpoint: Published, model: nn.Module, params: Any, mesh: Mesh, rows: int = 16) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, params: Any, mesh: Mesh, rows: int = 16) -> None:
         """
         Args:
           rows: so many images or texts are encoded at once.

@@ -128,6 +128,14 @@ def place(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> 
     return Placement(PartitionSpec(*axes), tuple(reasons))
 
 
+def ways(name: str, size: int) -> int:
+    """Over how many devices of the mesh of the context (`jax.set_mesh`) an axis of an array lies."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec(None) if mesh.empty else place((name,), (size,), mesh).spec
+    axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+    return math.prod(mesh.shape[axis] for axis in axes if axis)
+
+
 def place_tree(boxed: Any, mesh: Mesh) -> Any:
     """A `Placement` for each leaf of a (possibly abstract) tree whose parameters are boxed with their logical names."""
 

@@ -6,7 +6,7 @@ import pytest
 from data_helpers import picture, write_lines
 
 from vlm_jax.config import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig
-from vlm_jax.data.easy_vqa import EasyVqaSource
+from vlm_jax.data.sources.easy_vqa import EasyVqaSource
 
 
 @pytest.fixture(scope="session")

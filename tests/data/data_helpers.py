@@ -12,8 +12,8 @@ from PIL import Image
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.build_store import token_store
 from vlm_jax.data.example import Example, Source
-from vlm_jax.data.jsonl import JsonLinesSource
 from vlm_jax.data.pipeline import build_source
+from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.data.store import TokenStore
 from vlm_jax.processing.layout import Runs
 from vlm_jax.processing.media import FittedMedia, Medium

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from data_helpers import processor_of
 
-from vlm_jax.data.easy_vqa import EasyVqaSource, prepare
 from vlm_jax.data.pipeline import build_source
+from vlm_jax.data.sources.easy_vqa import EasyVqaSource, prepare
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.pictures import read_image
 
 CODE = """
 import sys
-from vlm_jax.data.easy_vqa import EasyVqaSource
+from vlm_jax.data.sources.easy_vqa import EasyVqaSource
 for split, counts in (("train", (4000, 38575)), ("test", (1000, 9673))):
     source = EasyVqaSource(split, sys.argv[1])
     assert (len(source), sum(len(source[index].conversations) for index in range(len(source)))) == counts
@@ -66,7 +66,7 @@ def test_a_word_is_a_token(easy_vqa_config):
 
 
 def test_interrupted_half_way(tmp_path, monkeypatch):
-    from vlm_jax.data import easy_vqa as module
+    from vlm_jax.data.sources import easy_vqa as module
 
     class Interrupted:
         def download_and_prepare(self):
@@ -79,7 +79,7 @@ def test_interrupted_half_way(tmp_path, monkeypatch):
 
 
 def test_another_process_is_first(tmp_path, monkeypatch):
-    from vlm_jax.data import easy_vqa as module
+    from vlm_jax.data.sources import easy_vqa as module
 
     class Slow:
         def __init__(self, folder):

@@ -8,9 +8,9 @@ import pytest
 from data_helpers import chat, opened, picture, store_of, text_of, write_lines
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
-from vlm_jax.data import jsonl
 from vlm_jax.data.example import Example
-from vlm_jax.data.jsonl import JsonLinesSource
+from vlm_jax.data.sources import jsonl
+from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, Turn, assistant, user
 from vlm_jax.processing.recipe import joined, rendered

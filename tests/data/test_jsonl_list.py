@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 from data_helpers import chat, opened, picture, store_of, write_lines
 
-from vlm_jax.data import jsonl
+from vlm_jax.data.sources import jsonl
 from vlm_jax.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to batches. Axis letters as in vlm_jax/data/batch.py."""
+"""From a configuration to batches. Axis letters as in vlm_jax/batch.py."""
 
 import dataclasses
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_helpers import parts, picture, processor_of, run_config, write_lines
 
+from vlm_jax.batch import Batch
 from vlm_jax.config import AugmentConfig, DataConfig, JsonLinesConfig, SampleRule
-from vlm_jax.data.batch import Batch
 from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches
 from vlm_jax.errors import DataError
 from vlm_jax.processing.layout import prefix_ends, targets_of
@@ -128,9 +128,8 @@ def test_seeds_differ(jsonl_config):
 def test_the_global_batch_is_the_same_for_any_number_of_processes(jsonl_config, count):
     whole = train(jsonl_config)
     shares = [train(jsonl_config, index=index, count=count) for index in range(count)]
-    joined = [
-        Batch(*(np.concatenate([getattr(share[step], name) for share in shares]) for name in FIELDS)) for step in range(6)
-    ]
+    field = lambda name, step: np.concatenate([getattr(share[step], name) for share in shares])
+    joined = [Batch(**{name: field(name, step) for name in FIELDS}) for step in range(6)]
     assert_equal(joined, whole)
 
 
@@ -206,7 +205,7 @@ def test_part_of_an_evaluation(jsonl_config):
 def test_text_alone_and_frames(tmp_path):
     for index in range(3):
         picture(tmp_path / f"f{index}.png", (50 * index + 50,) * 3)
-    lines = [{"content": [{"text": "hello"}]}, {"content": [{"frames": [f"f{i}.png" for i in range(3)]}, {"text": "a film"}]}]
+    lines = [{"content": [{"text": "hello"}]}, {"content": [{"frames": [f"f{i}.png" for i in range(3)]}, {"text": "a video"}]}]
     write_lines(tmp_path / "x.jsonl", lines)
     path = str(tmp_path / "x.jsonl")
     data = DataConfig(

@@ -6,8 +6,9 @@ from data_helpers import picture, random_pixels, store_of, tokenised_with
 
 from vlm_jax.config import AugmentConfig
 from vlm_jax.data.example import Example
-from vlm_jax.data.rows import RowMaker, empty_rows, put_media, put_sequence
+from vlm_jax.data.rows import RowMaker, empty_rows
 from vlm_jax.errors import DataError
+from vlm_jax.processing.batching import put_media, put_sequence
 from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.layout import ENDS, LEARNED, NEWLINE, PROMPT, Layout
 from vlm_jax.processing.recipe import RecipeProcessor

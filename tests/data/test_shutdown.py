@@ -15,8 +15,9 @@ from data_helpers import parts, run_config
 from vlm_jax.config import DataConfig
 
 SCRIPT = """
-import pickle, sys, time
+import pickle, signal, sys, time
 from vlm_jax.data.pipeline import TrainBatches
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
 if __name__ == "__main__":
     batches = TrainBatches(*pickle.load(open(sys.argv[1], "rb")))
 """
@@ -70,15 +71,18 @@ def test_no_worker_outlives_the_trainer(jsonl_config, tmp_path, sent):
         start_new_session=True,
         cwd=os.getcwd(),
     )
-    assert process.stdout.readline() == "started\n", process.stderr.read()
-    workers = descendants(process.pid)
-    assert len(workers) >= data.workers
-    if sent == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, errors = process.communicate(timeout=20)
-        assert errors.count("KeyboardInterrupt") == 1 and "spawn_main" not in errors, errors  # the trainer's alone
-    else:
-        os.kill(process.pid, signal.SIGKILL)
+    try:
+        assert process.stdout.readline() == "started\n", process.stderr.read()
+        workers = descendants(process.pid)
+        assert len(workers) >= data.workers
+        if sent == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+            _, errors = process.communicate(timeout=20)
+            assert errors.count("KeyboardInterrupt") == 1 and "spawn_main" not in errors, errors  # the trainer's alone
+        else:
+            process.kill()
+    finally:
+        process.kill()
         process.wait()
     deadline = time.monotonic() + 10
     while any(map(alive, workers)) and time.monotonic() < deadline:

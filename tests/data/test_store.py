@@ -15,8 +15,8 @@ from vlm_jax.config import SampleRule
 from vlm_jax.data import build_store
 from vlm_jax.data.build_store import token_store
 from vlm_jax.data.example import Example
-from vlm_jax.data.jsonl import JsonLinesSource
 from vlm_jax.data.pipeline import tokens_of
+from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.data.store import FIELDS, OFFSETS, TokenStore
 from vlm_jax.data.tokenise import Tokeniser
 from vlm_jax.errors import DataError

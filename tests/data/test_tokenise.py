@@ -8,7 +8,7 @@ from data_helpers import picture, store_of, text_of, tokenised_with, write_lines
 
 from vlm_jax.data import tokenise
 from vlm_jax.data.example import Example
-from vlm_jax.data.jsonl import JsonLinesSource
+from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.data.tokenise import Tokeniser
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, Turn, assistant, user

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.batch import Batch
 from vlm_jax.config import (
     BlockConfig,
     DataConfig,
@@ -21,7 +22,6 @@ from vlm_jax.config import (
     RopeConfig,
     VitConfig,
 )
-from vlm_jax.data.batch import Batch
 from vlm_jax.generation.generator import Generator
 from vlm_jax.generation.request import Request
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -96,9 +96,10 @@ def ask(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] = ()) -> 
 
 
 def zeros_batch(rows: int, tokens: int, slots: int, frames: int = 1) -> Batch:
-    row = lambda dtype: np.zeros((rows, tokens), dtype)
     images = np.zeros((rows, slots, frames, 16, 16, 3), np.uint8)
-    return Batch(images, np.zeros((rows, slots), np.int32), *(row(np.int32) for _ in range(6)))
+    names = ("tokens", "positions", "segments", "media_last", "media_first", "prefix_end")
+    fields = {name: np.zeros((rows, tokens), np.int32) for name in names}
+    return Batch(images=images, frames=np.zeros((rows, slots), np.int32), **fields)
 
 
 @functools.cache
@@ -118,11 +119,15 @@ def one_device():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-@functools.cache
-def generator(config: ModelConfig | None = None, mesh: MeshConfig | None = None, rows: int = 8) -> Generator:
-    """On one device, or on a mesh of all."""
-    config = config or model_config()
+def new_generator(config: ModelConfig, mesh: MeshConfig | None = None, rows: int = 8) -> Generator:
+    """On one device, or on a mesh of all; with parameters of its own."""
     plain, boxed = params(config)
     mesh = make_mesh(mesh) if mesh else one_device()
-    plain = jax.device_put(plain, shardings_of(place_tree(boxed, mesh), mesh))
-    return Generator(VisionLanguageModel(config), plain, RecipeProcessor(tokenizer(), data_config()), mesh, rows)
+    own = jax.tree.map(lambda x: jnp.array(x, copy=True), plain)
+    own = jax.device_put(own, shardings_of(place_tree(boxed, mesh), mesh))
+    return Generator(VisionLanguageModel(config), own, RecipeProcessor(tokenizer(), data_config()), mesh, rows)
+
+
+@functools.cache
+def generator(config: ModelConfig | None = None, mesh: MeshConfig | None = None, rows: int = 8) -> Generator:
+    return new_generator(config or model_config(), mesh, rows)

@@ -12,9 +12,11 @@ import pytest
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
+from vlm_jax.generation import decode
 from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.buckets import bucket, row_bucket
 from vlm_jax.generation.request import Request, interleaved
+from vlm_jax.generation.unstack import stacked, unstack
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot
 
@@ -29,7 +31,7 @@ def forward(config):
 
 
 def reference(config, request: Request, new: int = NEW) -> tuple[list[int], list[float]]:
-    """Greedy decoding without cache, left padding or buckets: the whole sequence anew for every token."""
+    """Greedy decoding without cache, padding or buckets: the whole sequence anew for every token."""
     generator, vocabulary = tiny.generator(config), tiny.tokenizer()
     layout = generator.processor.lay_out(request.turns, request.sizes, open=True)
     tokens, last, first = (array.tolist() for array in (layout.tokens, layout.media_last, layout.media_first))
@@ -87,7 +89,7 @@ def test_batched_equals_repeated_forward_passes(variant):
     check(config, tiny.generator(config), requests())
 
 
-def test_alone_or_together_and_any_left_padding():
+def test_alone_or_together_and_any_padding():
     """The first request is padded to 32 tokens alone, and to 64 with the others."""
     config, asked = tiny.model_config(), requests()
     generator = tiny.generator(config)
@@ -131,17 +133,27 @@ def test_meshes_give_the_same_tokens(mesh):
 
 def test_layers_one_by_one_give_the_same_tokens(monkeypatch):
     config, mesh = tiny.model_config(layers=4, every=3), MeshConfig(data=2, fsdp=2, tensor=2)
-    stacked = tiny.generator(config)
+    whole = tiny.generator(config)
     monkeypatch.setattr("vlm_jax.generation.unstack.LEAST", 0)
-    tiny.generator.cache_clear()
-    apart = tiny.generator(config, mesh)
-    tiny.generator.cache_clear()
-    assert isinstance(apart.params["language"]["layers"], tuple) and not isinstance(stacked.params["language"]["layers"], tuple)
+    apart = tiny.new_generator(config, mesh)
+    one_by_one = lambda generator: isinstance(generator.decode_params["language"]["layers"], tuple)
+    assert one_by_one(apart) and not one_by_one(whole)
+    jax.tree.map(np.testing.assert_array_equal, apart.params, whole.params)
     settings = Settings(max_new_tokens=NEW)
-    expected = [answer.tokens for answer in stacked.generate(requests(), settings)]
+    expected = [answer.tokens for answer in whole.generate(requests(), settings)]
     assert [answer.tokens for answer in apart.generate(requests(), settings)] == expected
-    maps = [attention_maps(g, requests()[2], stacked.generate(requests(), settings)[2]).maps for g in (stacked, apart)]
+    maps = [attention_maps(g, requests()[2], whole.generate(requests(), settings)[2]).maps for g in (whole, apart)]
     np.testing.assert_allclose(*maps, atol=1e-5)
+
+
+def test_a_fusion_without_layers_is_left_as_it_is():
+    """LLaVA-NeXT's has a newline and nothing else."""
+    stack = jnp.arange(6.0).reshape(3, 2)
+    params = {"language": {"layers": {"a": jnp.array(stack), "b": jnp.array(stack)}}, "fusion": {"newline": jnp.ones(2)}}
+    apart = unstack(params)
+    assert [layer["a"].tolist() for layer in apart["language"]["layers"]] == stack.tolist()
+    assert apart["fusion"] is params["fusion"]
+    np.testing.assert_array_equal(stacked(apart)["language"]["layers"]["b"], stack)
 
 
 def test_similar_requests_compile_nothing():
@@ -152,14 +164,41 @@ def test_similar_requests_compile_nothing():
     before = generator.compiled()
     for settings in (
         Settings(max_new_tokens=16),
+        Settings(max_new_tokens=17),
+        Settings(max_new_tokens=60),
         Settings(max_new_tokens=3, temperature=0.7, top_k=5, top_p=0.5, seed=3),
-        Settings(stop=("red", "no"), max_new_tokens=12),
+        Settings(stop=("red", "no", "a", "b", "c"), max_new_tokens=12),
     ):
         generator.generate([tiny.ask("is there a circle?", [tiny.picture(2)])], settings)
         generator.generate([*requests(), one], settings)
+        list(generator.stream(one, settings))
     assert generator.compiled() == before
-    generator.generate([tiny.ask("how many?")] * 3, Settings(max_new_tokens=9))  # four rows without an image
-    assert generator.compiled() == before + 1
+    # Four rows without an image: the prompts are read by another program, and so are what follows them.
+    generator.generate([tiny.ask("how many?")] * 3, Settings(max_new_tokens=9))
+    assert generator.compiled() == before + 3
+
+
+def test_rows_come_and_go_in_a_running_state():
+    """As a server has it: a short answer gives its place to another question while the others go on."""
+    generator, settings = tiny.generator(), Settings(max_new_tokens=NEW)
+    asked = requests()[0], tiny.ask("how many?", [tiny.picture(8)]), tiny.ask("is it red?", [tiny.picture(9)])
+    expected = [answer.tokens for answer in generator.generate(list(asked), settings)]
+    begun = lambda some: generator.started([generator.prompt(request, 0, settings) for request in some], settings)
+    program = lambda fn: jax.jit(functools.partial(fn, generator.model))
+    with generator.mesh_context():
+        (state, first), rules = begun(asked[:2])
+        (late, of_late), _ = begun(asked[2:])
+        step, put = program(decode.step), jax.jit(decode.insert)
+        tokens = {0: [int(first.tokens[0])], 1: [int(first.tokens[1])]}
+        for number in range(2 * NEW):
+            if number == 3:  # the second row is given to the third question
+                state, tokens[2] = put(state, np.array([1]), late), [int(of_late.tokens[0])]
+            state, picked = step(generator.decode_params, state, rules)
+            for row, question in ((0, 0), (1, 2 if number >= 3 else 1)):
+                tokens[question].append(int(picked.tokens[row]))
+    assert tokens[0][:NEW] == expected[0] and tokens[2][:NEW] == expected[2]
+    assert tokens[1] == expected[1][: len(tokens[1])] and len(tokens[1]) == 4
+    assert int(state.count[0]) == int(state.count[1]) == NEW
 
 
 def test_buckets():
@@ -175,7 +214,7 @@ def test_special_tokens_are_never_generated():
     banned = [vocabulary.pad_id, vocabulary.bos_id, vocabulary.image_id, *range(vocabulary.vocab_size, 304)]
     assert len(banned) > 3
     generator = copy.copy(tiny.generator(config))
-    generator.params = _louder(plain, banned)
+    generator.decode_params = _louder(plain, banned)
     answers = generator.generate(requests(), Settings(max_new_tokens=16, temperature=1.0))
     assert not {token for answer in answers for token in answer.tokens} & set(banned)
     assert max(score for answer in answers for score in answer.log_probabilities) < -1  # the others are likelier

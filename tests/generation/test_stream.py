@@ -1,13 +1,13 @@
 """Streams and stop strings of a whole generator."""
 
+import copy
+
 import generation_helpers as tiny
-import jax
 import pytest
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
-from vlm_jax.sharding import make_mesh
 
 NEW = 16
 
@@ -25,31 +25,28 @@ def test_pieces_are_the_answer_in_order():
         assert len(pieces) > 3
 
 
-def test_tokens_come_while_the_loop_runs():
-    generator = tiny.generator()
+def test_tokens_come_while_the_others_are_not_there_yet(monkeypatch):
+    generator, steps = copy.copy(tiny.generator()), []
+    monkeypatch.setattr(generator, "_steps", lambda *args, of=generator._steps: steps.append(1) or of(*args))
     stream = generator.stream(question(), Settings(max_new_tokens=NEW))
     first = next(stream)
-    stream.close()  # ends the compiled loop, and the thread that waits for it
-    assert first and "".join(generator.stream(question(), Settings(max_new_tokens=NEW))).startswith(first)
+    assert first and len(steps) < NEW - 1
+    stream.close()
+    assert len(steps) < NEW - 1
+    assert "".join(generator.stream(question(), Settings(max_new_tokens=NEW))).startswith(first)
 
 
-def test_an_error_in_a_callback_reaches_the_caller(monkeypatch):
-    generator = tiny.generator()
-
-    def broken(*_):
-        raise ZeroDivisionError("in the callback")
-
-    monkeypatch.setattr("vlm_jax.generation.text.TextStream.add", broken)
-    with pytest.raises(ZeroDivisionError, match="in the callback"):
-        list(generator.stream(question(), Settings(max_new_tokens=NEW)))
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, tensor=8)], ids=str)
+def test_a_stream_on_several_devices(mesh):
+    settings = Settings(max_new_tokens=NEW)
+    whole = tiny.generator().generate([question()], settings)[0].text
+    pieces = list(tiny.generator(mesh=mesh).stream(question(), settings))
+    assert "".join(pieces) == whole and len(pieces) > 3
 
 
-def test_several_devices_cannot_stream():
-    one = tiny.generator()
-    mesh = make_mesh(MeshConfig(), jax.devices())
-    several = tiny.Generator(one.model, one.params, one.processor, mesh)
-    with pytest.raises(RequestError, match="8"):
-        next(several.stream(question()))
+def test_beams_are_not_streamed():
+    with pytest.raises(RequestError, match="beams=3: the best answer is known at the end only"):
+        next(tiny.generator().stream(question(), Settings(beams=3)))
 
 
 def test_stop_strings_cut_the_text_and_end_the_loop():

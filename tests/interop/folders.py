@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 import vlm_jax
 from vlm_jax.api import Vlm
+from vlm_jax.batch import Batch
 from vlm_jax.config.generation import Settings
-from vlm_jax.data.batch import Batch
 from vlm_jax.encoders import Encoder
 from vlm_jax.generation.request import Request
 from vlm_jax.generation.request import verbatim as verbatim_request

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tests.tiny import mesh_of
-from vlm_jax.interop import clip, siglip
+from vlm_jax.families import clip, siglip
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
 from vlm_jax.sharding import place_tree

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import infer
 from vlm_jax.encoders import Encoder
 from vlm_jax.errors import RequestError
-from vlm_jax.interop import open_clip
+from vlm_jax.families import open_clip
 from vlm_jax.interop.engine import to_published
 
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4)

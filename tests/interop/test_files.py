@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from vlm_jax.interop import safetensors_files
-from vlm_jax.interop.folder import find, open_weights, read_config
-from vlm_jax.interop.safetensors_files import INDEX, NAME, SafetensorsFiles
-from vlm_jax.interop.source import PublishedError
-from vlm_jax.interop.torch_pickle import TorchPickles
+from vlm_jax.interop.files import safetensors_files
+from vlm_jax.interop.files.folder import find, open_weights, read_config
+from vlm_jax.interop.files.safetensors_files import INDEX, NAME, SafetensorsFiles
+from vlm_jax.interop.files.source import PublishedError
+from vlm_jax.interop.files.torch_pickle import TorchPickles
 
 
 def tensors() -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ import pytest
 from torch_helpers import VOCAB, compare_language_model, random_sizes
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from vlm_jax.interop import gemma
+from vlm_jax.families import gemma
 
 SIZES = dict(
     vocab_size=VOCAB,

@@ -12,11 +12,11 @@ from torch_helpers import compare, randomised, text_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import mesh_of
-from vlm_jax.config import ModelConfig
-from vlm_jax.interop.engine import boxed_params, load_params, to_published
-from vlm_jax.interop.gguf import Gguf, read_gguf
-from vlm_jax.interop.gguf_tokenizer import tokenizer_of
-from vlm_jax.interop.source import PublishedError
+from vlm_jax.families.gguf_llama import open_gguf
+from vlm_jax.interop.checkpoint import Checkpoint
+from vlm_jax.interop.engine import to_published
+from vlm_jax.interop.files.gguf_tokenizer import tokenizer_of
+from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.tokenizer import Tokenizer, TokenizerError
 
@@ -46,13 +46,11 @@ def llama_of(vocab: int = 300, **changes) -> LlamaForCausalLM:
     return randomised(LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **sizes | changes)))
 
 
-def params_of(read: Gguf, tensor: int = 1):
-    model = VisionLanguageModel(ModelConfig(vision=None, connector=None, fusion=None, language=read.config))
-    mesh = mesh_of(1, 1, tensor)
-    return model, load_params(read.source, read.table.under(ours="language/"), boxed_params(model), mesh)
+def params_of(read: Checkpoint, tensor: int = 1):
+    return VisionLanguageModel(read.config), read.load_params(mesh_of(1, 1, tensor))
 
 
-def logits_of(read: Gguf, tensor: int = 1) -> jax.Array:
+def logits_of(read: Checkpoint, tensor: int = 1) -> jax.Array:
     model, params = params_of(read, tensor)
     return jax.jit(model.apply)({"params": params}, text_batch(TOKENS))
 
@@ -74,8 +72,8 @@ def logits_of_torch(model: torch.nn.Module) -> torch.Tensor:
 def test_logits_of_transformers_from_the_same_file(tmp_path, types, changes, tensor):
     write_gguf(tmp_path / "a.gguf", llama_of(**changes), PLAIN, types)
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32)
-    read = read_gguf(tmp_path / "a.gguf")
-    assert read.config.tied_head == oracle.config.tie_word_embeddings == changes.get("tie_word_embeddings", False)
+    read = open_gguf(tmp_path / "a.gguf")
+    assert read.config.language.tied_head == oracle.config.tie_word_embeddings == changes.get("tie_word_embeddings", False)
     compare(logits_of(read, tensor), logits_of_torch(oracle))
 
 
@@ -89,17 +87,18 @@ def test_scaled_rope(tmp_path, scaling):
         plain = 1 / 100.0 ** (np.arange(0, 16, 2, dtype=np.float32) / 16)
         fields = {"rope_freqs": (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)}
     write_gguf(tmp_path / "a.gguf", model, PLAIN, (Type.F32,), **fields)
-    compare(logits_of(read_gguf(tmp_path / "a.gguf")), logits_of_torch(model))
+    compare(logits_of(open_gguf(tmp_path / "a.gguf")), logits_of_torch(model))
 
 
 def test_any_rows_of_a_quantised_tensor_and_the_way_back(tmp_path):
     write_gguf(tmp_path / "a.gguf", llama_of(), PLAIN, (Type.Q8_0, Type.Q4_1))
-    read = read_gguf(tmp_path / "a.gguf")
-    whole = lambda name: read.source.read(name, tuple(slice(0, size) for size in read.source.tensors[name].shape))
-    part = read.source.read("blk.1.attn_q.weight", (slice(5, 9), slice(30, 37)))
+    read = open_gguf(tmp_path / "a.gguf")
+    source = read.open_source()
+    whole = lambda name: source.read(name, tuple(slice(0, size) for size in source.tensors[name].shape))
+    part = source.read("blk.1.attn_q.weight", (slice(5, 9), slice(30, 37)))
     np.testing.assert_array_equal(part, whole("blk.1.attn_q.weight")[5:9, 30:37])
-    back = to_published(params_of(read)[1]["language"], read.table)
-    assert back.keys() == read.source.tensors.keys()
+    back = to_published(params_of(read)[1], read.tables[0])
+    assert back.keys() == source.tensors.keys()
     for name, tensor in back.items():
         np.testing.assert_array_equal(tensor, whole(name), err_msg=name)
 
@@ -110,7 +109,8 @@ def test_tokens_and_chat_of_transformers_from_the_same_file(tmp_path, kind):
     if kind.endswith("without_begin"):
         fields |= {"tokenizer.ggml.add_bos_token": False}
     write_gguf(tmp_path / "a.gguf", llama_of(len(fields["tokenizer.ggml.tokens"])), fields, (Type.F16,))
-    ours, theirs = read_gguf(tmp_path / "a.gguf").tokenizer, AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    ours = open_gguf(tmp_path / "a.gguf").processor.tokenizer.wrapped
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
     assert ours.get_vocab() == theirs.get_vocab()
     for text in [*TEXTS, "a<think>b", "safe afro", "", " "]:  # in "afe" and "afro" the order of merges tells
         ids = ours(text).input_ids
@@ -150,18 +150,18 @@ def test_digits_stand_alone_for_smollm():
 def test_what_is_not_implemented_is_refused(tmp_path, fields, error, message):
     write_gguf(tmp_path / "a.gguf", llama_of(num_hidden_layers=1), PLAIN, (Type.F16,), **fields)
     with pytest.raises(error, match=message):
-        read_gguf(tmp_path / "a.gguf")
+        open_gguf(tmp_path / "a.gguf")
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(PublishedError, match=r"none\.gguf: there is no such file"):
-        read_gguf(tmp_path / "none.gguf")
+        open_gguf(tmp_path / "none.gguf")
     write_gguf(tmp_path / "a.gguf", llama_of(num_hidden_layers=1), PLAIN, (Type.F16,))
     content = (tmp_path / "a.gguf").read_bytes()
     for name, damaged in (("text", b"no model at all"), ("short", content[: len(content) // 2]), ("stump", content[:3000])):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(PublishedError, match=f"{name}: no GGUF file, or a damaged one"):
-            read_gguf(tmp_path / name)
+            open_gguf(tmp_path / name)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(PublishedError, match=r"pip install 'vlm_jax\[gguf\]'"):
-        read_gguf(tmp_path / "a.gguf")
+        open_gguf(tmp_path / "a.gguf")

@@ -6,7 +6,7 @@ from torch_helpers import VOCAB, compare_language_model, random_sizes, randomise
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from vlm_jax.config import ModelConfig
-from vlm_jax.interop import gpt_neox
+from vlm_jax.families import gpt_neox
 from vlm_jax.interop.engine import abstract_params, to_ours
 from vlm_jax.models.vlm import VisionLanguageModel
 

@@ -10,8 +10,8 @@ from folders import EOS, PAD, exported_again, laid_out, load, logits, picture, s
 from torch_helpers import TOKENS, VOCAB, compare, converted, randomised, state_of, text_batch
 from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsImageProcessorPil, IdeficsProcessor
 
+from vlm_jax.families import idefics
 from vlm_jax.generation.request import interleaved
-from vlm_jax.interop import idefics
 from vlm_jax.interop.engine import abstract_params
 from vlm_jax.models.vlm import VisionLanguageModel
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
-from vlm_jax.interop.source import PublishedError
-from vlm_jax.ops.patches import bucketed_positions, patches_there
+from vlm_jax.interop.files.source import PublishedError
+from vlm_jax.ops.patches import bucketed_positions, patch_mask
 
 CHAT = (
     "{% for message in messages %}{{ message['role'].capitalize() }}:{% for part in message['content'] %}"
@@ -118,7 +118,7 @@ def encoded(vlm, text, pictures):
 
     def parts(model, images, frames, sizes):
         flat, of_each = images.reshape(-1, *images.shape[3:]), sizes.reshape(-1, 2)
-        there = model.vision.patches_there(of_each, *flat.shape[1:3])
+        there = model.vision.patch_mask(of_each, *flat.shape[1:3])
         return model.vision(flat, of_each), there, model.encode_images(images, frames, sizes=sizes)[0]
 
     run = jax.jit(lambda params, *x: vlm.model.apply({"params": params}, *x, method=parts))
@@ -152,8 +152,9 @@ def test_padding_changes_nothing(tmp_path):
     text, pictures = PROMPTS[1]
     prompts = placed(vlm, verbatim(vlm, text, pictures))
     assert prompts.images.shape[3:5] == (64, 64) and prompts.sizes.shape == (1, 16, 1, 2)
-    arguments = (prompts.images, prompts.frames, False, prompts.sizes)
-    run = jax.jit(lambda params, *x: vlm.model.apply({"params": params}, *x, method="encode_images")[0], static_argnums=3)
+    arguments = (prompts.images, prompts.frames, prompts.sizes)
+    encode = lambda model, images, frames, sizes: model.encode_images(images, frames, sizes=sizes)[0]
+    run = jax.jit(lambda params, *x: vlm.model.apply({"params": params}, *x, method=encode))
     ours = np.asarray(run(vlm.params, *arguments)).reshape(16, 3, 32)
     noisy = jax.random.bits(jax.random.key(0), prompts.images.shape, np.uint8)
     rows, columns = (np.arange(64) < np.asarray(prompts.sizes)[..., axis, None] for axis in (0, 1))
@@ -204,7 +205,7 @@ def test_positions_of_every_length(side):
     with torch.no_grad():
         expected = embedding(torch.zeros(most, 3, most, most), there)[..., 0].numpy().astype(int)
     places = np.asarray(bucketed_positions(sizes.numpy(), (most, most), side))
-    mask = np.asarray(patches_there(sizes.numpy(), (most, most)))
+    mask = np.asarray(patch_mask(sizes.numpy(), (most, most)))
     np.testing.assert_array_equal(mask, there.flatten(1).numpy())
     np.testing.assert_array_equal(places[mask], expected[mask])
     if side == 70:

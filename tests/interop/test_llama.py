@@ -4,7 +4,7 @@ import pytest
 from torch_helpers import TOKENS, VOCAB, compare_language_model, random_sizes
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from vlm_jax.interop import llama
+from vlm_jax.families import llama
 
 SIZES = dict(
     vocab_size=VOCAB,

@@ -1,7 +1,5 @@
 """LLaVA-1.5, BakLLaVA and LLaVA-NeXT against transformers: tokens, pixels, logits, answers, five spellings, and back."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -41,7 +39,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_jax.interop.anyres import anyres_places
+from vlm_jax.families.llava_next import anyres_places
+from vlm_jax.interop.published import open_published
 
 SIDE, PATCH = 16, 4
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
@@ -254,8 +253,7 @@ def test_five_spellings(tmp_path):
     assert any(name.startswith("vision_tower.vision_model.") for name in hub)
     for names in LAYOUTS.values():
         save_file(spelled(hub, *names), tmp_path / "hub" / "model.safetensors")
-        published = dataclasses.replace(vlm.checkpoint, folder=tmp_path / "hub")
-        again = published.load_params(vlm.generator.mesh)
+        again = open_published(tmp_path / "hub").load_params(vlm.generator.mesh)
         jax.tree.map(np.testing.assert_array_equal, vlm.params, again)
 
 

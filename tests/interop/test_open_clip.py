@@ -10,7 +10,7 @@ from torch import nn
 from torch_helpers import VOCAB, compare, converted, pixel_values, random_images, randomised, shapes_of, state_of
 from transformers import CLIPConfig
 
-from vlm_jax.interop import clip, open_clip
+from vlm_jax.families import clip, open_clip
 from vlm_jax.interop.engine import to_ours
 from vlm_jax.models.dual_encoder import DualEncoder
 

@@ -128,8 +128,8 @@ def test_the_quirk_of_all_previous_images(tmp_path):
     reference, _, _ = made(tmp_path, mpt, 2, only_last=False, prefix="module.")
     checkpoint = vlm_jax.load(tmp_path, dtype="float32", pickles=True).checkpoint
     fusion = dataclasses.replace(checkpoint.config.fusion, media="all_previous_uniform")
-    checkpoint.config = dataclasses.replace(checkpoint.config, fusion=fusion)
-    vlm = vlm_jax.load(checkpoint, dtype="float32")
+    config = dataclasses.replace(checkpoint.config, fusion=fusion)
+    vlm = vlm_jax.load(dataclasses.replace(checkpoint, config=config), dtype="float32")
     pictures = [picture(1, 30, 44), picture(2, 20, 17)]
     request = verbatim(vlm, TEXT, pictures)
     ids = torch.tensor([laid_out(vlm, request).tokens.tolist()])

@@ -4,7 +4,7 @@ import pytest
 from torch_helpers import VOCAB, compare_language_model, random_sizes
 from transformers import OPTConfig, OPTForCausalLM
 
-from vlm_jax.interop import opt
+from vlm_jax.families import opt
 
 SIZES = dict(
     vocab_size=VOCAB,

@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from vlm_jax.config import ModelConfig
-from vlm_jax.interop import gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
+from vlm_jax.config.register import module_of
+from vlm_jax.families import gemma, gpt_neox, llama, mixtral, mpt, opt, qwen2
 from vlm_jax.interop.engine import abstract_params
-from vlm_jax.interop.families import FAMILIES
 from vlm_jax.interop.plan import Problems, resolve
-from vlm_jax.interop.published import MODELS
+from vlm_jax.interop.register import FAMILIES
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import by_path
 
@@ -168,7 +168,7 @@ def test_systems(name):
     published, hf_config = SYSTEMS[name]
     family = FAMILIES[hf_config.model_type]
     config = family.config_from_hf(hf_config)
-    params = abstract_params(MODELS[type(config)](config))
+    params = abstract_params(module_of(config)(config))
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     assert count(params) == published
     assert {part: count(params[part]) for part in PARTS.get(name, {})} == PARTS.get(name, {})

@@ -14,7 +14,7 @@ from torch_helpers import (
 )
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from vlm_jax.interop import qwen2
+from vlm_jax.families import qwen2
 
 SIZES = dict(
     vocab_size=VOCAB,

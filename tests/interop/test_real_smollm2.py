@@ -10,11 +10,9 @@ from torch_helpers import compare, text_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import mesh_of
-from vlm_jax.config import ModelConfig
-from vlm_jax.interop.engine import boxed_params, load_params
-from vlm_jax.interop.gguf import read_gguf
-from vlm_jax.interop.real_parts import SMOLLM2, RealPart, locate
-from vlm_jax.interop.source import PublishedError
+from vlm_jax.families.gguf_llama import open_gguf
+from vlm_jax.interop.files.packages import SMOLLM2, RealPart, locate
+from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
 
 PROMPT = "The capital of France is"
@@ -30,19 +28,19 @@ def path():
 
 
 def test_logits_and_tokens(path):
-    read = read_gguf(path)
-    model = VisionLanguageModel(ModelConfig(vision=None, connector=None, fusion=None, language=read.config))
-    params = load_params(read.source, read.table.under(ours="language/"), boxed_params(model), mesh_of(1, 1, 1))
+    read = open_gguf(path)
+    model, params = VisionLanguageModel(read.config), read.load_params(mesh_of(1, 1, 1))
+    tokenizer = read.processor.tokenizer.wrapped
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in TEXTS:
-        assert read.tokenizer(text).input_ids == theirs(text).input_ids
-        assert read.tokenizer.decode(read.tokenizer(text).input_ids) == text
+        assert tokenizer(text).input_ids == theirs(text).input_ids
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
     chat = [{"role": "user", "content": "What is seen?"}]
-    assert read.tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
-    tokens = np.array([read.tokenizer(PROMPT).input_ids], np.int32)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    tokens = np.array([tokenizer(PROMPT).input_ids], np.int32)
     logits = jax.jit(model.apply)({"params": params}, text_batch(tokens))
-    assert read.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+    assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
     oracle = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     with torch.no_grad():
         expected = oracle(input_ids=torch.tensor(tokens)).logits

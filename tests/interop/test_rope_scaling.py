@@ -19,7 +19,7 @@ from torch_helpers import (
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vlm_jax.config import DynamicNtkScaling, LongRopeScaling, ModelConfig, RopeConfig, YarnScaling
-from vlm_jax.interop import gpt_neox, llama
+from vlm_jax.families import gpt_neox, llama
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.ops.rotary import rotary_angles
 

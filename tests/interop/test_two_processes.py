@@ -20,7 +20,7 @@ address, index, folder = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
 from vlm_jax.api import parse_mesh
 from vlm_jax.interop.published import open_published
-from vlm_jax.interop.safetensors_files import SafetensorsFiles
+from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
 from vlm_jax.training.checkpoint import fingerprint
 
 read, whole = SafetensorsFiles.read, 0

@@ -23,19 +23,21 @@ from transformers import (
     image_utils,
 )
 
-from vlm_jax.interop import dinov2, eva_clip, vit
+from vlm_jax.families import clip, dinov2, eva_clip, siglip
 from vlm_jax.interop.engine import to_ours
 from vlm_jax.interop.plan import ConversionError
+from vlm_jax.interop.register import VISION
 from vlm_jax.layers.vit import Vit
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
 CLIP_SIZES = SIZES | dict(intermediate_size=48)
-FAMILIES = {  # config, model, our file, its table, sizes
-    "clip": (CLIPVisionConfig, CLIPVisionModel, vit, vit.table, CLIP_SIZES),
-    "siglip": (SiglipVisionConfig, SiglipVisionModel, vit, vit.table, CLIP_SIZES),
-    "eva_clip": (Blip2VisionConfig, Blip2VisionModel, eva_clip, eva_clip.table, CLIP_SIZES),
-    "dinov2": (Dinov2Config, Dinov2Model, dinov2, dinov2.state_dict_table, SIZES),
-    "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, dinov2, dinov2.state_dict_table, SIZES),
+prefixed = lambda table: lambda config: table(config).under("[vision_model.]")
+FAMILIES = {  # config, model, ours of the config, its table, sizes
+    "clip": (CLIPVisionConfig, CLIPVisionModel, clip.vision_from_hf, prefixed(clip.vision_table), CLIP_SIZES),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel, siglip.vision_from_hf, prefixed(siglip.vision_table), CLIP_SIZES),
+    "eva_clip": (Blip2VisionConfig, Blip2VisionModel, eva_clip.config_from_hf, eva_clip.table, CLIP_SIZES),
+    "dinov2": (Dinov2Config, Dinov2Model, dinov2.config_from_hf, dinov2.state_dict_table, SIZES),
+    "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, dinov2.config_from_hf, dinov2.state_dict_table, SIZES),
 }
 CASES = [
     ("clip", dict()),
@@ -76,7 +78,7 @@ def oracle(family, **changes):
     hf_config, hf_model, ours, table, sizes = FAMILIES[family]
     config = hf_config(**sizes | changes)
     model = randomised(hf_model(config))
-    config = ours.config_from_hf(config)
+    config = ours(config)
     config = dataclasses.replace(config, class_token="kept" if config.class_token != "none" else "none")
     return model, config, converted(state_of(model), table(config), shapes(config))
 
@@ -167,14 +169,14 @@ def test_pixels_are_normalised_as_published():
         "registers": (image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD),
     }
     for family, (hf_config, _, ours, _, sizes) in FAMILIES.items():
-        config = ours.config_from_hf(hf_config(**sizes))
+        config = ours(hf_config(**sizes))
         assert (config.mean, config.std) == tuple(map(tuple, published[family]))
 
 
 def test_other_towers_and_pictures_are_refused():
-    with pytest.raises(ValueError, match="vision tower 'dinov2'"):
-        vit.config_from_hf(Dinov2Config())
+    with pytest.raises(ValueError, match="a vision encoder of model_type 'dinov2' is not known: expected one of 'clip_vision"):
+        VISION["dinov2"]
     with pytest.raises(ValueError, match=r"image_size=\[16, 8\]; only squares"):
         dinov2.config_from_hf(Dinov2Config(**SIZES | dict(image_size=[16, 8])))
     with pytest.raises(ValueError, match=r"num_channels=1 \(only 3 is implemented\)"):
-        vit.config_from_hf(SiglipVisionConfig(num_channels=1))
+        siglip.vision_from_hf(SiglipVisionConfig(num_channels=1))

@@ -15,11 +15,11 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 from transformers import DynamicCache, PreTrainedModel
 
+from vlm_jax.batch import Batch
 from vlm_jax.config import DecoderConfig, ModelConfig, VitConfig
-from vlm_jax.data.batch import Batch
 from vlm_jax.interop.engine import abstract_params, to_ours, to_published
 from vlm_jax.interop.table import Table
-from vlm_jax.layers.decoder import Between, Cache, Decoder, empty_cache
+from vlm_jax.layers.decoder import Between, Cache, Decoder
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import Named
 
@@ -167,8 +167,8 @@ def run_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Ta
     seen = Between(every=1, offset=0, layers=jnp.zeros(config.layers), apply=lambda x, _: (x, x))
 
     def whole(decoder: Decoder, tokens: np.ndarray) -> tuple[Any, Any]:
-        last, _, before = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), between=seen)
-        return jnp.concatenate([before, last[None]]), decoder.head(last)
+        out = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), between=seen)
+        return jnp.concatenate([out.between, out.hidden[None]]), decoder.head(out.hidden)
 
     module = Decoder(config, jnp.float32)
     return jax.jit(lambda params: module.apply({"params": params}, tokens, method=whole))(
@@ -181,20 +181,21 @@ def decoded(params: Any, config: DecoderConfig, tokens: np.ndarray, prompt: int)
     module = Decoder(config, jnp.float32)
 
     @jax.jit
-    def step(params: Any, cache: Cache, tokens: np.ndarray) -> tuple[Any, Cache]:
-        positions = cache.used + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    def step(params: Any, cache: Cache | None, tokens: np.ndarray) -> tuple[Any, Cache]:
+        begin = 0 if cache is None else cache.used[:, None]
+        positions = begin + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         def some(decoder: Decoder) -> tuple[Any, Cache]:
             x = decoder.embed(tokens, positions)
-            hidden, new, _ = decoder(x, positions, jnp.ones_like(positions), cache)
-            return decoder.head(hidden), new
+            out = decoder(x, positions, jnp.ones_like(positions), cache=cache, keep=True)
+            return decoder.head(out.hidden), out.cache
 
         return module.apply({"params": params}, method=some)
 
-    cache = empty_cache(config, tokens.shape[0], tokens.shape[1], jnp.float32)
-    logits = []
+    cache, logits = None, []
     for part in np.split(tokens, range(prompt, tokens.shape[1]), axis=1):
         some, cache = step(params, cache, part)
+        cache = cache.with_slots(tokens.shape[1])
         logits.append(some)
     return np.concatenate(logits, axis=1)
 

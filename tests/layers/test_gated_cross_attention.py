@@ -12,7 +12,7 @@ from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.gated_cross_attention import GatedCrossAttention, GatedCrossAttentionBlock
 from vlm_jax.layers.linear import Norm
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.masks import causal_mask, media_mask
+from vlm_jax.ops.masks import Mask, causal_mask, media_mask
 from vlm_jax.ops.rotary import rotary_angles, rotate
 
 B, T, M, R, D, V = 2, 8, 2, 3, 32, 16  # V: width of the visual tokens
@@ -25,23 +25,26 @@ X = RNG.standard_normal((B, T, D)).astype(np.float32)
 VISUAL = RNG.standard_normal((B, M, R, V)).astype(np.float32)
 
 
+def mask_of(mode):
+    return media_mask(FIRST, LAST, M, mode, tokens=R)
+
+
 @functools.cache
 def block(**changes):
-    """One gated layer as a function of (params, x, which slots are seen, visual tokens), and random parameters."""
+    """One gated layer as a function of (params, x, mask, visual tokens), and random parameters."""
     module = GatedCrossAttentionBlock(dataclasses.replace(CONFIG, **changes), D, V, jnp.float32)
 
-    def apply(params, x, seen, visual):
-        return module.apply({"params": params}, x, jnp.repeat(seen, R, axis=-1), visual.reshape(B, M * R, V))
+    def apply(params, x, mask, visual):
+        return module.apply({"params": params}, x, mask, visual.reshape(B, M * R, V))
 
-    seen = media_mask(FIRST, LAST, M, "last")
-    params = random_params(module, X, jnp.repeat(seen, R, axis=-1), VISUAL.reshape(B, M * R, V))
+    params = random_params(module, X, mask_of("last"), VISUAL.reshape(B, M * R, V))
     return jax.jit(apply), params
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_token_before_any_image_gets_nothing_but_the_feed_forward(mode):
     apply, params = block()
-    seen = media_mask(FIRST, LAST, M, mode)
+    seen = mask_of(mode)
     moved = apply(params | {"mlp_gate": np.float32(0)}, X, seen, VISUAL) - X
     np.testing.assert_array_equal(np.any(moved, axis=(0, 2)), LAST[0] > 0)
     moved = apply(params | {"attention_gate": np.float32(0)}, X, seen, VISUAL) - X
@@ -53,19 +56,19 @@ def test_a_token_before_any_image_gets_nothing_but_the_feed_forward(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_token_depends_on_the_images_it_sees_and_on_no_other(mode):
     apply, params = block()
-    seen = np.asarray(media_mask(FIRST, LAST, M, mode))
+    seen = mask_of(mode)
     expected = apply(params, X, seen, VISUAL)
     for slot in range(M):
         changed = VISUAL.copy()
         changed[:, slot] += 1e3
         moved = np.any(apply(params, X, seen, changed) != expected, axis=-1)
-        np.testing.assert_array_equal(moved, seen[..., slot])
+        np.testing.assert_array_equal(moved, seen.dense()[..., slot * R])
 
 
 def test_gradients_are_finite_when_nothing_is_seen():
     apply, params = block()
     loss = jax.jit(jax.grad(lambda *inputs: 1e3 * jnp.sum(apply(*inputs) ** 2), argnums=(0, 1, 3)))
-    seen = np.zeros((B, T, M), bool)
+    seen = Mask.of_keys(np.zeros((1, M * R), bool))
     of_params, of_x, of_visual = loss(params, X, seen, VISUAL)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((of_params, of_x)))
     assert not np.asarray(of_visual).any() and np.asarray(of_x).any()
@@ -75,12 +78,12 @@ def test_gradients_are_finite_when_nothing_is_seen():
 def test_the_block_by_hand():
     apply, params = block()
     norm = lambda x, p: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
-    seen = np.asarray(media_mask(FIRST, LAST, M, "last"))
+    seen = mask_of("last")
     attention = params["attention"]
     q = np.einsum("BTD,DNH->BTNH", norm(X, params["attention_norm"]), attention["query"]["kernel"])
     flat = VISUAL.reshape(B, M * R, V)
     k, v = (np.einsum("BSV,VNH->BSNH", flat, attention[name]["kernel"]) for name in ("key", "value"))
-    y = attend(*(jnp.asarray(part) for part in (q, k, v)), jnp.repeat(seen, R, axis=-1))
+    y = attend(*(jnp.asarray(part) for part in (q, k, v)), seen)
     x = X + np.tanh(params["attention_gate"]) * np.einsum("BTNH,NHD->BTD", y, attention["out"]["kernel"])
     hidden = np.maximum(norm(x, params["mlp_norm"]) @ params["mlp"]["up"]["kernel"], 0) ** 2
     x = x + np.tanh(params["mlp_gate"]) * (hidden @ params["mlp"]["down"]["kernel"])
@@ -133,19 +136,17 @@ def parts(every, offset, layers):
     return Decoder(language, jnp.float32), GatedCrossAttention(config, language, V, jnp.float32)
 
 
-def run(placement, language_params, gated_params, from_keys_values=False):
+def run(placement, language_params, gated_params, from_memory=False):
     """Hidden states and where the tokens looked."""
     decoder, fusion = parts(*placement)
 
     @jax.jit
     def forward(language_params, gated_params):
         fuse = functools.partial(fusion.apply, {"params": gated_params})
-        images = {"visual": VISUAL}
-        if from_keys_values:
-            images = {"keys_values": fuse(VISUAL, method="keys_values")}
-        between = fuse(FIRST, LAST, M, want_weights=True, **images)
-        x, _, weights = decoder.apply({"params": language_params}, X, POSITIONS, SEGMENTS, between=between)
-        return x, weights
+        images = {"memory": fuse(VISUAL, method="memory")} if from_memory else {"visual": VISUAL}
+        between = fuse(FIRST, LAST, want_weights=True, method="between", **images)
+        out = decoder.apply({"params": language_params}, X, POSITIONS, SEGMENTS, between=between)
+        return out.hidden, out.between
 
     return forward(language_params, gated_params)
 
@@ -159,7 +160,7 @@ def test_placements_equal_a_plain_loop(placement):
     language, gated = params_of(placement[2], len(places))
     x, weights = run(placement, language, gated)
     apply, _ = block()
-    expected, seen = X, media_mask(FIRST, LAST, M, "last")
+    expected, seen = X, mask_of("last")
     for index in range(placement[2]):
         if index in places:
             expected = apply(one_of(gated["layers"], places.index(index)), expected, seen, VISUAL)
@@ -176,7 +177,7 @@ def test_layers_one_by_one_and_keys_made_before_give_the_same():
     unstacked = lambda tree, count: tree | {"layers": tuple(one_of(tree["layers"], index) for index in range(count))}
     expected = run(placement, language, gated)
     for params in ((language, gated), (unstacked(language, 6), unstacked(gated, 2))):
-        for ours, value in zip(run(placement, *params, from_keys_values=True), expected, strict=True):
+        for ours, value in zip(run(placement, *params, from_memory=True), expected, strict=True):
             np.testing.assert_allclose(ours, value, atol=1e-4)
 
 
@@ -184,4 +185,4 @@ def test_layers_one_by_one_and_keys_made_before_give_the_same():
 def test_an_impossible_placement_is_an_error(every, offset):
     _, fusion = parts(every, offset, 3)
     with pytest.raises(ValueError, match=rf"every {every}th layer from {offset}: the offset must be below"):
-        fusion.init(jax.random.key(0), FIRST, LAST, M, visual=VISUAL)
+        fusion.init(jax.random.key(0), FIRST, LAST, visual=VISUAL, method="between")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import mesh_of, random_batch, random_params, tiny_model
+from tests.tiny import mesh_of, next_token_sums, random_batch, random_params, tiny_model
 from vlm_jax.config import BlockConfig, ExpertsConfig, ModelConfig
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -15,7 +15,6 @@ from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.ops.experts import route
 from vlm_jax.sharding import Named, place_tree, shardings_of
 from vlm_jax.training.flops import count_flops
-from vlm_jax.training.losses import next_token_sums
 
 ROWS, TOKENS = 8, 6
 
@@ -45,7 +44,7 @@ def plain(config: BlockConfig, params, x):
 
 
 def apply(config: BlockConfig, params, x):
-    return MixtureOfExperts(config, jnp.float32).apply({"params": params}, x)
+    return MixtureOfExperts(config, jnp.float32).apply({"params": params}, x)[0]
 
 
 def test_the_weights_of_the_chosen_add_up_to_one():

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import random_batch, random_params, tiny_model
+from tests.tiny import next_token_sums, random_batch, random_params, tiny_model
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.training.losses import next_token_sums
 
 BATCH = random_batch(2)
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from tests.tiny import VOCAB, random_batch, random_params, tiny_model
+from vlm_jax.batch import Batch
 from vlm_jax.config import AlibiConfig, LearnedPositionsConfig
-from vlm_jax.data.batch import Batch
-from vlm_jax.layers.decoder import empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
 
 VARIANTS = {  # what changes in (language, fusion); all have grouped-query attention
@@ -117,45 +116,48 @@ def test_padding_on_the_left_changes_nothing(variant):
 
 
 @functools.cache
-def stepper(variant):
+def reader(variant):
+    """Reads a piece of a batch: (piece, visual tokens, memory, cache) -> (logits, cache)."""
     module, params, _ = model(variant)
+    apply = lambda method, *args, **named: module.apply({"params": params}, *args, **named, method=method)
 
     @jax.jit
-    def keys_values(batch):
-        look = lambda module, images, frames: module.keys_values(module.encode_images(images, frames)[0])
-        return module.apply({"params": params}, batch.images, batch.frames, method=look)
+    def look(batch):
+        visual = apply("visual_tokens", batch)
+        return visual, apply("memory", visual)
 
     @jax.jit
-    def step(tokens, positions, segments, first, last, cache, images):
-        def some(module, tokens, positions, *inputs):
-            hidden, cache, _ = module.step(module.embed(tokens, positions), positions, *inputs, SLOTS)
-            return module.logits(hidden), cache
+    def read(piece, visual, memory, cache):
+        out = apply("read", piece, visual=visual, memory=memory, cache=cache, keep=True)
+        return apply("logits", out.hidden), out.cache
 
-        return module.apply({"params": params}, tokens, positions, segments, first, last, cache, images, method=some)
-
-    return keys_values, step
+    return look, read
 
 
 def in_pieces(variant, batch, sizes, spare=3):
     """Logits [B, T, V] of a batch that is read in pieces, with a cache larger than needed."""
-    keys_values, step = stepper(variant)
-    rows, length = batch.tokens.shape
-    cache = empty_cache(model(variant)[0].config.language, rows, length + spare, np.float32)
-    images, logits, at = keys_values(batch), [], 0
+    look, read = reader(variant)
+    length = batch.tokens.shape[1]
+    (visual, memory), cache, logits, at = look(batch), None, [], 0
+    names = ("tokens", "positions", "segments", "media_first", "media_last", "prefix_end")
     for size in sizes:
-        fields = (batch.tokens, batch.positions, batch.segments, batch.media_first, batch.media_last)
-        some, cache = step(*(field[:, at : at + size] for field in fields), cache, images)
+        piece = Batch(**{name: getattr(batch, name)[:, at : at + size] for name in names})
+        some, cache = read(piece, visual, memory, cache)
+        cache = cache.with_slots(length + spare)
         logits.append(np.asarray(some))
         at += size
-    assert at == length == int(cache.used)
+    assert at == length
+    np.testing.assert_array_equal(cache.used, (batch.segments > 0).sum(axis=1))
     return np.concatenate(logits, axis=1)
 
 
 @variants
 @pytest.mark.parametrize("sizes", [[LENGTH - 4, 1, 1, 1, 1], [1] * 16 + [4]], ids=["prefill and tokens", "tokens and a piece"])
 def test_pieces_with_the_cache_are_the_whole_row(variant, sizes):
-    for row, expected in zip(in_pieces(variant, on_the_left(), sizes), alone(variant), strict=True):
-        np.testing.assert_allclose(row[-len(expected) :], expected, **TOLERANCE)
+    """Rows of several lengths: each is written behind its own tokens."""
+    batch = rows_of(*([SEQUENCE(index)] for index in range(4)))
+    for row, expected in zip(in_pieces(variant, batch, sizes), alone(variant), strict=True):
+        np.testing.assert_allclose(row[: len(expected)], expected, **TOLERANCE)
 
 
 def test_a_window_hides_what_lies_further_back():

@@ -120,7 +120,8 @@ def gated_layers(width, layers, every, offset, heads, head_width, visual_width):
     config = GatedCrossAttentionConfig(every=every, offset=offset, heads=heads, head_width=head_width, mlp_width=4 * width)
     language = decoder(8, layers, block(width, heads, 4 * width))
     media, visual = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 1, visual_width))
-    total = count(GatedCrossAttention(config, language, visual_width, jnp.float32), media, media, 1, visual=visual)
+    gated = GatedCrossAttention(config, language, visual_width, jnp.float32)
+    total = count(gated, media, media, visual=visual, method="between")
     return total, len(range(offset, layers, every))
 
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.ops.masks import alibi_bias, alibi_slopes, causal_mask, media_mask
+from vlm_jax.ops.masks import alibi_of, alibi_slopes, causal_mask, media_mask
 
 # Images at places 2 and 5 of 8 tokens: what `open_flamingo/src/helpers.py` gives, rows image 1 and image 2.
 LAST = np.array([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]], bool).T
@@ -14,13 +14,13 @@ MEDIA_LAST = np.array([[0, 0, 1, 1, 1, 2, 2, 2]])
 @pytest.mark.parametrize("first_of_blind_tokens", [0, 1])
 def test_openflamingos_table(mode, expected, first_of_blind_tokens):
     first = np.where(MEDIA_LAST > 0, 1, first_of_blind_tokens)
-    seen = jax.jit(media_mask, static_argnums=(2, 3))(first, MEDIA_LAST, 2, mode)
+    seen = jax.jit(lambda first: media_mask(first, MEDIA_LAST, 2, mode).dense())(first)
     np.testing.assert_array_equal(seen[0], expected)
 
 
 def test_all_previous_images_are_those_of_the_segment():
     first, last = np.array([[1, 1, 3, 3, 3]]), np.array([[1, 2, 0, 3, 4]])
-    seen = media_mask(first, last, 4, "all_previous")
+    seen = media_mask(first, last, 4, "all_previous").dense()
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     np.testing.assert_array_equal(seen[0], np.array(expected, bool))
 
@@ -30,11 +30,16 @@ def test_text_before_the_first_image_sees_all_of_its_segment():
     segments = np.array([[1, 1, 1, 1, 2, 2, 3, 3, 0]])
     first = np.array([[1, 1, 1, 1, 3, 3, 0, 0, 0]])
     last = np.array([[0, 1, 1, 2, 0, 3, 0, 0, 0]])
-    seen = media_mask(first, last, 4, "all_previous_uniform", segments=segments)[0]
+    seen = media_mask(first, last, 4, "all_previous_uniform", segments=segments).dense()[0]
     table = {0: "1100", 1: "1000", 2: "1000", 3: "1100", 4: "0010", 5: "0010", 6: "0000", 7: "0000", 8: "0000"}
     assert {place: "".join(map(str, row)) for place, row in enumerate(seen.astype(int).tolist())} == table
-    alone = media_mask(first[:, :4], last[:, :4], 4, "all_previous_uniform")
+    alone = media_mask(first[:, :4], last[:, :4], 4, "all_previous_uniform").dense()
     np.testing.assert_array_equal(alone[0], seen[:4])
+
+
+def test_a_slot_of_several_tokens():
+    one, three = (media_mask(MEDIA_LAST, MEDIA_LAST, 2, "last", tokens=tokens).dense()[0] for tokens in (1, 3))
+    np.testing.assert_array_equal(np.repeat(one, 3, axis=-1), three)
 
 
 def test_an_unknown_media_mode_is_an_error():
@@ -46,7 +51,7 @@ def test_an_unknown_media_mode_is_an_error():
 def test_a_token_sees_its_segment_up_to_itself_and_not_beyond_the_window(window):
     segments = np.array([[0, 1, 1, 1, 1, 2, 2, 0], [1] * 8])
     positions = np.array([[0, 0, 1, 2, 3, 0, 1, 0], list(range(8))])
-    mask = np.asarray(causal_mask(positions, positions, segments, segments, window))
+    mask = np.asarray(causal_mask(positions, positions, segments, segments, window).dense())
     for row, t, s in np.ndindex(mask.shape):
         back = positions[row, t] - positions[row, s]
         same = segments[row, t] == segments[row, s] != 0
@@ -63,10 +68,10 @@ def test_a_prompt_sees_to_its_own_end(window):
     expected = np.array([[int(digit) for digit in row] for row in rows], bool)
     if window:
         expected &= positions[0][:, None] - positions[0] < window
-    mask = causal_mask(positions, positions, segments, segments, window, ends)
+    mask = causal_mask(positions, positions, segments, segments, window, ends).dense()
     np.testing.assert_array_equal(mask[0], expected)
     # The last places alone against all keys, as with a cache.
-    some = causal_mask(positions[:, 5:], positions, segments[:, 5:], segments, window, ends[:, 5:])
+    some = causal_mask(positions[:, 5:], positions, segments[:, 5:], segments, window, ends[:, 5:]).dense()
     np.testing.assert_array_equal(some[0], expected[5:])
 
 
@@ -80,7 +85,7 @@ def test_published_alibi_slopes():
 
 def test_the_alibi_bias_is_minus_slope_times_distance():
     q, k = np.array([[4, 5], [0, 1]]), np.array([[3, 4, 5], [0, 1, 2]])
-    bias = np.asarray(alibi_bias(q, k, 8, 8.0))
+    bias = np.asarray(alibi_of(q, k, 8, 8.0).dense())
     assert bias.shape == (2, 8, 2, 3)
     np.testing.assert_array_equal(bias[0, 0], [[-0.5, 0, 0.5], [-1, -0.5, 0]])
     np.testing.assert_array_equal(bias[1, 7] * 256, [[0, 1, 2], [-1, 0, 1]])

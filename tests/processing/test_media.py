@@ -20,7 +20,7 @@ def test_a_film_has_no_place_in_the_sequence():
     # Its frames would take more slots than its visual tokens know of.
     media = FittedMedia(8, "stretch", 4)
     assert media.pixels((GREY,))[0].shape == (8, 8, 3) and media.runs((4, 8))[0].tolist() == [0, 1, 2, 3]
-    with pytest.raises(RequestError, match="a film of 2 pictures"):
+    with pytest.raises(RequestError, match="a video of 2 pictures"):
         media.pixels((GREY, GREY))
 
 

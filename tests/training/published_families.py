@@ -28,9 +28,9 @@ from transformers import CLIPImageProcessorPil
 
 import vlm_jax
 from configs import finetune
+from vlm_jax.batch import Batch
 from vlm_jax.config import JsonLinesConfig, RunConfig
 from vlm_jax.config_dict import from_config_dict
-from vlm_jax.data.batch import Batch
 from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches
 from vlm_jax.training.loop import train
 from vlm_jax.training.processors import build_processor

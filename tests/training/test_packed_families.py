@@ -19,7 +19,6 @@ from vlm_jax.interop.engine import to_ours
 from vlm_jax.interop.published import open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import by_path
-from vlm_jax.training.losses import means
 from vlm_jax.training.step import Trainer, check_pictures
 
 SEED = 2
@@ -90,11 +89,11 @@ def test_loss_and_gradients_of_packed_rows(tmp_path, name):
         loss = (losses * weights).sum() / float(batch.weights.sum())
         loss.backward()
         total += loss.item()
-    np.testing.assert_allclose(float(means(sums)["loss"]), total, rtol=1e-5)
+    np.testing.assert_allclose(float(trainer.objective.means(sums)["loss"]), total, rtol=1e-5)
     for parameter in model.parameters():
         # Layers behind the one whose features are read have none.
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    theirs, ours = (by_path(tree) for tree in (to_ours(saved_state(model), published.table, gradients), gradients))
+    theirs, ours = (by_path(tree) for tree in (to_ours(saved_state(model), published.tables[0], gradients), gradients))
     for tree in (theirs, ours):
         # PyTorch's embeddings have no gradient for the padding token, which a text may say.
         tree["language/embedding"] = np.delete(tree["language/embedding"], PAD, axis=0)

@@ -4,7 +4,7 @@ import pytest
 
 from vlm_jax.config import ParamRule
 from vlm_jax.paths import by_path
-from vlm_jax.training.params import held, merge, resolve, split, trained_rows
+from vlm_jax.training.params import merge, resolve, split, stored, trained_rows
 
 PARAMS = {"vision": {"kernel": jnp.ones((2, 3))}, "language": {"embedding": jnp.ones((4, 2)), "kernel": jnp.ones((2, 2))}}
 PATHS = ["vision/kernel", "language/embedding", "language/kernel"]
@@ -35,8 +35,8 @@ def test_frozen_parameters_may_be_held_in_bfloat16_and_trained_ones_are_not():
         "a": ParamRule(pattern="", frozen=True, frozen_dtype="bfloat16"),
         "b": ParamRule(pattern="", frozen_dtype="bfloat16"),
     }
-    assert held("a", jnp.ones(1), rule).dtype == jnp.bfloat16
-    assert held("b", jnp.ones(1), rule).dtype == jnp.float32
+    assert stored("a", jnp.ones(1), rule).dtype == jnp.bfloat16
+    assert stored("b", jnp.ones(1), rule).dtype == jnp.float32
 
 
 def test_trained_rows_keeps_only_the_new_rows():

@@ -7,40 +7,47 @@ Where a part can be one of several kinds, its dataclass has a `kind` field that 
 """
 
 from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
-from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig, ProjectionConfig
-from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule
+from vlm_jax.config.connector import ConnectorConfig, MlpProjectorConfig, PerceiverConfig, PixelShuffleConfig, ProjectionConfig
+from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule, SourceConfig
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from vlm_jax.config.fusion import GatedCrossAttentionConfig, InSequenceConfig
+from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
     DecoderConfig,
     DynamicNtkScaling,
+    LanguageConfig,
     LearnedPositionsConfig,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    PositionsConfig,
     RopeConfig,
+    ScalingConfig,
     YarnScaling,
 )
 from vlm_jax.config.model import ModelConfig
+from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
-from vlm_jax.config.vision import VitConfig
+from vlm_jax.config.vision import VisionConfig, VitConfig
 
 __all__ = [
     "Activation",
     "AlibiConfig",
     "AugmentConfig",
     "BlockConfig",
+    "ConnectorConfig",
     "DataConfig",
     "DecoderConfig",
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
     "ExpertsConfig",
+    "FusionConfig",
     "GatedCrossAttentionConfig",
     "ImageTowerConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
+    "LanguageConfig",
     "LearnedPositionsConfig",
     "LinearScaling",
     "Llama3Scaling",
@@ -48,16 +55,23 @@ __all__ = [
     "MeshConfig",
     "MlpProjectorConfig",
     "ModelConfig",
+    "NextTokenConfig",
     "NormConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParamRule",
     "PartInit",
     "PerceiverConfig",
+    "PixelShuffleConfig",
+    "PositionsConfig",
     "ProjectionConfig",
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "ScalingConfig",
+    "SourceConfig",
     "TextTowerConfig",
+    "VisionConfig",
     "VitConfig",
     "YarnScaling",
 ]

@@ -31,7 +31,7 @@ class ExpertsConfig:
 class BlockConfig:
     """One pre-norm transformer block: attention and a feed-forward, each added to the stream.
 
-    CLIP, DINOv2, LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma blocks are all settings of it.
+    CLIP, DINOv2, LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, Phi, StableLM, OPT, MPT and Gemma blocks are all settings of it.
     """
 
     width: int
@@ -46,6 +46,7 @@ class BlockConfig:
     out_bias: bool
     mlp_bias: bool
     parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
+    shared_norm: bool = False  # and the same norm of it (Phi)
     experts: ExpertsConfig | None = None  # Mixtral
     layer_scale: bool = False  # a learned factor for what each half adds (Touvron et al. 2021; DINOv2)
     query_init: float = 1.0  # times LeCun's deviation: above 1, attention from scratch is choosy from its first step

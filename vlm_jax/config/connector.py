@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Literal
 
 from vlm_jax.config.block import Activation, NormConfig
-from vlm_jax.config.frozen import frozen
+from vlm_jax.config.frozen import Kinds, frozen
+
+
+@frozen
+class ConnectorConfig(Kinds):
+    """A connector: the features of a picture -> visual tokens."""
+
+    def visual_width(self, features_width: int) -> int:
+        """Of the visual tokens."""
+        raise NotImplementedError
+
+    def visual_tokens(self, frames: int, features: int) -> int:
+        """How many there are of a slot of `frames` frames of `features` features."""
+        raise NotImplementedError
 
 
 @frozen
@@ -18,7 +31,7 @@ class ProjectionConfig:
 
 
 @frozen
-class PerceiverConfig:
+class PerceiverConfig(ConnectorConfig):
     """Flamingo's Perceiver resampler (Alayrac et al. 2022, section 3.1)."""
 
     kind: Literal["perceiver_resampler"] = "perceiver_resampler"
@@ -36,19 +49,17 @@ class PerceiverConfig:
     gated_mlp: bool = False
     projection: ProjectionConfig | None = None
     per_frame: bool = False
+    time_embeddings: int = 0  # frames with a learned time embedding; 0: none (OpenFlamingo, IDEFICS)
 
     def visual_width(self, features_width: int) -> int:
         return features_width if self.projection is None else self.projection.width
 
     def visual_tokens(self, frames: int, features: int) -> int:
-        """Of a slot of `frames` frames of `features` features."""
         return self.latents * (frames if self.per_frame else 1)
-
-    time_embeddings: int = 0  # frames with a learned time embedding; 0: none (OpenFlamingo, IDEFICS)
 
 
 @frozen
-class MlpProjectorConfig:
+class MlpProjectorConfig(ConnectorConfig):
     """Linear maps with an activation between them: LLaVA (Liu et al. 2023) has one, LLaVA-1.5 two, PaliGemma one."""
 
     kind: Literal["mlp"] = "mlp"
@@ -61,5 +72,19 @@ class MlpProjectorConfig:
         return self.width
 
     def visual_tokens(self, frames: int, features: int) -> int:
-        """Of a slot of `frames` frames of `features` features."""
         return frames * features
+
+
+@frozen
+class PixelShuffleConfig(ConnectorConfig):
+    """Squares of `factor` x `factor` features become one visual token by a linear map (Idefics3, Laurencon et al. 2024)."""
+
+    kind: Literal["pixel_shuffle"] = "pixel_shuffle"
+    width: int  # of the visual tokens: the language model's
+    factor: int
+
+    def visual_width(self, features_width: int) -> int:
+        return self.width
+
+    def visual_tokens(self, frames: int, features: int) -> int:
+        return frames * features // self.factor**2

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from vlm_jax.config.frozen import frozen
+from vlm_jax.config.frozen import Kinds, frozen
 
 
 @frozen
-class EasyVqaConfig:
+class SourceConfig(Kinds):
+    """Where the examples of a training and of an evaluation come from."""
+
+    bad_lines: ClassVar[str] = "error"  # "skip": an example that is wrong is left out, counted and reported
+
+
+@frozen
+class EasyVqaConfig(SourceConfig):
     kind: Literal["easy_vqa"] = "easy_vqa"
     cache_dir: str = "~/.cache/vlm_jax/tfds"  # where tensorflow-datasets keeps the prepared set
 
 
 @frozen
-class JsonLinesConfig:
-    """The user's own data: see `vlm_jax/data/jsonl.py` for the formats of a line."""
+class JsonLinesConfig(SourceConfig):
+    """The user's own data: see `vlm_jax/data/sources/jsonl.py` for the formats of a line."""
 
     kind: Literal["jsonl"] = "jsonl"
     train: str
@@ -44,7 +51,7 @@ class SampleRule:
 
 @frozen
 class DataConfig:
-    source: EasyVqaConfig | JsonLinesConfig
+    source: SourceConfig
     # A published checkpoint (folder or name) whose own tokenizer, chat template and picture processor are used; "": the
     # recipe's, which are `tokenizer`, `prompt`, `answer` and `image_fit`.
     processor: str = ""

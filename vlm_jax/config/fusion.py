@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from vlm_jax.config.block import Activation, NormConfig
-from vlm_jax.config.frozen import frozen
+from vlm_jax.config.frozen import Kinds, frozen
 
 
 @frozen
-class GatedCrossAttentionConfig:
+class FusionConfig(Kinds):
+    """A fusion: how the language model reads visual tokens.
+
+    Attributes of every kind:
+      in_sequence: whether visual tokens stand in the sequence; else layers of cross-attention read them.
+      prefix_lm: whether every token of a prompt sees all of it.
+    """
+
+    in_sequence: ClassVar[bool]
+
+
+@frozen
+class GatedCrossAttentionConfig(FusionConfig):
     """Flamingo's gated cross-attention dense layers (Alayrac et al. 2022, section 3.2).
 
     A gated block stands before language layer `i` where `i % every == offset`: offset 0 is the paper's and IDEFICS's
@@ -17,7 +29,8 @@ class GatedCrossAttentionConfig:
     """
 
     kind: Literal["gated_cross_attention"] = "gated_cross_attention"
-    in_sequence: ClassVar[bool] = False  # whether visual tokens stand in the sequence
+    in_sequence: ClassVar[bool] = False
+    prefix_lm: ClassVar[bool] = False
     every: int
     offset: int
     heads: int
@@ -33,7 +46,7 @@ class GatedCrossAttentionConfig:
 
 
 @frozen
-class InSequenceConfig:
+class InSequenceConfig(FusionConfig):
     """Visual tokens take the places of `<image>` tokens in the sequence (LLaVA, Liu et al. 2023)."""
 
     kind: Literal["in_sequence"] = "in_sequence"

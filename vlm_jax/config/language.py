@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 from vlm_jax.config.block import BlockConfig
-from vlm_jax.config.frozen import frozen
+from vlm_jax.config.frozen import Kinds, frozen
 
 
 @frozen
-class LinearScaling:
+class ScalingConfig(Kinds):
+    """How rotary positions are stretched beyond the context that a model was trained for."""
+
+
+@frozen
+class LinearScaling(ScalingConfig):
     """Position interpolation (Chen et al. 2023)."""
 
     kind: Literal["linear"] = "linear"
@@ -17,7 +22,7 @@ class LinearScaling:
 
 
 @frozen
-class Llama3Scaling:
+class Llama3Scaling(ScalingConfig):
     """The frequency-dependent scaling of LLaMA 3.1."""
 
     kind: Literal["llama3"] = "llama3"
@@ -28,7 +33,7 @@ class Llama3Scaling:
 
 
 @frozen
-class DynamicNtkScaling:
+class DynamicNtkScaling(ScalingConfig):
     """A base that grows with the sequence once it is longer than the model was trained for (bloc97, emozilla 2023)."""
 
     kind: Literal["dynamic"] = "dynamic"
@@ -37,7 +42,7 @@ class DynamicNtkScaling:
 
 
 @frozen
-class YarnScaling:
+class YarnScaling(ScalingConfig):
     """YaRN (Peng et al. 2023): each frequency by how often it turns within the original context."""
 
     kind: Literal["yarn"] = "yarn"
@@ -50,7 +55,7 @@ class YarnScaling:
 
 
 @frozen
-class LongRopeScaling:
+class LongRopeScaling(ScalingConfig):
     """LongRoPE (Ding et al. 2024): a divisor of its own for every frequency, others once the sequence is long."""
 
     kind: Literal["longrope"] = "longrope"
@@ -61,23 +66,28 @@ class LongRopeScaling:
 
 
 @frozen
-class RopeConfig:
+class PositionsConfig(Kinds):
+    """How a language model knows the order of its tokens."""
+
+
+@frozen
+class RopeConfig(PositionsConfig):
     """Rotary position embedding (Su et al. 2021). Base and scaling have no default: a wrong guess is silent."""
 
     kind: Literal["rope"] = "rope"
     base: float
-    scaling: LinearScaling | Llama3Scaling | DynamicNtkScaling | YarnScaling | LongRopeScaling | None
+    scaling: ScalingConfig | None
     share: float = 1.0  # of the head width, from its front, that is turned (GPT-NeoX's `rotary_pct`)
 
 
 @frozen
-class LearnedPositionsConfig:
+class LearnedPositionsConfig(PositionsConfig):
     kind: Literal["learned"] = "learned"
     offset: int = 0  # OPT's table starts two rows later
 
 
 @frozen
-class AlibiConfig:
+class AlibiConfig(PositionsConfig):
     """Attention with linear biases (Press et al. 2022)."""
 
     kind: Literal["alibi"] = "alibi"
@@ -85,16 +95,31 @@ class AlibiConfig:
 
 
 @frozen
-class DecoderConfig:
+class LanguageConfig(Kinds):
+    """A language model.
+
+    Attributes of every kind:
+      vocab_size; max_positions: tokens it reads, its answer included.
+      width: of the embeddings, and of what may stand in their places; layers: how many a fusion may stand between.
+    """
+
+
+@frozen
+class DecoderConfig(LanguageConfig):
     """A decoder-only language model: LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma are settings of it."""
 
     kind: Literal["decoder"] = "decoder"
     vocab_size: int
     layers: int
     block: BlockConfig
-    positions: RopeConfig | LearnedPositionsConfig | AlibiConfig
+    positions: PositionsConfig
     max_positions: int
     # Sliding-window attention: how many positions back, itself included; None: all. One for all layers, or one for each.
     window: int | tuple[int | None, ...] | None
     tied_head: bool
+    head_bias: bool = False  # Phi
     scale_embedding: bool = False  # Gemma multiplies embeddings by sqrt(width)
+
+    @property
+    def width(self) -> int:
+        return self.block.width

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from vlm_jax.config.connector import MlpProjectorConfig, PerceiverConfig
+from vlm_jax.config.connector import ConnectorConfig
 from vlm_jax.config.frozen import frozen
-from vlm_jax.config.fusion import GatedCrossAttentionConfig, InSequenceConfig
-from vlm_jax.config.language import DecoderConfig
-from vlm_jax.config.vision import VitConfig
+from vlm_jax.config.fusion import FusionConfig
+from vlm_jax.config.language import LanguageConfig
+from vlm_jax.config.vision import VisionConfig
 
 
 @frozen
 class ModelConfig:
     """Four choices: vision encoder -> connector -> fusion -> language model."""
 
-    vision: VitConfig | None  # None: a language model alone
-    connector: PerceiverConfig | MlpProjectorConfig | None
-    fusion: GatedCrossAttentionConfig | InSequenceConfig | None
-    language: DecoderConfig
+    vision: VisionConfig | None  # None: a language model alone
+    connector: ConnectorConfig | None
+    fusion: FusionConfig | None
+    language: LanguageConfig
 
     @property
     def visual_width(self) -> int:
         """Of the visual tokens."""
-        return self.connector.visual_width(self.vision.block.width)
+        return self.connector.visual_width(self.vision.width)
 
     @property
     def visual_tokens_in_sequence(self) -> int:
@@ -31,7 +31,7 @@ class ModelConfig:
     @property
     def reads_shapes(self) -> bool:
         """Whether the pictures of a batch may differ in size."""
-        return self.vision is not None and self.vision.positions == "bucketed"
+        return self.vision is not None and self.vision.reads_shapes
 
     def visual_tokens(self, frames: int) -> int:
         """How many visual tokens there are of an image slot of so many frames of `vision.image_size`."""

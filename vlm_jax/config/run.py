@@ -7,6 +7,7 @@ from typing import Literal
 from vlm_jax.config.data import DataConfig
 from vlm_jax.config.frozen import frozen
 from vlm_jax.config.model import ModelConfig
+from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 
 
 @frozen
@@ -60,6 +61,7 @@ class PartInit:
 class RunConfig:
     model: ModelConfig
     data: DataConfig
+    objective: ObjectiveConfig = NextTokenConfig()
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     seed: int = 0

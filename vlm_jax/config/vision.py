@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Literal
 
 from vlm_jax.config.block import BlockConfig
-from vlm_jax.config.frozen import frozen
+from vlm_jax.config.frozen import Kinds, frozen
 
 
 @frozen
-class VitConfig:
+class VisionConfig(Kinds):
+    """A vision encoder: pictures -> features.
+
+    Attributes of every kind:
+      image_size: pixels of a side; patch_size: pixels of a patch's.
+      width: of a feature; frame_features: how many there are of a picture of `image_size`.
+      reads_shapes: whether the pictures of a batch may differ in size.
+      mean, std: of the pixels in 0..1.
+    """
+
+
+@frozen
+class VitConfig(VisionConfig):
     """The vision transformer (Dosovitskiy et al. 2021): CLIP's, SigLIP's, DINOv2's and EVA-CLIP's are settings of it."""
 
     kind: Literal["vit"] = "vit"
@@ -34,6 +46,14 @@ class VitConfig:
     antialias: bool = False  # of positions that are interpolated; DINOv2 with registers
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def width(self) -> int:
+        return self.block.width
+
+    @property
+    def reads_shapes(self) -> bool:
+        return self.positions == "bucketed"
 
     @property
     def frame_features(self) -> int:

@@ -17,15 +17,18 @@ A LLaVA conversation is one with several turns; an interleaved web page one with
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
+from vlm_jax.config import DataConfig
+from vlm_jax.config.register import Register
 from vlm_jax.processing.conversation import Conversation, Media
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
     id: str  # names the example in messages: "train/7", "chats.jsonl:12"
-    media: Media  # each of one picture, or of the frames of a film
+    media: Media  # each of one picture, or of the frames of a video
     conversations: tuple[Conversation, ...]  # independent of one another; they may share media, each a range s, s + 1, ...
 
 
@@ -43,3 +46,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+    def check(self, conversations: int) -> None:
+        """Whether so many conversations are all there should be; where that is not known, any number is.
+
+        Raises:
+          DataError: they are not.
+        """
+
+
+Split = Literal["train", "eval"]
+
+# By the class of `DataConfig.source`; each raises DataError where the data cannot be read.
+SOURCES: Register[Callable[[DataConfig, Split], Source]] = Register("a source for the configuration", "vlm_jax.data.sources")

@@ -16,36 +16,28 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vlm_jax.config import DataConfig, EasyVqaConfig, RunConfig
-from vlm_jax.data.batch import Batch
+from vlm_jax.batch import Batch
+from vlm_jax.config import DataConfig, RunConfig
 from vlm_jax.data.build_store import token_store
-from vlm_jax.data.easy_vqa import EasyVqaSource
-from vlm_jax.data.example import Source
+from vlm_jax.data.example import SOURCES, Source, Split
 from vlm_jax.data.packing import PackedRows, plan_epoch
-from vlm_jax.data.rows import Arrays, RowMaker, empty_rows, to_batch
+from vlm_jax.data.rows import RowMaker, empty_rows
 from vlm_jax.data.store import TokenStore
 from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
+from vlm_jax.processing.batching import Arrays
 from vlm_jax.processing.processor import Processor
 
 _STORES: weakref.WeakKeyDictionary[Any, tuple[Any, TokenStore]] = weakref.WeakKeyDictionary()
 
 
-def build_source(config: DataConfig, split: str) -> Source:
+def build_source(config: DataConfig, split: Split) -> Source:
     """The examples of "train" or "eval".
 
     Raises:
       DataError: the data cannot be read or is not right.
     """
-    source = config.source
-    if isinstance(source, EasyVqaConfig):
-        part = {"train": "train", "eval": "test"}[split]
-        return EasyVqaSource(part, source.cache_dir)
-    if not getattr(source, split):
-        raise DataError(f"data.source.{split} is empty: set --config.data.source.{split} to a JSON-lines file")
-    from vlm_jax.data.jsonl import JsonLinesSource
-
-    return JsonLinesSource(getattr(source, split), source.image_root, cache_dir=config.cache_dir)
+    return SOURCES[type(config.source)](config, split)
 
 
 def tokens_of(config: DataConfig, processor: Processor, source: Source) -> TokenStore:
@@ -57,11 +49,9 @@ def tokens_of(config: DataConfig, processor: Processor, source: Source) -> Token
     known, store = _STORES.get(source, (None, None))
     key = (config, processor.fingerprint)
     if store is None or known != key:
-        skip = getattr(config.source, "bad_lines", "error") == "skip"
-        store = token_store(config, processor, source, skip=skip)
+        store = token_store(config, processor, source, skip=config.source.bad_lines == "skip")
         _STORES[source] = (key, store)
-    if isinstance(source, EasyVqaSource):
-        source.check(len(store))
+    source.check(len(store))
     return store
 
 
@@ -176,7 +166,7 @@ class TrainBatches:
             raise StopIteration
         arrays = next(self._held[0]) if self._started else self._first()
         self.position += 1
-        batch = to_batch(arrays)
+        batch = Batch(**arrays)
         arrays.clear()  # Grain keeps the last dict to the very end; arrays shared with a worker would then stay unfreed
         return batch
 
@@ -225,4 +215,4 @@ def eval_batches(
         for place, offset in enumerate(share):
             if first + offset < count:
                 maker.fill(arrays, place, plan[first + offset], first + offset)
-        yield to_batch(arrays)
+        yield Batch(**arrays)

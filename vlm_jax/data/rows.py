@@ -13,19 +13,16 @@ import numpy as np
 
 from vlm_jax.config import AugmentConfig, DataConfig
 from vlm_jax.data.augment import augment
-from vlm_jax.data.batch import Batch
 from vlm_jax.data.example import Example, Source
 from vlm_jax.data.store import TokenStore
 from vlm_jax.errors import DataError, RequestError
-from vlm_jax.processing.layout import NEWLINE, Layout, prefix_ends, targets_of
+from vlm_jax.processing.batching import Arrays, Tiles, put_media, put_sequence
+from vlm_jax.processing.layout import targets_of
 from vlm_jax.processing.media import Medium
 from vlm_jax.processing.pictures import ImageError, Size, picture_name, picture_size
 from vlm_jax.processing.processor import Spread
 
 CACHE_BYTES = 64 << 20  # of tiles, kept by each process that makes rows
-
-Arrays = dict[str, np.ndarray]  # the fields of Batch
-Tiles = list[np.ndarray]  # [H, W, 3] uint8 each
 
 
 def empty_rows(config: DataConfig, rows: int) -> Arrays:
@@ -41,58 +38,6 @@ def empty_rows(config: DataConfig, rows: int) -> Arrays:
         "frames": np.zeros(image_shape[:2], np.int32),
         "weights": np.zeros((rows, config.tokens), np.float32),
     }
-
-
-def to_batch(arrays: Arrays) -> Batch:
-    return Batch(**arrays)
-
-
-def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) -> int:
-    """Writes tiles into a row from `slot` on, and returns how many slots they take.
-
-    Args:
-      row: the fields of Batch without their B axis.
-      in_sequence: a tile takes a slot; else a medium does, with its frames.
-
-    Raises:
-      ValueError: a tile of another size than the row's square, or a larger one where sizes may differ.
-    """
-    groups = [[tile] for tiles in media for tile in tiles] if in_sequence else media
-    for number, group in enumerate(groups, slot):
-        row["frames"][number] = len(group)
-        for frame, tile in enumerate(group):
-            height, width = tile.shape[:2]
-            room = row["images"].shape[2:4]
-            fits = height <= room[0] and width <= room[1] if "sizes" in row else (height, width) == room
-            if not fits:
-                raise ValueError(f"a tile of {height}x{width} pixels, and a slot has {room[0]}x{room[1]}")
-            row["images"][number, frame, :height, :width] = tile
-            if "sizes" in row:
-                row["sizes"][number, frame] = height, width
-    return len(groups)
-
-
-def put_sequence(row: Arrays, layout: Layout, begin: int, *, slot: int, segment: int, tile_tokens: int) -> int:
-    """Writes a sequence into a row from place `begin` on, and returns where it ends.
-
-    Args:
-      layout: a prompt, or a conversation without its last token.
-      slot: how many slots of the row come before those of the sequence.
-      segment: its number, from 1.
-      tile_tokens: R; 0 under cross-attention.
-    """
-    length = len(layout.tokens)
-    here = slice(begin, begin + length)
-    positions = np.arange(length, dtype=np.int32)
-    row["tokens"][here], row["positions"][here], row["segments"][here] = layout.tokens, positions, segment
-    row["media_last"][here] = np.where(layout.media_last > 0, layout.media_last + slot, 0)
-    row["media_first"][here] = np.where(layout.media_first > 0, layout.media_first + slot, 0)
-    row["prefix_end"][here] = prefix_ends(layout.flags, positions)
-    if "visual" in row:
-        newline = len(row["frames"]) * tile_tokens + 1
-        moved = np.where(layout.visual > 0, layout.visual + slot * tile_tokens, 0)
-        row["visual"][here] = np.where(layout.visual == NEWLINE, newline, moved)
-    return begin + length
 
 
 class RowMaker:

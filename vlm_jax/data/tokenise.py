@@ -143,7 +143,7 @@ class Tokeniser:
             what = "tiles of pictures" if self._in_sequence else "images"
             raise DataError(f"{example.id}: {slots} {what}, and a row has data.images={config.images}. Raise it")
         most = max((len(medium) for medium in example.media[:media]), default=0)
-        if most > 1 and not self.processor.media.reads_films:
+        if most > 1 and not self.processor.media.reads_videos:
             raise DataError(f"{example.id}: a video of {most} frames, and this model reads single pictures")
         if most > config.frames:
             raise DataError(

@@ -151,7 +151,7 @@ def answered(output: Path, questions: list[Question]) -> set[int]:
 
 
 def answer_file(
-    vlm: Any, source: Path, questions: list[Question], output: Path, settings: Settings, tell: Callable[[str], None]
+    vlm: Any, source: Path, questions: list[Question], output: Path, settings: Settings, progress: Callable[[str], None]
 ) -> int:
     """Answers what is not answered yet, each answer on disk as soon as it is there. Returns how many were answered.
 
@@ -159,7 +159,7 @@ def answer_file(
 
     Args:
       vlm: of `api.load`.
-      tell: gets a line of progress now and then.
+      progress: gets a line of progress now and then.
 
     Raises:
       RequestError: a question that does not fit the model, or a wrong output; ImageError: a picture that cannot be read. What
@@ -168,7 +168,7 @@ def answer_file(
     done = answered(output, questions)
     left = [question for question in questions if question.line not in done]
     if done:
-        tell(f"{len(done)} of {len(questions)} were answered already")
+        progress(f"{len(done)} of {len(questions)} were answered already")
     began, count, window = time.perf_counter(), 0, WINDOW * vlm.generator.rows
     try:
         file = output.open("a", encoding="utf-8")
@@ -185,7 +185,9 @@ def answer_file(
                 file.flush()
                 count += len(batch)
                 rate = count / (time.perf_counter() - began)
-                tell(f"{len(done) + count}/{len(questions)}  {rate:.3g} answers/s  left {_clock((len(left) - count) / rate)}")
+                progress(
+                    f"{len(done) + count}/{len(questions)}  {rate:.3g} answers/s  left {_clock((len(left) - count) / rate)}"
+                )
     return count
 
 

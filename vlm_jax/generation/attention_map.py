@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.batch import Batch
 from vlm_jax.config.generation import Settings
-from vlm_jax.data.batch import Batch
 from vlm_jax.errors import RequestError
 from vlm_jax.generation.request import Request
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -64,14 +64,10 @@ def rollout(weights: Array) -> Array:
 
 def look(model: VisionLanguageModel, params: Any, prompts: Batch) -> Array:
     """Where every token looks: [B, T, M, F * P], the sum over the last two 1, or 0 for a token that sees no image."""
-    apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
-    visual, resampler = apply("encode_images", prompts.images, prompts.frames, True, prompts.sizes)
-    keys_values = apply("keys_values", visual)
+    apply = lambda method, *args, **named: model.apply({"params": params}, *args, **named, method=method)
+    visual, resampler = apply("encode_images", prompts.images, prompts.frames, sizes=prompts.sizes, want_weights=True)
     slots, latents = visual.shape[1:3]
-    media = prompts.media_first, prompts.media_last
-    x = apply("embed", prompts.tokens, prompts.positions)
-    inputs = (x, prompts.positions, prompts.segments, *media, None, keys_values, slots)
-    gated = model.apply({"params": params}, *inputs, want_weights=True, method="step")[2]
+    gated = apply("read", prompts, visual=visual, want_weights=True).between
     layers = params["fusion"]["layers"]
     gates = jnp.stack([p["attention_gate"] for p in layers]) if isinstance(layers, tuple) else layers["attention_gate"]
     gates = jnp.abs(jnp.tanh(gates.astype(jnp.float32)))
@@ -124,8 +120,8 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
     )
     batch = generator.place([dataclasses.replace(prompt, layout=whole)])
     with generator.mesh_context():
-        looks = np.asarray(_compiled(generator.model)(generator.params, batch))[0]
-    length = looks.shape[0]
+        looks = np.asarray(_compiled(generator.model)(generator.decode_params, batch))[0]
+    length = len(whole.tokens)
     chosen = looks[length - len(ids) - 1 : length - 1]  # [answer tokens, M, F * P]
     words, spans = group_words(generator.processor.tokenizer, ids)
     frames, vision = np.asarray(batch.frames)[0], generator.model.config.vision

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.data.batch import Batch
-from vlm_jax.generation.decode import END_TOKEN, LIMIT, Generated, Rules, start
+from vlm_jax.generation.decode import END_TOKEN, LIMIT, Prompt, Rules, advance, repeated
 from vlm_jax.generation.sampling import penalise
 from vlm_jax.layers.decoder import Cache
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -34,6 +33,17 @@ class Search:
     length_penalty: Array  # [] float32; 0: the sum alone, above 0 prefers long answers
     early_stopping: Array  # [] bool
     repetition_penalty: Array  # [B] float32, see `sampling.penalise`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best answer of every row."""
+
+    tokens: Array  # [B, N] int32, the end token included, padding after it
+    log_probabilities: Array  # [B, N] float32, the model's own
+    lengths: Array  # [B] int32
+    reasons: Array  # [B] int32, END_TOKEN or LIMIT
 
 
 @jax.tree_util.register_dataclass
@@ -62,16 +72,25 @@ class _Progress:
 
 
 def generate(
-    model: VisionLanguageModel, new: int, beams: int, params: Any, prompts: Batch, search: Search, rules: Rules
-) -> Generated:
-    """The best answer of up to `new` tokens for every prompt.
+    model: VisionLanguageModel,
+    params: Any,
+    prompt: Prompt,
+    search: Search,
+    rules: Rules,
+    limits: Array,
+    *,
+    new: int,
+    beams: int,
+) -> Found:
+    """The best answer of up to `new` tokens for every prompt. Stop sequences are not looked at.
 
     Args:
-      new: N; no limit in `rules` is above it. Its stop sequences are not looked at.
-      beams: K.
+      limits: [B] int32, tokens a row may have, at most N.
+      new: N; beams: K.
     """
-    started = start(model, new, params, prompts, beams)
-    rows = prompts.tokens.shape[0]
+    rows, slots = limits.shape[0], prompt.cache.positions.shape[1] + new
+    prompt = repeated(prompt, beams)
+    prompt = dataclasses.replace(prompt, cache=prompt.cache.with_slots(slots))
     empty = _Answers(
         scores=jnp.full((rows, beams), NEVER),
         tokens=jnp.full((rows, beams, new), rules.pad, jnp.int32),
@@ -87,24 +106,25 @@ def generate(
         running=running,
         done=empty,
         improvable=jnp.ones(rows, bool),
-        over=rules.limits <= 0,
-        cache=started.cache,
-        seen=started.seen,
+        over=limits <= 0,
+        cache=prompt.cache.placed(),
+        seen=prompt.seen,
     )
+    everywhere = jnp.ones(rows * beams, bool)
 
     def step(progress: _Progress) -> _Progress:
         newest = jax.lax.dynamic_index_in_dim(progress.running.tokens, progress.count - 1, axis=2, keepdims=False)
-        logits, cache = started.step(newest.reshape(-1), progress.count, progress.cache)
-        return _advance(dataclasses.replace(progress, cache=cache), logits, search, rules)
+        here = dataclasses.replace(prompt, cache=progress.cache)
+        logits, cache = advance(model, params, here, newest.reshape(-1), everywhere)
+        return _advance(dataclasses.replace(progress, cache=cache.placed()), logits, search, rules, limits)
 
-    progress = _advance(progress, started.logits, search, rules)
+    progress = _advance(progress, prompt.logits, search, rules, limits)
     done = jax.lax.while_loop(lambda p: ~jnp.all(p.over), step, progress).done
     best = jax.tree.map(lambda x: x[:, 0], done)
-    reasons = jnp.where(best.ended, END_TOKEN, LIMIT)
-    return Generated(best.tokens, best.log_probabilities, best.lengths, reasons)
+    return Found(best.tokens, best.log_probabilities, best.lengths, jnp.where(best.ended, END_TOKEN, LIMIT))
 
 
-def _advance(progress: _Progress, logits: Array, search: Search, rules: Rules) -> _Progress:
+def _advance(progress: _Progress, logits: Array, search: Search, rules: Rules, limits: Array) -> _Progress:
     """One more token for every beginning: [B * K, V] logits."""
     rows, beams, _ = progress.running.tokens.shape
     count, vocabulary = progress.count, logits.shape[-1]
@@ -116,7 +136,7 @@ def _advance(progress: _Progress, logits: Array, search: Search, rules: Rules) -
     most = min(max(2, 1 + rules.ends.shape[0]) * beams, beams * vocabulary)
     best, places = jax.lax.top_k(scores, most)
     beam, token = places // vocabulary, (places % vocabulary).astype(jnp.int32)
-    candidates = _extended(progress.running, count, beam, token, best, own.reshape(rows, -1), places, rules)
+    candidates = _extended(progress.running, count, beam, token, best, own.reshape(rows, -1), places, rules, limits)
 
     going = best + jnp.where(candidates.finished, NEVER, 0.0)
     kept = jax.lax.top_k(going, beams)[1]
@@ -130,13 +150,22 @@ def _advance(progress: _Progress, logits: Array, search: Search, rules: Rules) -
     origin = (jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(beam, kept, axis=1)).reshape(-1)
     newest = jnp.take_along_axis(token, kept, axis=1).reshape(-1)
     cache = progress.cache
-    cache = dataclasses.replace(cache, keys=cache.keys[:, origin], values=cache.values[:, origin])
+    of_origin = lambda part: jax.tree.map(lambda x: jnp.take(x, origin, axis=x.ndim - 4), part)
+    cache = dataclasses.replace(cache, keys=of_origin(cache.keys), values=of_origin(cache.values))
     seen = progress.seen[origin].at[jnp.arange(rows * beams), newest].set(True)
     return _Progress(count + 1, running, done, improvable, over, cache, seen)
 
 
 def _extended(
-    running: _Answers, count: Array, beam: Array, token: Array, scores: Array, own: Array, places: Array, rules: Rules
+    running: _Answers,
+    count: Array,
+    beam: Array,
+    token: Array,
+    scores: Array,
+    own: Array,
+    places: Array,
+    rules: Rules,
+    limits: Array,
 ) -> _Answers:
     """The candidates [B, C], each a beginning and one token."""
     base = _chosen(running, beam)
@@ -148,7 +177,7 @@ def _extended(
         log_probabilities=put(base.log_probabilities, jnp.take_along_axis(own, places, axis=1)),
         lengths=base.lengths + 1,
         ended=ended,
-        finished=ended | (count + 1 >= rules.limits)[:, None],
+        finished=ended | (count + 1 >= limits)[:, None],
     )
 
 

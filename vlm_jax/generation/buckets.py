@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LENGTH, NEW, STOPS, STOP_WIDTH = 32, 16, 4, 8  # the smallest buckets
+LENGTH, SLOTS, STOPS, STOP_WIDTH = 32, 256, 16, 16  # the smallest buckets: of prompt tokens, cache slots, stop sequences
 
 SIDE_PATCHES = 8  # pictures of any size are put into heights and widths of a multiple of so many patches
 

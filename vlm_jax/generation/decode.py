@@ -1,188 +1,237 @@
-"""The whole of generation as one program: images -> prompt -> a loop of one-token steps with a cache.
+"""Generation as pure functions of a state that has everything row by row: `prefill`, `begin`, `step`, `insert`.
 
-The prompts are a `Batch` padded on the left, without targets; a row that is only padding has segments 0 and a limit of 0.
-Without pictures in any row `images` is None.
+A batch of questions, a stream and a server are three callers of them: the first runs `steps` until all rows are done, the
+second one step after the other, the third puts a new question where a row has become free.
 
-Shapes come in buckets (`buckets.py`), prompts are padded on the left, and everything else is an array: a second request of
-similar size compiles nothing. Rows that are done wait for the others; the loop ends with the last of them.
+The prompts are a `Batch` without targets, one conversation a row, padding behind it; a row that is only padding has segments 0
+and a limit of 0. Without pictures in any row `images` is None. Shapes come in buckets (`buckets.py`), and everything else is an
+array: a second request of similar size compiles nothing.
 
-Axis letters: B rows, M image slots, F frames, H x W pixels, T prompt tokens, N new tokens, V vocabulary, R visual tokens of a
-slot, E end tokens, K stop sequences of W tokens, G gated layers.
+Axis letters: B rows, T prompt tokens, N new tokens, S cache slots, V vocabulary, E end tokens, X stop sequences of W tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.data.batch import Batch
+from vlm_jax.batch import Batch
 from vlm_jax.generation.sampling import Sampling, penalise, sample
-from vlm_jax.generation.streaming import deliver
-from vlm_jax.layers.decoder import CACHE_AXES, Cache, empty_cache
+from vlm_jax.layers.decoder import Cache
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import constrain
 
 Array = jax.Array
 
-RUNNING, END_TOKEN, STOP_SEQUENCE, LIMIT, CANCELLED = range(5)
-ANY, NEVER = -1, -2  # in `Rules.stops`
+RUNNING, END_TOKEN, STOP_SEQUENCE, LIMIT = range(4)
+ANY, NEVER = -1, -2  # in `Wishes.stops`
+
+_state = lambda cls: jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@_state
 class Rules:
-    """What may be generated, and when it ends."""
+    """What may be generated at all, and what ends every answer."""
 
     allowed: Array  # [V] bool
-    ends: Array  # [E] int32, any of them ends a row
-    stops: Array  # [K, W] int32, so does any of these sequences, aligned right; `ANY` in front, `NEVER` for an unused one
+    ends: Array  # [E] int32
+    pad: Array  # [] int32, what stands for the tokens of rows that are done
+
+
+@_state
+class Wishes:
+    """What each row asks for."""
+
+    sampling: Sampling
     limits: Array  # [B] int32, tokens a row may have
-    pad: Array  # [] int32, what stands after the end
+    stops: Array  # [B, X, W] int32, any of these ends the row; aligned right, `ANY` in front, `NEVER` for an unused one
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    tokens: Array  # [B, N] int32, the end token included, padding after it
-    log_probabilities: Array  # [B, N] float32, the model's own, before temperature and restrictions; 0 after the end
-    lengths: Array  # [B] int32
-    reasons: Array  # [B] int32: END_TOKEN, STOP_SEQUENCE, LIMIT or CANCELLED
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Progress:
-    count: Array  # [] int32, tokens generated so far by a row that still runs
-    last: Array  # [B] int32, the newest token
-    tail: Array  # [B, W] int32, the newest W tokens
-    cache: Cache
-    seen: Array  # [B, V] bool, the tokens so far, the prompt's among them
-    out: Generated
-
-
-@dataclasses.dataclass(frozen=True)
-class Started:
-    """The prompt read, and what every further token needs."""
+@_state
+class Prompt:
+    """Prompts that the model has read."""
 
     logits: Array  # [B, V] float32, of the first new token
     cache: Cache
+    memory: Any  # of the media, see `VisionLanguageModel.memory`
+    media_first: Array  # [B] int32, what the new tokens see: as the prompt's last token
+    media_last: Array  # [B] int32
     seen: Array  # [B, V] bool, the prompt's tokens
-    step: Callable[[Array, Array, Cache], tuple[Array, Cache]]  # newest tokens [B], how many are new, cache -> logits, cache
 
 
-def start(model: VisionLanguageModel, new: int, params: Any, prompts: Batch, beams: int = 1) -> Started:
-    """Reads the prompts, with room for `new` tokens; from there on, each row `beams` times, one after the other.
+@_state
+class State:
+    """Rows that are being answered."""
 
-    New tokens see the images that the prompt's last token sees.
-    """
-    apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
-    visual, images, slots = _images(model, params, prompts)
-    rows, length = prompts.tokens.shape
-    cache = empty_cache(model.config.language, rows, length + new, model.dtype)
-    media = prompts.media_first, prompts.media_last
-    x = apply("embed", prompts.tokens, prompts.positions, prompts.visual, visual)
-    inputs = (x, prompts.positions, prompts.segments, *media, cache, images, slots)
-    hidden, cache, _ = model.apply({"params": params}, *inputs, prefix_end=prompts.prefix_end, method="step")
-    logits = apply("logits", hidden[:, -1:])[:, -1]
-    vocabulary = logits.shape[-1]
+    cache: Cache  # of all tokens but the newest
+    memory: Any
+    media_first: Array  # [B] int32
+    media_last: Array  # [B] int32
+    newest: Array  # [B] int32
+    count: Array  # [B] int32, new tokens so far
+    tail: Array  # [B, W] int32, the newest W tokens
+    seen: Array  # [B, V] bool, the tokens so far, the prompt's among them
+    reasons: Array  # [B] int32, why the row ended: END_TOKEN, STOP_SEQUENCE or LIMIT; RUNNING: it goes on
+    wishes: Wishes
+
+
+@_state
+class Picked:
+    """The next tokens of all rows."""
+
+    tokens: Array  # [B] or [B, N] int32, the end token included, padding after it
+    log_probabilities: Array  # likewise, float32; the model's own, before temperature and restrictions; 0 after the end
+
+
+def prefill(model: VisionLanguageModel, params: Any, prompts: Batch) -> Prompt:
+    """Reads the media and the prompts."""
+    apply = lambda method, *args, **named: model.apply({"params": params}, *args, **named, method=method)
+    visual = apply("visual_tokens", prompts)
+    memory = apply("memory", visual)
+    out = apply("read", prompts, visual=visual, memory=memory, keep=True)
+    last = jnp.maximum(out.cache.used - 1, 0)[:, None]
+    logits = apply("logits", jnp.take_along_axis(out.hidden, last[..., None], axis=1))[:, 0]
+    rows, vocabulary = logits.shape
     # Padding is written behind the vocabulary, where it is dropped.
     written = jnp.where(prompts.segments > 0, prompts.tokens, vocabulary)
-    seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], written].set(True, mode="drop")
-
-    again = lambda x, axis=0: jnp.repeat(x, beams, axis=axis) if beams > 1 else x
-    first, last = (again(m[:, -1:]) for m in media)
-    begin, segments = again(prompts.positions[:, -1:] + 1), again(prompts.segments[:, -1:])
-    images = jax.tree.map(lambda kv: again(kv, axis=kv.ndim - 4), images)
-    keys, values = again(cache.keys, axis=1), again(cache.values, axis=1)
-    cache = Cache(keys, values, again(cache.positions), again(cache.segments), cache.used)
-
-    def step(tokens: Array, count: Array, cache: Cache) -> tuple[Array, Cache]:
-        positions = begin + count - 1
-        x = apply("embed", tokens[:, None], positions)
-        hidden, cache, _ = apply("step", x, positions, segments, first, last, cache, images, slots)
-        return apply("logits", hidden)[:, -1], _lay(cache)
-
-    return Started(again(logits), _lay(cache), again(seen), step)
+    of_last = lambda field: jnp.take_along_axis(field, last, axis=1)[:, 0]
+    return Prompt(
+        logits=logits,
+        cache=out.cache.placed(),
+        memory=memory,
+        media_first=of_last(prompts.media_first),
+        media_last=of_last(prompts.media_last),
+        seen=jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], written].set(True, mode="drop"),
+    )
 
 
-def generate(
-    model: VisionLanguageModel, new: int, params: Any, prompts: Batch, sampling: Sampling, rules: Rules, stream: Any = None
-) -> Generated:
-    """Up to `new` tokens for every prompt.
+def begin(prompt: Prompt, wishes: Wishes, rules: Rules, *, slots: int) -> tuple[State, Picked]:
+    """The state with the first new token of every row.
 
     Args:
-      new: N; no limit in `rules` is above it.
-      stream: [] int32, the number of an open `streaming.Stream` that gets every token at once; None: none.
+      slots: S, room for the prompt and all new tokens.
     """
-    started = start(model, new, params, prompts)
-    rows = prompts.tokens.shape[0]
-
-    def running(progress: _Progress) -> Array:
-        return jnp.any(progress.out.reasons == RUNNING)
-
-    def step(progress: _Progress) -> _Progress:
-        logits, cache = started.step(progress.last, progress.count, progress.cache)
-        return _pick(dataclasses.replace(progress, cache=cache), logits, sampling, rules, stream)
-
-    nothing = Generated(
-        tokens=jnp.full((rows, new), rules.pad, jnp.int32),
-        log_probabilities=jnp.zeros((rows, new), jnp.float32),
-        lengths=jnp.zeros(rows, jnp.int32),
-        reasons=jnp.where(rules.limits > 0, RUNNING, LIMIT),
+    rows, width = wishes.limits.shape[0], wishes.stops.shape[-1]
+    state = State(
+        cache=prompt.cache.with_slots(slots),
+        memory=prompt.memory,
+        media_first=prompt.media_first,
+        media_last=prompt.media_last,
+        newest=jnp.full(rows, NEVER, jnp.int32),
+        count=jnp.zeros(rows, jnp.int32),
+        tail=jnp.full((rows, width), NEVER, jnp.int32),
+        seen=prompt.seen,
+        reasons=jnp.where(wishes.limits > 0, RUNNING, LIMIT).astype(jnp.int32),
+        wishes=wishes,
     )
-    blank = jnp.full(rows, NEVER, jnp.int32)
-    tail = jnp.full((rows, rules.stops.shape[1]), NEVER, jnp.int32)
-    progress = _Progress(jnp.zeros((), jnp.int32), blank, tail, started.cache, started.seen, nothing)
-    progress = _pick(progress, started.logits, sampling, rules, stream)
-    return jax.lax.while_loop(running, step, progress).out
+    return pick(state, prompt.logits, rules)
 
 
-def _images(model: VisionLanguageModel, params: Any, prompts: Batch) -> tuple[Any, Any, int]:
-    """The visual tokens, the gated layers' keys and values of them, and the number of slots they lie in."""
-    visual = model.apply({"params": params}, prompts, method="visual_tokens")
-    if visual is None or not model.uses_cross_attention:
-        return visual, None, 0
-    keys_values = model.apply({"params": params}, visual, method="keys_values")
-    names = ("layers", "batch", "length", "heads", "head")
-    return visual, jax.tree.map(lambda x: constrain(x, *names[-x.ndim :]), keys_values), visual.shape[1]
+def insert(state: State, rows: Array, others: State) -> State:
+    """`others` [R rows] in the place of `rows` [R] int32 of the state, whose slots and media have the same room."""
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[:, rows].set(new) if _rows_axis(old) else old.at[rows].set(new)
+
+    return _placed(jax.tree.map(put, state, others))
 
 
-def _lay(cache: Cache) -> Cache:
-    """The cache keeps its place on the mesh from step to step."""
-    keys, values = (constrain(x, *CACHE_AXES) for x in (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values)
+def advance(model: VisionLanguageModel, params: Any, prompt: Prompt | State, tokens: Array, runs: Array) -> tuple[Array, Cache]:
+    """Reads one more token of each row: its logits [B, V], and the cache with it.
+
+    Args:
+      tokens: [B] int32.
+      runs: [B] bool; of a row that does not, nothing is kept.
+    """
+    apply = lambda *args, method, **named: model.apply({"params": params}, *args, **named, method=method)
+    column = lambda x: x[:, None]
+    positions = column(prompt.cache.used)
+    batch = Batch(
+        tokens=column(tokens),
+        positions=positions,
+        segments=column(runs.astype(jnp.int32)),
+        media_first=column(prompt.media_first),
+        media_last=column(prompt.media_last),
+        prefix_end=positions,
+    )
+    out = apply(batch, memory=prompt.memory, cache=prompt.cache, method="read")
+    return apply(out.hidden, method="logits")[:, 0], out.cache
 
 
-def _pick(progress: _Progress, logits: Array, sampling: Sampling, rules: Rules, stream: Any) -> _Progress:
+def step(model: VisionLanguageModel, params: Any, state: State, rules: Rules) -> tuple[State, Picked]:
     """One more token for every row that runs."""
-    count, out = progress.count, progress.out
-    runs = out.reasons == RUNNING
-    penalised = penalise(logits, progress.seen, sampling.repetition_penalty)
-    token = sample(jnp.where(rules.allowed, penalised, -jnp.inf), sampling, count)
+    logits, cache = advance(model, params, state, state.newest, state.reasons == RUNNING)
+    return pick(dataclasses.replace(state, cache=cache), logits, rules)
+
+
+def steps(
+    model: VisionLanguageModel, params: Any, state: State, rules: Rules, most: Array, *, room: int
+) -> tuple[State, Picked, Array]:
+    """Up to `most` steps, fewer where all rows are done before.
+
+    Args:
+      most: [] int32, at most `room`.
+      room: N.
+
+    Returns:
+      the state, the tokens [B, N], and how many of their columns were filled.
+    """
+    rows = state.newest.shape[0]
+    blank = Picked(tokens=jnp.full((rows, room), rules.pad, jnp.int32), log_probabilities=jnp.zeros((rows, room)))
+
+    def goes_on(carry: tuple[State, Picked, Array]) -> Array:
+        state, _, done = carry
+        return (done < most) & jnp.any(state.reasons == RUNNING)
+
+    def one(carry: tuple[State, Picked, Array]) -> tuple[State, Picked, Array]:
+        state, out, done = carry
+        state, picked = step(model, params, state, rules)
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, done))
+        return state, jax.tree.map(put, out, picked), done + 1
+
+    return jax.lax.while_loop(goes_on, one, (state, blank, jnp.zeros((), jnp.int32)))
+
+
+def pick(state: State, logits: Array, rules: Rules) -> tuple[State, Picked]:
+    """The next token of every row that runs, from its logits [B, V]."""
+    runs, wishes = state.reasons == RUNNING, state.wishes
+    penalised = penalise(logits, state.seen, wishes.sampling.repetition_penalty)
+    token = sample(jnp.where(rules.allowed, penalised, -jnp.inf), wishes.sampling, state.count)
     token = jnp.where(runs, token, rules.pad)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     log_probability = jnp.where(runs, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
-    tail = jnp.concatenate([progress.tail[:, 1:], token[:, None]], axis=1)
+    tail = jnp.concatenate([state.tail[:, 1:], token[:, None]], axis=1)
 
-    stopped = jnp.any(jnp.all((rules.stops == ANY) | (rules.stops == tail[:, None]), axis=-1), axis=-1)
-    reason = jnp.where(count + 1 >= rules.limits, LIMIT, RUNNING)
+    stopped = jnp.any(jnp.all((wishes.stops == ANY) | (wishes.stops == tail[:, None]), axis=-1), axis=-1)
+    reason = jnp.where(state.count + 1 >= wishes.limits, LIMIT, RUNNING)
     reason = jnp.where(stopped, STOP_SEQUENCE, reason)
     reason = jnp.where(jnp.isin(token, rules.ends), END_TOKEN, reason)
-    reason = jnp.where(runs, reason, out.reasons)
-    if stream is not None:
-        cancelled = deliver(stream, token, runs)
-        reason = jnp.where((reason == RUNNING) & cancelled, CANCELLED, reason)
-
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, count))
-    generated = Generated(
-        tokens=put(out.tokens, token),
-        log_probabilities=put(out.log_probabilities, log_probability),
-        lengths=out.lengths + runs,
-        reasons=reason,
+    new = dataclasses.replace(
+        state,
+        newest=token,
+        count=state.count + runs,
+        tail=tail,
+        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        reasons=jnp.where(runs, reason, state.reasons).astype(jnp.int32),
     )
-    seen = progress.seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return _Progress(count + 1, token, tail, progress.cache, seen, generated)
+    return _placed(new), Picked(tokens=token, log_probabilities=log_probability)
+
+
+def repeated(prompt: Prompt, times: int) -> Prompt:
+    """Every row so many times, one after the other."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=_rows_axis(x)), prompt)
+
+
+def _rows_axis(x: Array) -> int:
+    """Keys and values of stacked layers have the layers in front, everything else the rows."""
+    return int(x.ndim == 5)
+
+
+def _placed(state: State) -> State:
+    """Rows keep their place on the mesh from step to step, so that the next call finds the program compiled."""
+    lay = lambda x: x if x.ndim > 3 else constrain(x, "batch", *(None,) * (x.ndim - 1))
+    laid = jax.tree.map(lay, state)
+    return dataclasses.replace(laid, cache=state.cache.placed(), seen=constrain(state.seen, "batch", "vocab"))

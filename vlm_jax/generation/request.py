@@ -50,7 +50,7 @@ def interleaved(parts: Many[str | Picture | tuple[Picture, ...]], seed: int | No
     """Texts and pictures as they come, read as they are: `[picture, "a cat", picture, "a"]`.
 
     Args:
-      parts: a str is text; a Path, bytes, an array or a PIL image is a picture, a tuple of them a film.
+      parts: a str is text; a Path, bytes, an array or a PIL image is a picture, a tuple of them a video.
     """
     content: list[Text | Medium] = []
     media = []

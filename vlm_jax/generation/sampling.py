@@ -49,7 +49,7 @@ def sample(logits: Array, sampling: Sampling, step: Array) -> Array:
     Temperature comes first, then top-k, then top-p of what is left. A logit of -inf is never picked.
 
     Args:
-      step: [] int32, the number of the token; the same seed and step give the same draw.
+      step: [B] int32, or [] for all rows, the number of the token; the same seed and step give the same draw.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # `cond`, for the noise and the sort are most of the work, and greedy decoding needs neither.
@@ -61,8 +61,9 @@ def _draw(logits: Array, greedy: Array, sampling: Sampling, step: Array) -> Arra
     logits = logits / jnp.where(warm, sampling.temperature, 1.0)[:, None]
     cut = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
     logits = jax.lax.cond(cut, keep_likeliest, lambda x, *_: x, logits, sampling.top_k, sampling.top_p)
-    noise = lambda seed: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:])
-    drawn = jnp.argmax(logits + jax.vmap(noise)(sampling.seeds), axis=-1).astype(jnp.int32)
+    noise = lambda seed, step: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:])
+    steps = jnp.broadcast_to(step, sampling.seeds.shape)
+    drawn = jnp.argmax(logits + jax.vmap(noise)(sampling.seeds, steps), axis=-1).astype(jnp.int32)
     return jnp.where(warm, drawn, greedy)
 
 

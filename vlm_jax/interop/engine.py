@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlm_jax.interop.files.source import Arrays, Source
 from vlm_jax.interop.plan import Problems, plan, resolve
-from vlm_jax.interop.source import Arrays, Source
 from vlm_jax.interop.table import Index, Shape, Table, pattern, written
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named, place_tree, shardings_of
@@ -66,14 +66,14 @@ def load_params(
     boxed: Any,
     mesh: Mesh,
     dtype: Any = None,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """Published weights -> our parameters on the mesh.
 
     Args:
       boxed: shapes and axis names of our parameters (`boxed_params`).
       dtype: to hold them in; None: the type they come in.
-      tell: called with the bytes read so far and in all.
+      progress: called with the bytes read so far and in all.
 
     Raises:
       ConversionError: a name, a shape or a value does not fit; PublishedError: a tensor cannot be read.
@@ -99,7 +99,7 @@ def load_params(
         # Waiting keeps the arrays of one parameter, not of all, alive on the host.
         params[path].block_until_ready()
         done += params[path].nbytes
-        tell(min(done, total), total)
+        progress(min(done, total), total)
     return nested(params)
 
 

@@ -75,6 +75,21 @@ def plain_block(config: Any, **changes: Any) -> BlockConfig:
     return BlockConfig(**sizes | changes)
 
 
+def squares(config: Any) -> dict[str, int]:
+    """The sizes of pictures and patches of any vision config.
+
+    Raises:
+      ValueError: they are not square, or not of three colours.
+    """
+    require(config, num_channels=3)
+    sizes = {}
+    for name in ("image_size", "patch_size"):
+        sizes[name] = getattr(config, name)
+        if not isinstance(sizes[name], int):
+            raise ValueError(f"{type(config).__name__}: {name}={sizes[name]}; only squares (one number) are implemented")
+    return sizes
+
+
 def rope(config: Any) -> RopeConfig:
     """
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vlm_jax.interop.source import Source, Tensor
+from vlm_jax.interop.files.source import Source, Tensor
 from vlm_jax.interop.table import Axes, Index, Row, Shape, Table, axes_of, pattern, written
 
 CHUNK = 64 << 20  # bytes of two copies that are compared at a time

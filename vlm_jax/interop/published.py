@@ -1,4 +1,4 @@
-"""Published checkpoints in and out: a folder -> model, parameters and processor, and back."""
+"""Published checkpoints in and out: opened by name, and the folders that transformers saves."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
-from vlm_jax.interop import safetensors_files
-from vlm_jax.interop.encoder_processor import EncoderProcessor
-from vlm_jax.interop.engine import boxed_params, load_params, names_known, published_tensors
-from vlm_jax.interop.families import FAMILIES, Config, Family
-from vlm_jax.interop.folder import check_tokenizer, find, model_type, new_folder, open_weights, read_config
-from vlm_jax.interop.gguf_checkpoint import GgufCheckpoint
-from vlm_jax.interop.onnx_dinov2 import OnnxDinov2
-from vlm_jax.interop.openflamingo_checkpoint import MODEL_TYPE, OpenFlamingo, openflamingo_processor
-from vlm_jax.interop.source import PublishedError
+from vlm_jax.interop.checkpoint import Checkpoint, Config
+from vlm_jax.interop.files.folder import check_tokenizer, find, known_type, open_weights, read_config
+from vlm_jax.interop.files.source import PublishedError
+from vlm_jax.interop.register import FAMILIES, FILES, LANGUAGE, LanguageFamily
 from vlm_jax.interop.table import Table
-from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
-from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.published import PublishedProcessor
 
@@ -50,109 +41,117 @@ UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
     "min_p": (None,),
     "guidance_scale": (None, 1),
 }
-MODELS = {ModelConfig: VisionLanguageModel, DualEncoderConfig: DualEncoder, ImageTowerConfig: ImageTower}
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-    """A published checkpoint whose configuration is read and whose weights are not yet."""
+class Family:
+    """A family whose folders transformers saves and loads.
 
-    folder: Path
-    hf_config: Any  # transformers'
-    family: Family
-    config: Config
-    processor: PublishedProcessor | EncoderProcessor
-    pickles: bool
+    Attributes:
+      table: from our configuration and transformers'; the names that are written.
+      other_tables: of the same tensors under names that are read, not written.
+      processor: from the same two and transformers' processor; of a model that answers, the rest as `PublishedProcessor`
+        takes it.
+      pads_to_square: whether it was evaluated with pictures padded to squares, see `PublishedMedia.background`.
+    """
 
-    def load_params(self, mesh: Mesh, dtype: Any = None, tell: Callable[[int, int], None] = lambda done, total: None) -> Any:
-        """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`."""
-        source = open_weights(self.folder, self.pickles)
-        tables = (self.table, *(table(self.config) for table in self.family.other_tables))
-        table = max(tables, key=lambda table: names_known(table, source))
-        return load_params(source, table, boxed_params(MODELS[type(self.config)](self.config)), mesh, dtype, tell)
+    config_from_hf: Callable[[Any], Config]
+    table: Callable[[Any, Any], Table]
+    processor: Callable[..., PublishedProcessor | EncoderProcessor]
+    other_tables: tuple[Callable[[Any], Table], ...] = ()
+    pads_to_square: bool = False
 
-    @property
-    def table(self) -> Table:
-        """The names that are written."""
-        return self.family.table(self.config, self.hf_config)
+    def open(self, folder: Path, *, pickles: bool, pad_to_square: bool) -> Checkpoint:
+        """
+        Raises:
+          PublishedError: the folder is damaged, or pictures are to be padded of a family that does not.
+        """
+        if pad_to_square and not self.pads_to_square:
+            raise PublishedError(f"{folder}: only LLaVA-1.5 was evaluated with pictures padded to squares")
+        hf_config = read_config(folder, FAMILIES)
+        try:
+            config = self.config_from_hf(hf_config)
+        except ValueError as error:
+            raise PublishedError(f"{folder / 'config.json'}: {error}") from error
+        answers = isinstance(config, ModelConfig)
+        wrapped = read_processor(folder, vision=not answers or config.vision is not None)
+        if not answers or config.vision is not None:
+            config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
+        settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
+        processor = self.processor(config, hf_config, wrapped, *settings)
+        if pad_to_square:
+            background = tuple(int(255 * mean) for mean in config.vision.mean)
+            media = dataclasses.replace(processor.media, background=background)
+            processor.spread = dataclasses.replace(processor.spread, media=media)
+        return Checkpoint(
+            path=folder,
+            config=config,
+            processor=processor,
+            tables=(self.table(config, hf_config), *(table(config) for table in self.other_tables)),
+            open_source=lambda: open_weights(folder, pickles),
+            keep_files=lambda target: _keep_files(folder, target),
+        )
 
-    def export(self, params: Any, folder: str | Path) -> int:
-        """Writes a folder that transformers loads: `params`, and this checkpoint's configuration, tokenizer and processor.
-
-        Returns:
-          the bytes of the weights.
+    def open_processor(self, folder: Path) -> Processor:
+        """The processing alone.
 
         Raises:
-          PublishedError: the folder holds something already; ConversionError: the parameters are not of this model.
+          PublishedError: the folder is damaged.
         """
-        target = new_folder(folder)
-        written = safetensors_files.write(target, published_tensors(params, self.table))
-        self.keep_files(target)
-        path = target / "config.json"
-        config = json.loads(path.read_text())
-        held = str(jax.tree.leaves(params)[0].dtype)
-        if config.get("dtype", held) != held:
-            path.write_text(json.dumps(config | {"dtype": held}, indent=2) + "\n")
-        return written
-
-    def keep_files(self, folder: Path) -> None:
-        """Copies everything but the weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in self.folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
-                shutil.copyfile(file, folder / file.name)
+        return self.open(folder, pickles=False, pad_to_square=False).processor
 
 
-Checkpoint = Published | OpenFlamingo | GgufCheckpoint | OnnxDinov2  # what can be read, each with the methods of the first
+def register_language(*names: str, part: LanguageFamily) -> None:
+    """Registers a language model of these `model_type`s as a part of larger models, and by itself."""
+    alone = Family(
+        config_from_hf=lambda hf: ModelConfig(vision=None, connector=None, fusion=None, language=part.config_from_hf(hf)),
+        table=lambda config, hf: part.table(config.language).under(ours="language/"),
+        processor=lambda config, hf, *rest: PublishedProcessor(*rest),
+    )
+    LANGUAGE.add(*names)(part)
+    FAMILIES.add(*names)(alone)
 
 
 def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
     """Finds (or fetches) a checkpoint and reads all of it but the weights.
 
     Args:
+      pickles: whether PyTorch's pickles may be read; nothing in them is executed.
       pad_to_square: LLaVA-1.5 alone, see `PublishedMedia.background`.
 
     Raises:
       PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
     """
-    folder = find(name, pickles)
-    if pad_to_square and (folder.is_file() or model_type(folder) != "llava"):
-        raise PublishedError(f"{folder}: only LLaVA-1.5 was evaluated with pictures padded to squares")
-    if folder.is_file():
-        return OnnxDinov2(folder) if folder.suffix == ".onnx" else GgufCheckpoint(folder)
-    if model_type(folder) == MODEL_TYPE:
-        return OpenFlamingo(folder, pickles)
-    hf_config = read_config(folder, FAMILIES)
-    family = FAMILIES[hf_config.model_type]
-    try:
-        config = family.config_from_hf(hf_config)
-    except ValueError as error:
-        raise PublishedError(f"{folder / 'config.json'}: {error}") from error
-    answers = isinstance(config, ModelConfig)
-    wrapped = _processor(folder, vision=not answers or config.vision is not None)
-    if not answers or config.vision is not None:
-        config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
-    settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
-    processor = family.processor(config, hf_config, wrapped, *settings)
+    path = find(name, pickles)
+    if path.is_dir():
+        return FAMILIES[known_type(path, FAMILIES)].open(path, pickles=pickles, pad_to_square=pad_to_square)
     if pad_to_square:
-        background = tuple(int(255 * mean) for mean in config.vision.mean)
-        media = dataclasses.replace(processor.media, background=background)
-        processor.spread = dataclasses.replace(processor.spread, media=media)
-    return Published(folder, hf_config, family, config, processor, pickles)
+        raise PublishedError(f"{path}: only LLaVA-1.5 was evaluated with pictures padded to squares")
+    return FILES[path.suffix](path)
 
 
 def open_processor(folder: Path) -> Processor:
-    """The processing that was kept with a run (`keep_files`), without any weights.
+    """The processing that was kept with a run (`Checkpoint.keep_files`), without any weights.
 
     Raises:
       PublishedError: it is missing or damaged.
     """
-    if not (folder / "config.json").is_file():  # of a GGUF file
-        tokenizer = _processor(folder, vision=False)
-        return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
-    if model_type(folder) == MODEL_TYPE:
-        return openflamingo_processor(folder)
-    return open_published(folder).processor
+    if (folder / "config.json").is_file():
+        return FAMILIES[known_type(folder, FAMILIES)].open_processor(folder)
+    return language_processor(read_processor(folder, vision=False))  # of a checkpoint in one file
+
+
+def language_processor(tokenizer: Any) -> PublishedProcessor:
+    """Of transformers' tokenizer alone."""
+    return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
+
+
+def _keep_files(folder: Path, target: Path) -> None:
+    """Copies everything but the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
+            shutil.copyfile(file, target / file.name)
 
 
 def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
@@ -163,7 +162,12 @@ def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
     return dataclasses.replace(config, **{part: _with_pixels(getattr(config, part), pixels)})
 
 
-def _processor(folder: Path, *, vision: bool) -> Any:
+def read_processor(folder: Path, *, vision: bool) -> Any:
+    """transformers' processor, or its tokenizer alone.
+
+    Raises:
+      PublishedError: it is missing or damaged.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
     try:

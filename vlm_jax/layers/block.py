@@ -16,7 +16,9 @@ from vlm_jax.config import Activation, BlockConfig, NormConfig
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.ops.activations import ACTIVATIONS
-from vlm_jax.ops.attention import attend, attention_weights
+from vlm_jax.ops.attention import attend
+from vlm_jax.ops.attention_dense import attention_weights
+from vlm_jax.ops.masks import Mask
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
@@ -68,11 +70,11 @@ class Attention(nn.Module):
         """[B, T, N, H] -> [B, T, D]."""
         return constrain(self.out(y), "batch", "length", None)
 
-    def weights(self, x: Array, kv: KeyValue, mask: Array | None = None) -> Array:
+    def weights(self, x: Array, kv: KeyValue, mask: Mask | None = None) -> Array:
         """Where `x` looks: [B, T, S] float32, the mean over the heads."""
         return jnp.mean(attention_weights(self.queries(x), kv[0], mask), axis=1)
 
-    def __call__(self, x: Array, kv: KeyValue, mask: Array | None = None) -> Array:
+    def __call__(self, x: Array, kv: KeyValue, mask: Mask | None = None) -> Array:
         """Cross-attention of `x` [B, T, D] over `kv`."""
         return self.output(attend(self.queries(x), *kv, mask))
 
@@ -100,15 +102,20 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x); with `parallel_residual` x + attention(norm x) + mlp(norm x).
 
+    The two norms differ, but with `shared_norm`.
+
     What the attention does with its queries, keys and values (rotary, mask, cache) is the caller's: `attention_of` takes
-    (q [B, T, N, H], k, v [B, T, K, H]) to (y [B, T, N, H], anything), and the anything is returned beside the output.
+    (q [B, T, N, H], k, v [B, T, K, H]) to (y [B, T, N, H], anything). Beside the output the anything is returned, and by name
+    what an objective or a report may want to know of the layer: "router_logits" [B, T, E] of a mixture of experts.
     """
 
     config: BlockConfig
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, attention_of: Callable[[Array, Array, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, attention_of: Callable[[Array, Array, Array], tuple[Array, Any]]
+    ) -> tuple[Array, Any, dict[str, Array]]:
         config = self.config
         attention = Attention(
             config.width,
@@ -122,13 +129,22 @@ class Block(nn.Module):
             query_init=config.query_init,
             name="attention",
         )
-        mlp = _feed_forward(config, self.dtype)
-        y = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
-        y, extra = attention_of(attention.queries(y), *attention.keys_values(y))
+        normed = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
+        y, extra = attention_of(attention.queries(normed), *attention.keys_values(normed))
         attended = x + self._scaled("attention_scale", attention.output(y))
         x = x if config.parallel_residual else attended
-        y = mlp(Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x))
-        return attended + self._scaled("mlp_scale", y), extra
+        if not config.shared_norm:
+            normed = Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)
+        y, aux = self._feed_forward(normed)
+        return attended + self._scaled("mlp_scale", y), extra, aux
+
+    def _feed_forward(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        config = self.config
+        if config.experts is not None:
+            y, logits = MixtureOfExperts(config, self.dtype, name="mlp")(x)
+            return y, {"router_logits": logits}
+        sizes = (config.width, config.mlp_width, config.activation, config.gated_mlp, config.mlp_bias)
+        return Mlp(*sizes, self.dtype, name="mlp")(x), {}
 
     def _scaled(self, name: str, y: Array) -> Array:
         if not self.config.layer_scale:
@@ -136,12 +152,6 @@ class Block(nn.Module):
         # Small at first, as DINOv2's: a deep stack begins near the identity.
         factor = self.param(name, named(nn.initializers.constant(0.1), "norm"), (self.config.width,))
         return y * factor.astype(y.dtype)
-
-
-def _feed_forward(config: BlockConfig, dtype: Dtype) -> nn.Module:
-    if config.experts is not None:
-        return MixtureOfExperts(config, dtype, name="mlp")
-    return Mlp(config.width, config.mlp_width, config.activation, config.gated_mlp, config.mlp_bias, dtype, name="mlp")
 
 
 def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Mapping[str, Any]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import AlibiConfig, DecoderConfig, LearnedPositionsConfig, RopeConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Block, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.masks import alibi_bias, causal_mask
+from vlm_jax.ops.masks import Mask, alibi_of, causal_mask
 from vlm_jax.ops.rotary import rotary_angles, rotate
 from vlm_jax.sharding import constrain, named
 
@@ -28,28 +29,31 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far. A slot with segment 0 is empty or padding, and nothing sees it.
+    """Keys and values of the tokens so far, each row's from its slot 0 on. A slot with segment 0 is empty: nothing sees it.
 
     The heads stand before the slots: attention multiplies a matrix a head, and takes each as it lies.
     """
 
-    keys: Array  # [L, B, K, S, H]
-    values: Array  # [L, B, K, S, H]
+    keys: Any  # [L, B, K, S, H], or where layers are held one by one a tuple of L
+    values: Any  # likewise
     positions: Array  # [B, S] int32
     segments: Array  # [B, S] int32
-    used: Array  # [] int32, slots filled so far, the same for all rows
+    used: Array  # [B] int32, slots that are filled
+
+    def with_slots(self, slots: int) -> Cache:
+        """With so many slots, the new ones empty."""
+        wide = lambda x, axis: jnp.pad(x, [(0, slots - x.shape[axis] if axis == at else 0) for at in range(x.ndim)])
+        keys, values = (jax.tree.map(lambda x: _placed(wide(x, x.ndim - 2)), part) for part in (self.keys, self.values))
+        return Cache(keys, values, wide(self.positions, 1), wide(self.segments, 1), self.used)
+
+    def placed(self) -> Cache:
+        """Where it lies on the mesh of the context, so that it keeps its place from step to step."""
+        keys, values = (jax.tree.map(_placed, part) for part in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
 
 
-CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head")
-
-
-def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
-    """A cache for `slots` tokens of each of `rows` rows."""
-    block = config.block
-    shape = (config.layers, rows, block.kv_heads, slots, block.head_width)
-    blank = jnp.zeros((rows, slots), jnp.int32)
-    empty = constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
-    return Cache(empty, empty, blank, blank, jnp.zeros((), jnp.int32))
+def _placed(x: Array) -> Array:
+    return constrain(x, *("layers", "batch", "kv_heads", "length", "head")[-x.ndim :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,16 @@ class Between:
     apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
 
 
+class Output(NamedTuple):
+    """What a language model gives of tokens."""
+
+    hidden: Array  # [B, T, D]
+    cache: Cache | None  # with these tokens in it
+    between: Any  # what the layers between collected, [G, ...]
+    layers: dict[str, Array]  # auxiliary outputs of each layer, [L, ...]; see `Block`
+
+
+@MODULES.add(DecoderConfig)
 class Decoder(nn.Module):
     """Tokens -> `embed` -> hidden states -> `head` -> logits."""
 
@@ -82,7 +96,7 @@ class Decoder(nn.Module):
         self.layers = stacked(self, "layers", self.block, config.layers, *example)
         self.final_norm = Norm(block.norm, block.width, self.dtype)
         if not config.tied_head:
-            self.lm_head = Linear({"embed": block.width}, {"vocab": config.vocab_size}, False, self.dtype)
+            self.lm_head = Linear({"embed": block.width}, {"vocab": config.vocab_size}, config.head_bias, self.dtype)
 
     def embed(self, tokens: Array, positions: Array) -> Array:
         """[B, T] -> [B, T, D]."""
@@ -108,54 +122,76 @@ class Decoder(nn.Module):
         x: Array,
         positions: Array,
         segments: Array,
+        *,
         cache: Cache | None = None,
+        keep: bool = False,
         between: Between | None = None,
         prefix_end: Array | None = None,
-    ) -> tuple[Array, Cache | None, Any]:
-        """Embeddings [B, T, D] -> hidden states [B, T, D], the cache with these tokens in it, and what `between` collected.
+    ) -> Output:
+        """Embeddings [B, T, D] -> hidden states [B, T, D].
 
         Args:
           positions, segments: [B, T] int32.
-          cache: of the tokens before, or None: the row is whole.
+          cache: of the tokens before these, which are written behind them; None: these are the first.
+          keep: whether the first tokens leave a cache, of T slots. Padding stands behind them then.
           prefix_end: [B, T] int32, the last position each token sees in a prefix-LM; None: its own.
         """
         config = self.config
-        if cache is None:
-            k_positions, k_segments, kv = positions, segments, None
-        else:
-            put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.used))
-            k_positions, k_segments = put(cache.positions, positions), put(cache.segments, segments)
-            kv = (cache.keys, cache.values)
+        rows = jnp.arange(x.shape[0])[:, None]
+        slots = None if cache is None else cache.used[:, None] + jnp.arange(x.shape[1])
+        put = lambda old, new: new if cache is None else old.at[rows, slots].set(new, mode="drop")
+        k_positions = put(cache and cache.positions, positions)
+        k_segments = put(cache and cache.segments, segments)
         mask_of = _masks(config, prefix_end, positions, k_positions, segments, k_segments)
-        angles = bias = None
+        angles = alibi = None
         if isinstance(config.positions, RopeConfig):
             angles = rotary_angles(config.positions, config.block.head_width, positions, segments)
         elif isinstance(config.positions, AlibiConfig):
-            bias = alibi_bias(positions, k_positions, config.block.heads, config.positions.max_bias)
+            alibi = alibi_of(positions, k_positions, config.block.heads, config.positions.max_bias)
 
-        def layer(carry: tuple[Array, Any], indexed: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
-            (x, kv), (index, params) = carry, indexed
+        def layer(carry: tuple[Array, Any], indexed: tuple[Any, ...]) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
+            (x, held), (index, params, own) = carry, indexed
 
             def attention_of(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                 if angles is not None:
                     q, k = rotate(q, *angles), rotate(k, *angles)
-                if kv is None:
-                    return attend(q, k, v, mask_of(index), bias), None
-                # The whole cache is carried and one place of it written, so that XLA updates it in place.
-                write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], (index, 0, 0, cache.used, 0))
-                new = tuple(write(old, part.astype(old.dtype).swapaxes(1, 2)) for old, part in zip(kv, (k, v), strict=True))
-                return attend(q, *(part[index].astype(q.dtype).swapaxes(1, 2) for part in new), mask_of(index), bias), new
+                if cache is None:
+                    return attend(q, k, v, mask_of(index), alibi), (k, v)
+                at = (rows, slice(None), slots)
+                if held is not None:
+                    # The whole stack is carried and some places of it written, so that XLA updates it in place.
+                    new = tuple(_write(old, part, (index, *at)) for old, part in zip(held, (k, v), strict=True))
+                    seen = tuple(part[index] for part in new)
+                else:
+                    seen = new = tuple(_write(old, part, at) for old, part in zip(own, (k, v), strict=True))
+                return attend(q, *(part.astype(q.dtype).swapaxes(1, 2) for part in seen), mask_of(index), alibi), new
 
-            x, kv = self.block.apply({"params": params}, x, attention_of)
-            return (constrain(x, "batch", "length", None), kv), None
+            x, new, aux = self.block.apply({"params": params}, x, attention_of)
+            x = constrain(x, "batch", "length", None)
+            if held is not None:
+                return (x, new), (None, aux)
+            if cache is None:
+                new = tuple(part.swapaxes(1, 2) for part in new) if keep else None
+            return (x, None), (new, aux)
 
-        (x, kv), collected = _run((x, kv), self.layers, layer, between, self.remat)
-        if cache is not None:
-            cache = Cache(*kv, k_positions, k_segments, cache.used + positions.shape[1])
-        return self.final_norm(x), cache, collected
+        one_by_one = isinstance(self.layers, tuple)
+        stack = None if cache is None or one_by_one else (cache.keys, cache.values)
+        own = tuple(zip(cache.keys, cache.values, strict=True)) if cache is not None and one_by_one else None
+        (x, stack), (kept, aux), collected = _run((x, stack), self.layers, own, layer, between, self.remat)
+        if cache is not None or keep:
+            keys, values = stack if stack is not None else (zip(*kept, strict=True) if one_by_one else kept)
+            keys, values = (tuple(part) if one_by_one else part for part in (keys, values))
+            used = jnp.sum(segments > 0, axis=1, dtype=jnp.int32) + (0 if cache is None else cache.used)
+            cache = Cache(keys, values, k_positions, k_segments, used)
+        return Output(self.final_norm(x), cache, collected, aux)
 
 
-def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> Callable[[Any], Array]:
+def _write(old: Array, new: Array, at: tuple[Any, ...]) -> Array:
+    """Keys or values [B, T, K, H] into a cache; what has no slot is dropped."""
+    return old.at[at].set(new.astype(old.dtype), mode="drop")
+
+
+def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> Callable[[Any], Mask]:
     """The number of a layer -> its mask, from the arguments of `causal_mask`."""
     if not isinstance(config.window, tuple):
         mask = causal_mask(*places, config.window, prefix_end)
@@ -171,52 +207,68 @@ def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> C
 UNROLL = 8
 
 
-def _run(carry: Any, layers: Any, layer: Callable, between: Between | None, remat: str) -> tuple[Any, Any]:
+def _run(carry: Any, layers: Any, own: Any, layer: Callable, between: Between | None, remat: str) -> tuple[Any, Any, Any]:
     """Scans `layer` over `layers`, and `between` in its places.
 
     The layers fall into groups of `between.every`; whole groups are scanned, so that compile time does not grow with depth,
     and the rest, fewer than a group, follows. Layers given as a tuple run one after the other.
+
+    Args:
+      own: of layers in a tuple, what each has of its own beside its parameters; None: nothing.
+
+    Returns:
+      the carry, what the layers gave beside it, [L, ...] or of a tuple one by one, and what those between collected, [G, ...].
     """
     if isinstance(layers, tuple):
-        return _run_each(carry, layers, layer, between)
+        return _run_each(carry, layers, own, layer, between)
     length = jax.tree.leaves(layers)[0].shape[0]
-    indexed = (jnp.arange(length), layers)
+    indexed = (jnp.arange(length), layers, None)
     part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
-    scan = lambda carry, xs, unroll=1: jax.lax.scan(rematerialised(layer, remat), carry, xs, unroll=unroll)[0]
+    scan = lambda carry, xs, unroll=1: jax.lax.scan(rematerialised(layer, remat), carry, xs, unroll=unroll)
     if between is None:
-        return scan(carry, indexed), None
+        return *scan(carry, indexed), None
     every, offset = between.every, between.offset
     cross = rematerialised(between.apply, remat)
 
     def group(carry: Any, xs: Any, unroll: int = UNROLL) -> tuple[Any, Any]:
         layers, one = xs
-        carry = scan(carry, part(layers, 0, offset), unroll) if offset else carry
+        carry, before = scan(carry, part(layers, 0, offset), unroll) if offset else (carry, None)
         x, collected = cross(carry[0], one)
-        return scan((x, carry[1]), part(layers, offset, None), unroll), collected
+        carry, behind = scan((x, carry[1]), part(layers, offset, None), unroll)
+        return carry, (_joined([before, behind] if offset else [behind]), collected)
 
     groups, rest = divmod(length, every)
-    collected = []
+    given, collected = [], []
     if groups:
         grouped = jax.tree.map(lambda p: p.reshape(groups, every, *p.shape[1:]), part(indexed, 0, groups * every))
-        carry, seen = jax.lax.scan(group, carry, (grouped, part(between.layers, 0, groups)))
+        carry, (one, seen) = jax.lax.scan(group, carry, (grouped, part(between.layers, 0, groups)))
+        given.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), one))
         collected.append(seen)
     if rest:
         last = part(indexed, groups * every, None)
         if offset < rest:
-            carry, seen = group(carry, (last, jax.tree.map(lambda p: p[groups], between.layers)), unroll=1)
+            carry, (one, seen) = group(carry, (last, jax.tree.map(lambda p: p[groups], between.layers)), unroll=1)
             collected.append(jax.tree.map(lambda s: s[None], seen))
         else:
-            carry = scan(carry, last)
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else None
+            carry, one = scan(carry, last)
+        given.append(one)
+    return carry, _joined(given), _joined(collected)
 
 
-def _run_each(carry: Any, layers: tuple[Any, ...], layer: Callable, between: Between | None) -> tuple[Any, Any]:
+def _joined(parts: list[Any]) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) if parts else None
+
+
+def _run_each(carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, between: Between | None) -> tuple[Any, Any, Any]:
     """`_run` without a scan."""
-    collected = []
+    kept, aux, collected = [], [], []
     for index, params in enumerate(layers):
         if between is not None and index % between.every == between.offset:
             x, seen = between.apply(carry[0], between.layers[index // between.every])
             carry = (x, *carry[1:])
             collected.append(seen)
-        carry, _ = layer(carry, (index, params))
-    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *collected) if collected else None
+        carry, (one, more) = layer(carry, (index, params, None if own is None else own[index]))
+        kept.append(one)
+        aux.append(more)
+    stack = lambda parts: jax.tree.map(lambda *parts: jnp.stack(parts), *parts) if parts else None
+    return carry, (kept, stack(aux)), stack(collected)

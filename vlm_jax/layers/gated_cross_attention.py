@@ -5,6 +5,8 @@ Axis letters: B rows, T tokens, M image slots, R visual tokens of a slot, S = M 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,13 +14,23 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import DecoderConfig, GatedCrossAttentionConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Attention, KeyValue, Mlp, stacked
 from vlm_jax.layers.decoder import Between
 from vlm_jax.layers.linear import Norm
-from vlm_jax.ops.masks import media_mask
-from vlm_jax.sharding import named
+from vlm_jax.ops.masks import Mask, media_mask
+from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys_values"], meta_fields=["slots"])
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the gated layers keep of the media of every row."""
+
+    keys_values: Any  # two of [G, B, M * R, N, H], or where layers are held one by one a tuple of G such pairs without G
+    slots: int  # M
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -55,26 +67,27 @@ class GatedCrossAttentionBlock(nn.Module):
         """Visual tokens [B, S, D'] -> keys and values, each [B, S, N, H]."""
         return self.attention.keys_values(visual)
 
-    def weights(self, x: Array, mask: Array, visual: Array | None, kv: KeyValue | None = None) -> Array:
+    def weights(self, x: Array, mask: Mask, visual: Array | None, kv: KeyValue | None = None) -> Array:
         """Where each token looks: [B, T, S]."""
         return self.attention.weights(self.attention_norm(x), kv or self.keys_values(visual), mask)
 
     def __call__(
-        self, x: Array, mask: Array, visual: Array | None, kv: KeyValue | None = None, alike: Array | None = None
+        self, x: Array, mask: Mask, visual: Array | None, kv: KeyValue | None = None, uniform: Array | None = None
     ) -> Array:
-        """x [B, T, D], mask [B, T, S], and visual tokens [B, S, D'] or the keys and values made of them.
+        """x [B, T, D], mask of T tokens and S keys, and visual tokens [B, S, D'] or the keys and values made of them.
 
-        Tokens in `alike` [B, T] look at all that they see alike.
+        Tokens in `uniform` [B, T] look at all that they see with the same weight.
         """
         kv = kv or self.keys_values(visual)
         gates = [jnp.tanh(gate).astype(self.dtype) for gate in (self.attention_gate, self.mlp_gate)]
         y = self.attention_norm(x)
         # A query of zeros is as near to one key as to another.
-        y = y if alike is None else jnp.where(alike[..., None], 0, y)
+        y = y if uniform is None else jnp.where(uniform[..., None], 0, y)
         x = x + gates[0] * self.attention(y, kv, mask)
         return x + gates[1] * self.mlp(self.mlp_norm(x))
 
 
+@MODULES.add(GatedCrossAttentionConfig)
 class GatedCrossAttention(nn.Module):
     """All gated layers of a model, standing before language layers `i` with `i % every == offset`."""
 
@@ -92,24 +105,40 @@ class GatedCrossAttention(nn.Module):
                 f"`every`, and at least one of the {self.language.layers} layers must match"
             )
         self.block = GatedCrossAttentionBlock(config, width, self.visual_width, self.dtype, parent=None)
-        example = (jnp.zeros((1, 1, width)), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, self.visual_width)))
+        example = (jnp.zeros((1, 1, width)), Mask.of_keys(jnp.ones((1, 1), bool)), jnp.zeros((1, 1, self.visual_width)))
         self.layers = stacked(self, "layers", self.block, count, *example)
 
-    def keys_values(self, visual: Array) -> KeyValue | tuple[KeyValue, ...]:
-        """The keys and values of every gated layer: [B, M, R, D'] -> two of [G, B, M * R, N, H], or a tuple of G."""
-        visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
-        if isinstance(self.layers, tuple):
-            return tuple(self.block.apply({"params": p}, visual, method="keys_values") for p in self.layers)
-        return jax.vmap(lambda p: self.block.apply({"params": p}, visual, method="keys_values"))(self.layers)
+    @nn.nowrap
+    def without_media(self, rows: int) -> Array:
+        """Visual tokens [B, 1, 1, D'] of a batch in which no row has a medium: one, that nothing sees.
 
-    def __call__(
+        The gated feed-forward still applies to every token.
+        """
+        return jnp.zeros((rows, 1, 1, self.visual_width), self.dtype)
+
+    @nn.nowrap
+    def insert(self, x: Array, places: Array | None, visual: Array | None) -> Array:
+        """Embeddings [B, T, D] as they are: visual tokens do not stand among them."""
+        return x
+
+    def memory(self, visual: Array) -> Memory:
+        """What is kept of the media while a model answers: [B, M, R, D'] -> the keys and values of every gated layer."""
+        slots, visual = visual.shape[1], visual.reshape(visual.shape[0], -1, visual.shape[-1])
+        of_layer = lambda params: tuple(
+            constrain(x, "batch", "length", "heads", "head")
+            for x in self.block.apply({"params": params}, visual, method="keys_values")
+        )
+        if isinstance(self.layers, tuple):
+            return Memory(tuple(of_layer(params) for params in self.layers), slots)
+        return Memory(jax.vmap(of_layer)(self.layers), slots)
+
+    def between(
         self,
         media_first: Array,
         media_last: Array,
-        slots: int,
         *,
         visual: Array | None = None,
-        keys_values: KeyValue | None = None,
+        memory: Memory | None = None,
         segments: Array | None = None,
         want_weights: bool = False,
     ) -> Between:
@@ -117,26 +146,27 @@ class GatedCrossAttention(nn.Module):
 
         Args:
           media_first, media_last: [B, T] int32, the image slots each token may see.
-          slots: M.
           visual: [B, M, R, D'], in training: each layer makes its keys and values when it runs; or
-          keys_values: made once by `keys_values`, in generation.
+          memory: what was made of them once, in generation.
           segments: [B, T] int32 of packed rows; None: one conversation a row.
           want_weights: let each layer also return where every token looks, [B, T, M * R].
         """
-        seen = media_mask(media_first, media_last, slots, self.config.media, segments=segments)
         if visual is not None:
-            visual = visual.reshape(visual.shape[0], -1, visual.shape[-1])
-        tokens = visual.shape[1] if visual is not None else jax.tree.leaves(keys_values)[0].shape[-3]
-        mask = jnp.repeat(seen, tokens // slots, axis=-1)
-        alike = media_last == 0 if self.config.media == "all_previous_uniform" else None
+            slots, visual = visual.shape[1], visual.reshape(visual.shape[0], -1, visual.shape[-1])
+            tokens, kept = visual.shape[1], None
+        else:
+            slots, kept = memory.slots, memory.keys_values
+            tokens = jax.tree.leaves(kept)[0].shape[-3]
+        mask = media_mask(media_first, media_last, slots, self.config.media, segments=segments, tokens=tokens // slots)
+        uniform = media_last == 0 if self.config.media == "all_previous_uniform" else None
 
         def apply(x: Array, layer: tuple[Any, KeyValue | None]) -> tuple[Array, Array | None]:
             params, kv = layer
             inputs = ({"params": params}, x, mask, visual, kv)
             looks = self.block.apply(*inputs, method="weights") if want_weights else None
-            return self.block.apply(*inputs, alike), looks
+            return self.block.apply(*inputs, uniform), looks
 
-        layers = (self.layers, keys_values)
+        layers = (self.layers, kept)
         if isinstance(self.layers, tuple):
-            layers = tuple(zip(self.layers, keys_values or (None,) * len(self.layers), strict=True))
+            layers = tuple(zip(self.layers, kept or (None,) * len(self.layers), strict=True))
         return Between(self.config.every, self.config.offset, layers, apply)

@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import DecoderConfig, InSequenceConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
 
 
+@MODULES.add(InSequenceConfig)
 class InSequence(nn.Module):
     config: InSequenceConfig
     language: DecoderConfig
@@ -40,8 +42,22 @@ class InSequence(nn.Module):
         if self.config.newline:
             self.newline = self.param("newline", named(nn.initializers.normal(width**-0.5), "norm"), (width,))
 
-    def insert(self, x: Array, places: Array, visual: Array) -> Array:
+    @nn.nowrap
+    def without_media(self, rows: int) -> None:
+        """Of a batch in which no row has a medium there are no visual tokens."""
+
+    @nn.nowrap
+    def memory(self, visual: Array | None) -> None:
+        """Nothing is kept of the media beside the cache of the tokens."""
+
+    @nn.nowrap
+    def between(self, media_first: Array, media_last: Array, **rest: Any) -> None:
+        """Nothing stands between the language layers."""
+
+    def insert(self, x: Array, places: Array | None, visual: Array | None) -> Array:
         """Embeddings [B, T, D] with visual tokens [B, M, R, D] where `places` [B, T] int32 says."""
+        if places is None or visual is None:
+            return x
         table = visual.reshape(visual.shape[0], -1, visual.shape[-1])
         if self.config.newline:
             newline = jnp.broadcast_to(self.newline.astype(table.dtype), (table.shape[0], 1, table.shape[-1]))

@@ -28,14 +28,14 @@ class MixtureOfExperts(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """[B, T, D] -> [B, T, D], and what the router says of every token: [B, T, E]."""
         config, experts = self.config, self.config.experts
         if config.mlp_bias:
             raise ValueError("config.block: experts have no biases; set mlp_bias=False")
         logits = Linear({"embed": config.width}, {"experts": experts.number}, False, self.dtype, name="router")(x)
         y = Experts(config, self.dtype, name="experts")(x, logits)
-        return constrain(y, "batch", "length", None)
+        return constrain(y, "batch", "length", None), logits
 
 
 class Experts(nn.Module):

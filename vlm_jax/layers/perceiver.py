@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import PerceiverConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Attention, Mlp, stacked
 from vlm_jax.layers.linear import Norm
+from vlm_jax.ops.masks import Mask
 from vlm_jax.sharding import named
 
 Array = jax.Array
@@ -47,15 +49,16 @@ class PerceiverLayer(nn.Module):
         keys = jnp.concatenate([self.feature_norm(features), queries], axis=1)
         return queries, self.attention.keys_values(keys)
 
-    def weights(self, latents: Array, features: Array, mask: Array) -> Array:
+    def weights(self, latents: Array, features: Array, mask: Mask) -> Array:
         """Where each latent looks: [B, R, F * P + R]."""
         return self.attention.weights(*self._inputs(latents, features), mask)
 
-    def __call__(self, latents: Array, features: Array, mask: Array) -> Array:
+    def __call__(self, latents: Array, features: Array, mask: Mask) -> Array:
         latents = latents + self.attention(*self._inputs(latents, features), mask)
         return latents + self.mlp(self.mlp_norm(latents))
 
 
+@MODULES.add(PerceiverConfig)
 class PerceiverResampler(nn.Module):
     """Features [B, M, F, P, E] of any number of frames -> visual tokens [B, M, R, D], or with `per_frame` [B, M, F * R, D].
 
@@ -69,14 +72,14 @@ class PerceiverResampler(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Array, frames: Array, want_weights: bool = False, there: Array | None = None
+        self, features: Array, frames: Array, *, mask: Array | None = None, want_weights: bool = False
     ) -> tuple[Array, Array | None]:
         """
         Args:
           features: [B, M, F, P, E].
           frames: [B, M] int32, how many frames of the slot are there.
           want_weights: also return where every latent of every layer looks.
-          there: [B, M, F, P] bool, the features that are; None: all of the frames that are there.
+          mask: [B, M, F, P] bool, the features that are; None: all of the frames that are there.
 
         Returns:
           visual tokens, and None or the weights [layers, B, M, R, F * P + R] (the last R keys are the latents).
@@ -103,18 +106,18 @@ class PerceiverResampler(nn.Module):
         latents = jnp.broadcast_to(latents, (count, *latents.shape))
         features = features.reshape(count, -1, width)
         in_time = jnp.arange(most) < frames[..., None]
-        mask = jnp.broadcast_to(in_time[..., None], (rows, slots, most, patches))
-        mask = (mask if there is None else mask & there).reshape(count, -1)
-        mask = jnp.pad(mask, ((0, 0), (0, config.latents)), constant_values=True)[:, None]
+        seen = jnp.broadcast_to(in_time[..., None], (rows, slots, most, patches))
+        seen = (seen if mask is None else seen & mask).reshape(count, -1)
+        keys = Mask.of_keys(jnp.pad(seen, ((0, 0), (0, config.latents)), constant_values=True))
 
         layer = PerceiverLayer(config, width, self.dtype, parent=None)
         example = jnp.zeros((1, 1, width))
-        params = stacked(self, "layers", layer, config.layers, example, example, jnp.ones((1, 1, 2), bool))
+        params = stacked(self, "layers", layer, config.layers, example, example, Mask.of_keys(jnp.ones((1, 2), bool)))
 
         def step(latents: Array, params: Any) -> tuple[Array, Array | None]:
             variables = {"params": params}
-            seen = layer.apply(variables, latents, features, mask, method="weights") if want_weights else None
-            return layer.apply(variables, latents, features, mask), seen
+            looks = layer.apply(variables, latents, features, keys, method="weights") if want_weights else None
+            return layer.apply(variables, latents, features, keys), looks
 
         latents, weights = jax.lax.scan(step, latents, params)
         latents = Norm(config.norm, width, self.dtype, name="norm")(latents)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from vlm_jax.config import MlpProjectorConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.layers.linear import Linear
 from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.sharding import constrain
@@ -18,6 +19,7 @@ from vlm_jax.sharding import constrain
 Array = jax.Array
 
 
+@MODULES.add(MlpProjectorConfig)
 class MlpProjector(nn.Module):
     """Features [B, M, F, P, D] -> visual tokens [B, M, F * P, W]. A frame that is not there gives tokens that nothing reads."""
 
@@ -27,7 +29,7 @@ class MlpProjector(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Array, frames: Array, want_weights: bool = False, there: Array | None = None
+        self, features: Array, frames: Array, *, mask: Array | None = None, want_weights: bool = False
     ) -> tuple[Array, None]:
         """
         Raises:

@@ -14,16 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.config import VitConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.block import Block, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.patches import bucketed_positions, patches_there, patchify, resize_positions
+from vlm_jax.ops.masks import Mask
+from vlm_jax.ops.patches import bucketed_positions, patch_mask, patchify, resize_positions
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
 
 
+@MODULES.add(VitConfig)
 class Vit(nn.Module):
     """Images [B, H, W, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front; no registers.
 
@@ -75,10 +78,10 @@ class Vit(nn.Module):
         return used
 
     @nn.nowrap
-    def patches_there(self, sizes: Array, height: int, width: int) -> Array:
+    def patch_mask(self, sizes: Array, height: int, width: int) -> Array:
         """Of pictures of `sizes` pixels [B, 2] in the upper left of `height` x `width`, the whole patches: [B, P] bool."""
         patch = self.config.patch_size
-        return patches_there(sizes // patch, (height // patch, width // patch))
+        return patch_mask(sizes // patch, (height // patch, width // patch))
 
     @nn.nowrap
     def normalise(self, images: Array) -> Array:
@@ -108,8 +111,8 @@ class Vit(nn.Module):
             places = bucketed_positions((whole if sizes is None else sizes) // patch, grid, side)
             x = x + jnp.take(positions[front:], places, axis=0).astype(x.dtype)
             if sizes is not None:
-                there = patches_there(sizes // patch, grid)
-                mask = jnp.pad(there, ((0, 0), (front + config.registers, 0)), constant_values=True)[:, None]
+                whole = patch_mask(sizes // patch, grid)
+                mask = Mask.of_keys(jnp.pad(whole, ((0, 0), (front + config.registers, 0)), constant_values=True))
         else:
             x = x + resize_positions(positions[front:], grid, config.antialias).astype(x.dtype)
         before = [self.param("class_embedding", named(small, "embed"), (width,))[None] + positions[:1]] if front else []

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
+from vlm_jax.config.register import MODULES
 from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.linear import Linear
@@ -22,6 +23,7 @@ from vlm_jax.sharding import named
 Array = jax.Array
 
 
+@MODULES.add(ImageTowerConfig)
 class ImageTower(nn.Module):
     """A vision encoder and what makes one vector of its features."""
 
@@ -79,8 +81,8 @@ class TextTower(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         decoder = Decoder(encoder, self.dtype, self.remat, name="encoder")
         last_seen = None if config.causal else jnp.full(tokens.shape, length - 1, jnp.int32)
-        hidden, _, _ = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), prefix_end=last_seen)
-        pooled = jnp.take_along_axis(hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
+        out = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), prefix_end=last_seen)
+        pooled = jnp.take_along_axis(out.hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
         linear = {"embed": encoder.block.width}, {"projection": config.projection}
         return Linear(*linear, config.projection_bias, self.dtype, name="projection")(pooled)
 
@@ -93,6 +95,7 @@ class TextTower(nn.Module):
         return jnp.argmax(tokens if end is None else tokens == end, axis=1)
 
 
+@MODULES.add(DualEncoderConfig)
 class DualEncoder(nn.Module):
     """How well each image fits each text."""
 

@@ -13,38 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.config import (
-    DecoderConfig,
-    GatedCrossAttentionConfig,
-    InSequenceConfig,
-    MlpProjectorConfig,
-    ModelConfig,
-    PerceiverConfig,
-    VitConfig,
-)
-from vlm_jax.data.batch import Batch
-from vlm_jax.layers.block import KeyValue
-from vlm_jax.layers.decoder import Cache, Decoder
-from vlm_jax.layers.gated_cross_attention import GatedCrossAttention
-from vlm_jax.layers.in_sequence import InSequence
-from vlm_jax.layers.perceiver import PerceiverResampler
-from vlm_jax.layers.projector import MlpProjector
-from vlm_jax.layers.vit import Vit
+from vlm_jax.batch import Batch
+from vlm_jax.config import ModelConfig
+from vlm_jax.config.register import MODULES, module_of
+from vlm_jax.layers.decoder import Cache, Output
 
 Array = jax.Array
 
-# Which module a configuration stands for. A new part is a line here and a file in `layers/`.
-VISION = {VitConfig: Vit}
-CONNECTOR = {PerceiverConfig: PerceiverResampler, MlpProjectorConfig: MlpProjector}
-FUSION = {GatedCrossAttentionConfig: GatedCrossAttention, InSequenceConfig: InSequence}
-LANGUAGE = {DecoderConfig: Decoder}
 
-
+@MODULES.add(ModelConfig)
 class VisionLanguageModel(nn.Module):
     """Any vision encoder, connector, fusion and language model that fit together.
 
-    Training calls the model on a `Batch`. Generation calls its parts: `visual_tokens` and `keys_values` once, then `embed` and
-    `step` with the cache for the prompt and for every further token.
+    Training calls the model on a `Batch`. Generation calls its parts: `visual_tokens` and `memory` once, then `read` with a
+    cache for the prompt and for every further token, both of which are batches too.
     """
 
     config: ModelConfig
@@ -53,15 +35,15 @@ class VisionLanguageModel(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.language = LANGUAGE[type(config.language)](config.language, self.dtype, self.remat)
+        self.language = module_of(config.language)(config.language, self.dtype, self.remat)
         parts = (config.vision, config.connector, config.fusion)
         if any(parts) != all(parts):
             raise ValueError("config.model: vision, connector and fusion are all there, or none of them is")
         if self.has_vision:
-            width = config.vision.block.width
-            self.vision = VISION[type(config.vision)](config.vision, self.dtype, self.remat)
-            self.connector = CONNECTOR[type(config.connector)](config.connector, width, self.dtype)
-            self.fusion = FUSION[type(config.fusion)](config.fusion, config.language, config.visual_width, self.dtype)
+            width = config.vision.width
+            self.vision = module_of(config.vision)(config.vision, self.dtype, self.remat)
+            self.connector = module_of(config.connector)(config.connector, width, self.dtype)
+            self.fusion = module_of(config.fusion)(config.fusion, config.language, config.visual_width, self.dtype)
 
     @property
     def has_vision(self) -> bool:
@@ -71,46 +53,40 @@ class VisionLanguageModel(nn.Module):
     @property
     def uses_cross_attention(self) -> bool:
         """Whether layers of cross-attention read the images; else their visual tokens stand in the sequence."""
-        return isinstance(self.config.fusion, GatedCrossAttentionConfig)
+        return self.has_vision and not self.config.fusion.in_sequence
 
     @property
     def is_prefix_lm(self) -> bool:
         """Whether every token of a prompt sees all of it."""
-        return isinstance(self.config.fusion, InSequenceConfig) and self.config.fusion.prefix_lm
+        return self.has_vision and self.config.fusion.prefix_lm
 
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""
-        visual, between = self.visual_tokens(batch), None
-        x = self.embed(batch.tokens, batch.positions, batch.visual, visual)
-        if self.uses_cross_attention:
-            media = (batch.media_first, batch.media_last)
-            between = self.fusion(*media, visual.shape[1], visual=visual, segments=batch.segments)
-        prefix_end = batch.prefix_end if self.is_prefix_lm else None
-        hidden, _, _ = self.language(x, batch.positions, batch.segments, between=between, prefix_end=prefix_end)
-        return self.language.head(hidden)
+        return self.logits(self.hidden(batch)[0])
+
+    def hidden(self, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        """Of a packed batch, the hidden states [B, T, D], and what each layer gives beside them, [L, ...] (`Block`)."""
+        out = self.read(batch, visual=self.visual_tokens(batch))
+        return out.hidden, out.layers
 
     @nn.nowrap
     def example(self) -> tuple[Batch]:
         """The least input that makes all parameters."""
         side = self.config.vision.image_size if self.has_vision else 1
-        row = lambda dtype: np.zeros((1, 1), dtype)
         images = np.zeros((1, 1, 1, side, side, 3), np.uint8)
-        return (Batch(images, row(np.int32), *(row(np.int32) for _ in range(6)), visual=row(np.int32)),)
+        names = ("frames", "tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "visual")
+        return (Batch(images=images, **{name: np.zeros((1, 1), np.int32) for name in names}),)
 
     def visual_tokens(self, batch: Batch) -> Array | None:
-        """Of the pictures of a batch: [B, M, R, D]; None: no visual tokens stand in the sequence.
-
-        Where no row has a picture, the gated layers read one token that nothing sees: their feed-forward still applies to every
-        token.
-        """
-        if not self.has_vision or (batch.images is None and not self.uses_cross_attention):
+        """Of the pictures of a batch: [B, M, R, D]; None: the fusion needs none."""
+        if not self.has_vision:
             return None
         if batch.images is None:
-            return jnp.zeros((batch.tokens.shape[0], 1, 1, self.config.visual_width), self.dtype)
+            return self.fusion.without_media(batch.tokens.shape[0])
         return self.encode_images(batch.images, batch.frames, sizes=batch.sizes)[0]
 
     def encode_images(
-        self, images: Array, frames: Array, want_weights: bool = False, sizes: Array | None = None
+        self, images: Array, frames: Array, *, sizes: Array | None = None, want_weights: bool = False
     ) -> tuple[Array, Array | None]:
         """Images [B, M, F, H, W, 3] uint8, frames [B, M] -> visual tokens [B, M, R, D].
 
@@ -120,55 +96,46 @@ class VisionLanguageModel(nn.Module):
           sizes: [B, M, F, 2] int32, height and width of each frame, if they differ (`Vit`).
         """
         flat = images.reshape(-1, *images.shape[3:])
-        there = None
+        mask = None
         if sizes is not None:
             sizes = sizes.reshape(-1, 2)
-            there = self.vision.patches_there(sizes, *flat.shape[1:3])
-            there = there.reshape(*images.shape[:3], -1)
+            mask = self.vision.patch_mask(sizes, *flat.shape[1:3]).reshape(*images.shape[:3], -1)
         features = self.vision(flat, sizes)
         features = features.reshape(*images.shape[:3], *features.shape[1:])
-        return self.connector(features, frames, want_weights, there)
+        return self.connector(features, frames, mask=mask, want_weights=want_weights)
 
-    def keys_values(self, visual: Array) -> KeyValue:
-        """What the gated layers keep of the images: [B, M, R, D] -> two of [G, B, M * R, N, H]."""
-        return self.fusion.keys_values(visual)
+    def memory(self, visual: Array | None) -> Any:
+        """What is kept of the visual tokens [B, M, R, D] while the model answers, each array with the rows in front or behind
+        its layers; None: nothing."""
+        return self.fusion.memory(visual) if self.has_vision else None
 
-    def embed(self, tokens: Array, positions: Array, places: Array | None = None, visual: Array | None = None) -> Array:
-        """Tokens [B, T] -> [B, T, D]; with `places` [B, T] also the visual tokens [B, M, R, D] that stand in the sequence."""
-        x = self.language.embed(tokens, positions)
-        if places is None or visual is None or self.uses_cross_attention:
-            return x
-        return self.fusion.insert(x, places, visual)
-
-    def step(
+    def read(
         self,
-        x: Array,
-        positions: Array,
-        segments: Array,
-        media_first: Array,
-        media_last: Array,
-        cache: Cache | None,
-        images: KeyValue | None,
-        slots: int,
+        batch: Batch,
         *,
+        visual: Array | None = None,
+        memory: Any = None,
+        cache: Cache | None = None,
+        keep: bool = False,
         want_weights: bool = False,
-        prefix_end: Array | None = None,
-    ) -> tuple[Array, Cache | None, Array | None]:
-        """Some more tokens [B, T, D] of each row: hidden states [B, T, D], the cache, and where the tokens looked.
+    ) -> Output:
+        """The tokens of a batch [B, T]: hidden states [B, T, D], and what else `Output` has.
 
         Args:
-          x: of `embed`.
-          images: of `keys_values`; None: without the gated layers and their feed-forward. Rows without an image in a model
-            that has such layers take the keys and values of slots that no token may see.
-          slots: M.
-          prefix_end: [B, T] of prompts, see `Batch`; None: these tokens are causal.
+          visual: of `visual_tokens`, where the batch begins its rows; or
+          memory: of `memory`, where it goes on with them.
+          cache: of the tokens before these.
+          keep: whether tokens that begin their rows leave a cache.
+          want_weights: also where every token looked, as the fusion tells it.
         """
-        between = None
-        if images is not None:
-            media = (media_first, media_last)
-            between = self.fusion(*media, slots, keys_values=images, segments=segments, want_weights=want_weights)
-        prefix_end = prefix_end if self.is_prefix_lm else None
-        return self.language(x, positions, segments, cache, between, prefix_end)
+        x, between, prefix_end = self.language.embed(batch.tokens, batch.positions), None, None
+        if self.has_vision:
+            x = self.fusion.insert(x, batch.visual, visual)
+            media, seen = (batch.media_first, batch.media_last), {"segments": batch.segments, "want_weights": want_weights}
+            between = self.fusion.between(*media, visual=None if memory is not None else visual, memory=memory, **seen)
+            prefix_end = batch.prefix_end if self.config.fusion.prefix_lm else None
+        tokens = (x, batch.positions, batch.segments)
+        return self.language(*tokens, cache=cache, keep=keep, between=between, prefix_end=prefix_end)
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> [B, T, V] float32."""

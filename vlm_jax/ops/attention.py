@@ -1,59 +1,34 @@
-"""Scaled dot-product attention.
+"""Scaled dot-product attention: one function, and behind it whatever serves a call best.
 
-Axis letters: B batch, T queries, S keys, N query heads, K key/value heads (N = K * G, G queries share a key), H head width.
+A kernel is a file with `refuses` (why it does not serve a call, "" if it does) and `attend`. The first of `KERNELS` that serves
+is taken; the last one serves everything.
+
+Axis letters: B batch, T queries, S keys, N query heads, K key/value heads, H head width.
 """
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+
+from vlm_jax.ops import attention_chunked, attention_dense
+from vlm_jax.ops.masks import Alibi, Mask
 
 Array = jax.Array
 
-
-def _exponentials(q: Array, k: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
-    """Unnormalised softmax of q k^T and what to divide it by, float32: [B, K, G, T, S] and [B, K, G, T, 1]."""
-    batch, queries, heads, width = q.shape
-    groups = heads // k.shape[2]
-    # Heads in front and the queries of a group folded together: one plain batched matrix product on every backend.
-    q = q.reshape(batch, queries, k.shape[2], groups, width).transpose(0, 2, 3, 1, 4)
-    q = (q * width**-0.5).reshape(batch, k.shape[2], groups * queries, width)
-    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, k.shape[2], groups, queries, -1)
-    if bias is not None:
-        logits = logits + bias.reshape(bias.shape[0], k.shape[2], groups, *bias.shape[2:])
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    # A query that sees no key has only -inf: without the bound, exp(-inf + inf) is NaN.
-    weights = jnp.exp(logits - jnp.maximum(top, jnp.finfo(jnp.float32).min))
-    sums = jnp.sum(weights, axis=-1, keepdims=True)
-    # 1 and not a tiny number where nothing is seen: the gradient of a division by it overflows.
-    return weights, jnp.where(sums > 0, sums, 1.0)
+KERNELS = (attention_dense, attention_chunked)
 
 
-def attention_weights(q: Array, k: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
-    """Softmax of q k^T / sqrt(H): [B, N, T, S] float32. Arguments as in `attend`."""
-    weights, sums = _exponentials(q, k, mask, bias)
-    return (weights / sums).reshape(q.shape[0], q.shape[2], q.shape[1], -1)
-
-
-def attend(q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: Mask | None = None, alibi: Alibi | None = None) -> Array:
     """Attention of `q` over `k`, `v`.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, S, K, H] with N a multiple of K (grouped-query attention, Ainslie et al. 2023).
-      mask: [B or 1, T, S] bool, True where the query may see the key.
-      bias: [B or 1, N, T or 1, S] float32, added to the logits (ALiBi).
+      mask: None: every query sees every key.
+      alibi: what is added to the logits.
 
     Returns:
       [B, T, N, H] in the type of `v`. A query that sees no key gets exactly 0.
     """
-    weights, sums = _exponentials(q, k, mask, bias)
-    batch, kv_heads, groups, queries, _ = weights.shape
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, groups * queries, -1)
-    y = jnp.matmul(weights, v.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
-    # The sums divide the result and not the weights: H numbers a query instead of S.
-    y = y.reshape(batch, kv_heads, groups, queries, -1) / sums
-    return y.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1, v.shape[-1])
+    kernel = next(kernel for kernel in KERNELS if not kernel.refuses(q, k, v, mask, alibi))
+    return kernel.attend(q, k, v, mask, alibi)

@@ -59,3 +59,19 @@ def mixture(
     # Sorted back, a token's results lie together: a sum, where scattered additions have no order on a GPU.
     y = y[jnp.argsort(order)].reshape(*numbers.shape, -1)
     return jnp.einsum("MCD,MC->MD", y, weights.astype(y.dtype))
+
+
+def load_balance(logits: Array, counted: Array, chosen: int) -> Array:
+    """[] float32, least when all experts get as many tokens (Fedus et al. 2021, equation 4, in transformers' form).
+
+    Args:
+      logits: [L, B, T, E], what the routers of all layers say.
+      counted: [B, T] bool, the tokens that count.
+      chosen: C.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    _, numbers = jax.lax.top_k(probabilities, chosen)
+    taken = jnp.sum(jax.nn.one_hot(numbers, logits.shape[-1]), axis=-2)
+    count = jnp.maximum(logits.shape[0] * jnp.sum(counted), 1)
+    share = lambda x: jnp.einsum("LBTE,BT->E", x, counted.astype(jnp.float32)) / count
+    return logits.shape[-1] * jnp.sum(share(taken) * share(probabilities))

@@ -42,7 +42,7 @@ def resize_positions(table: Array, grid: tuple[int, int], antialias: bool = Fals
     return jnp.einsum("rh,cw,hwd->rcd", rows, columns, square).reshape(grid[0] * grid[1], -1)
 
 
-def patches_there(sizes: Array, grid: tuple[int, int]) -> Array:
+def patch_mask(sizes: Array, grid: tuple[int, int]) -> Array:
     """Which patches of `grid` pictures of `sizes` patches [B, 2] (rows, columns) have in its upper left: [B, P] bool."""
     rows, columns = (jnp.arange(grid[axis]) < sizes[:, axis, None] for axis in (0, 1))
     return (rows[:, :, None] & columns[:, None]).reshape(sizes.shape[0], -1)

@@ -32,7 +32,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Medium:
-    """The place of a picture or film."""
+    """The place of a picture or video."""
 
     index: int  # of the media that come with the conversation
 
@@ -50,7 +50,7 @@ class Turn:
 
 
 Conversation = tuple[Turn, ...]
-Media = tuple[tuple[Picture, ...], ...]  # each of one picture, or of the frames of a film
+Media = tuple[tuple[Picture, ...], ...]  # each of one picture, or of the frames of a video
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def plain_text(conversation: Conversation) -> str:
 
 
 def as_media(images: Many[Picture | Many[Picture]]) -> Media:
-    """Pictures, or lists of a film's frames -> media."""
+    """Pictures, or lists of a video's frames -> media."""
     return tuple(tuple(image) if isinstance(image, list | tuple) else (image,) for image in images)
 
 
@@ -162,7 +162,7 @@ def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation
          {"role": "user", "content": "Which colour?"}]
 
     A picture stands under "image", "path", "url" or OpenAI's "image_url"; it is a file, its bytes, a PIL image or an array. A
-    film is {"type": "video", "frames": [...]}.
+    video is {"type": "video", "frames": [...]}.
 
     Args:
       root: where relative paths begin; None: at the working directory.

@@ -1,4 +1,4 @@
-"""Pictures and films -> tiles of pixels, and how many visual tokens stand for them.
+"""Pictures and videos -> tiles of pixels, and how many visual tokens stand for them.
 
 It is the half of a processor that data workers get a copy of: no tokenizer is in it.
 
@@ -33,11 +33,11 @@ class MediaProcessor(Protocol):
     Attributes:
       side: S.
       tile_tokens: R; 0: the model reads its media by cross-attention, and one token says where each stands.
-      reads_films: whether a medium may have several frames.
+      reads_videos: whether a medium may have several frames.
     """
 
     @property
-    def reads_films(self) -> bool: ...
+    def reads_videos(self) -> bool: ...
 
     side: int
     tile_tokens: int
@@ -51,10 +51,10 @@ class MediaProcessor(Protocol):
         ...
 
     def pixels(self, medium: Medium) -> list[np.ndarray]:
-        """The tiles of a picture, or the frames of a film: [H, W, 3] uint8 each.
+        """The tiles of a picture, or the frames of a video: [H, W, 3] uint8 each.
 
         Raises:
-          ImageError: one cannot be read; RequestError: a film, where only pictures are read.
+          ImageError: one cannot be read; RequestError: a video, where only pictures are read.
         """
         ...
 
@@ -69,7 +69,7 @@ class FittedMedia:
     blank: bool = False  # the control experiment: every picture grey
 
     @property
-    def reads_films(self) -> bool:
+    def reads_videos(self) -> bool:
         return not self.tile_tokens
 
     def runs(self, size: Size) -> Runs:
@@ -81,7 +81,7 @@ class FittedMedia:
     def pixels(self, medium: Medium) -> list[np.ndarray]:
         if self.tile_tokens and len(medium) != 1:
             raise RequestError(
-                f"a film of {len(medium)} pictures: a model with visual tokens in the sequence reads single pictures. "
+                f"a video of {len(medium)} pictures: a model with visual tokens in the sequence reads single pictures. "
                 "Give them one by one"
             )
         return [self._fitted(picture) for picture in medium]
@@ -110,7 +110,7 @@ class PublishedMedia:
     side: int
     tile_tokens: int
     background: tuple[int, int, int] | None = None
-    reads_films: ClassVar[bool] = False
+    reads_videos: ClassVar[bool] = False
 
     def runs(self, size: Size) -> Runs:
         return (np.arange(max(self.tile_tokens, 1)),)
@@ -131,7 +131,9 @@ class PublishedMedia:
     def opened(self, medium: Medium) -> Any:
         """The picture as transformers' processor takes it: upright, in its own mode."""
         if len(medium) != 1:
-            raise RequestError(f"a film of {len(medium)} pictures: this checkpoint reads single pictures. Give them one by one")
+            raise RequestError(
+                f"a video of {len(medium)} pictures: this checkpoint reads single pictures. Give them one by one"
+            )
         picture = open_picture(medium[0])
         return picture if self.background is None else squared(read_image(picture), self.background)
 

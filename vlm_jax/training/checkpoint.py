@@ -24,8 +24,10 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from vlm_jax.config import RunConfig
+from vlm_jax.config.register import module_of
 from vlm_jax.config_dict import from_dict, to_dict
 from vlm_jax.errors import first_line
+from vlm_jax.training.params import Blueprint, merge, split
 from vlm_jax.training.step import Trainer, TrainState
 
 PUBLISHED = "published"
@@ -129,11 +131,17 @@ def claim(folder: Path, config: RunConfig) -> None:
 class Checkpoints:
     """Saves and restores a `TrainState`: asynchronous, atomic, sharded, the last and the best ones kept."""
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: int, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, keep_best: int, *, ranks: str = "accuracy", read_only: bool = False
+    ) -> None:
+        """
+        Args:
+          ranks: the metric of an evaluation that the best ones are greatest in.
+        """
         self.folder = folder
         policies = [keep.LatestN(keep_last)]
         if keep_best:
-            best = keep.BestN(get_metric_fn=lambda m: m["accuracy"], n=keep_best, keep_checkpoints_without_metrics=False)
+            best = keep.BestN(get_metric_fn=lambda metrics: metrics[ranks], n=keep_best, keep_checkpoints_without_metrics=False)
             policies.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
@@ -155,7 +163,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write the state; training goes on meanwhile. `metrics["accuracy"]` ranks the best ones."""
+        """Starts to write the state; training goes on meanwhile. `metrics` are of an evaluation, and rank the best ones."""
         meta = {"position": step, "fingerprint": int(jax.jit(fingerprint)(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self.manager.save(step, args=items, metrics=metrics)
@@ -253,17 +261,13 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
 
 
 def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> Any:
+    model = module_of(config.model)(config.model)
+    blueprint = Blueprint.of(model, config.optimizer.rules, mesh)
     # The optimizer's moments are left on disk: `partial_restore` reads what the target names.
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=mesh.size * config.optimizer.accumulate))
-    trainer = Trainer(config, mesh)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    pick = lambda state: {"trained": state.trained, "frozen": state.frozen}
-    target = jax.tree.map(place, pick(trainer.abstract_state), pick(trainer.shardings))
+    target = dict(zip(("trained", "frozen"), split(blueprint.abstract, blueprint.rules), strict=True))
     path = checkpoints.folder.absolute() / "checkpoints" / str(step) / "state"
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(path, args=args)
-    from vlm_jax.training.params import merge
-
     return merge(restored["trained"], restored["frozen"])

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, PartInit
-from vlm_jax.interop.folder import is_published
-from vlm_jax.interop.published import Checkpoint, open_published
+from vlm_jax.interop.checkpoint import Checkpoint
+from vlm_jax.interop.files.folder import is_published
+from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named
 from vlm_jax.training.checkpoint import PUBLISHED, CheckpointError, Checkpoints, load_run
@@ -66,7 +67,9 @@ def _part(trainer: Trainer, init: PartInit) -> Params:
         found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
     if found is None:
         raise CheckpointError(f"{name}: this checkpoint has no part of that name")
-    boxes = by_path(jax.tree.map(lambda box: box.names, trainer.boxed[init.part], is_leaf=lambda x: isinstance(x, Named)))
+    boxes = by_path(
+        jax.tree.map(lambda box: box.names, trainer.blueprint.boxed[init.part], is_leaf=lambda x: isinstance(x, Named))
+    )
     found, sizes = by_path(found), {path: leaf.shape for path, leaf in by_path(wanted).items()}
     found = {path: _with_new_tokens(leaf, boxes.get(path, ()), sizes.get(path)) for path, leaf in found.items()}
     _check(name, nested(found), wanted)
@@ -99,8 +102,8 @@ def _check(name: str, params: Params, wanted: Params) -> None:
     expected, found = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (wanted, params))
     if expected != found:
         wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]
-        there, should = (shapes.get(wrong[0], "not there") for shapes in (found, expected))
+        is_now, should = (shapes.get(wrong[0], "not there") for shapes in (found, expected))
         raise CheckpointError(
             f"{name}: its model has other parts or sizes than config.model in {len(wrong)} parameters; "
-            f"{wrong[0]} is {there} and should be {should}"
+            f"{wrong[0]} is {is_now} and should be {should}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
-from vlm_jax.training.losses import means
 from vlm_jax.training.processors import build_processor
 from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
 from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
@@ -67,7 +67,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         trainer = Trainer(config, mesh)
         if jax.process_index() == 0:
             print_table(trainer)
-        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best)
+        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=trainer.objective.ranks)
         state, start = first_state(trainer, checkpoints, folder)
         reporter = Reporter(folder, start)
         run = _Run(config, trainer, checkpoints, reporter, interrupt, processor, source, held_out)
@@ -134,8 +134,7 @@ class _Run:
         config, trainer = self.config, self.trainer
         batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
         # The mathematics alone is counted: rematerialisation is work, but not the model's.
-        plain = Trainer(dataclasses.replace(config, remat="none"), trainer.mesh)
-        flops = count_flops(plain.gradients, state.trained, state.frozen, batch)
+        flops = count_flops(functools.partial(trainer.gradients, recompute=False), state.trained, state.frozen, batch)
         update = trainer.train_step.lower(state, batch).compile()
         self.reporter.say(f"{human_rate(flops, 'FLOP')} a step; compiled in {human_time(time.perf_counter() - began)}")
         return flops, update
@@ -153,15 +152,14 @@ class _Run:
         for sums in self._eval_sums(state, rows):
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-        metrics = {name: float(value) for name, value in means({k: np.float64(v) for k, v in totals.items()}).items()}
+        means = self.trainer.objective.means({name: np.float64(total) for name, total in totals.items()})
+        metrics = {name: float(value) for name, value in means.items()}
         self.reporter.record(step, metrics, "eval_")
         self.reporter.plot(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.reporter.flush()
         blank = " (every picture blanked)" if self.config.data.blank_images else ""
-        self.reporter.say(
-            f"step {step}: accuracy {metrics['accuracy']:.2%} on {metrics['sequences']:,.0f} held-out answers{blank}, "
-            f"loss {metrics['loss']:.4f}, in {human_time(time.perf_counter() - began)}"
-        )
+        line, took = self.trainer.objective.evaluation_line(metrics), human_time(time.perf_counter() - began)
+        self.reporter.say(f"step {step}: {line}{blank}, in {took}")
         return metrics
 
     def _eval_sums(self, state: TrainState, rows: int) -> Iterator[dict[str, Any]]:
@@ -191,16 +189,18 @@ class _Run:
     def _log(self, step: int, seconds: float, flops: int) -> None:
         """The progress line of the steps since the last one."""
         mesh, config, last, steps = self.trainer.mesh, self.config, self.lap[-1], len(self.lap)
-        mean = {name: sum(value[name] for value in self.lap) / steps for name in ("loss", "accuracy", "sequences")}
+        objective = self.trainer.objective
+        mean = {name: sum(value[name] for value in self.lap) / steps for name in last}
         self.lap = []
-        examples, rate = mean["sequences"] * steps / seconds, flops * steps / seconds
+        examples, rate = mean[objective.examples] * steps / seconds, flops * steps / seconds
         peak = peak_flops(mesh.devices.flat[0])
         share = f" ({rate / (peak * mesh.size):.1%} of peak)" if peak else ""
         skipped = f"  skipped {last['skipped']:.0f}" if last["skipped"] else ""
         self.reporter.say(
-            f"step {step:>{len(str(config.steps))}}/{config.steps}  loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}  "
+            f"step {step:>{len(str(config.steps))}}/{config.steps}  {objective.training_line(mean)}  "
             f"{human_rate(examples, ' examples/s')}  {human_rate(rate, 'FLOP/s')}{share}{skipped}  "
             f"left {human_time((config.steps - step) * seconds / steps)}"
         )
-        self.reporter.plot(step, {f"train/{name}": value for name, value in (last | mean).items()})
+        shown = mean | {name: last[name] for name in ("lr", "skipped", "skipped_in_a_row")}
+        self.reporter.plot(step, {f"train/{name}": value for name, value in shown.items()})
         self.reporter.plot(step, {"speed/examples": examples, "speed/flops": rate, "speed/step": seconds / steps})

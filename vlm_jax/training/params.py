@@ -1,15 +1,19 @@
-"""Parameters by path: which are trained, which are frozen, and at what rate."""
+"""A run's parameters: their shapes and places before there are any, which are trained, which frozen, and at what rate."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.config import ParamRule
 from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.sharding import Named, Placement, place_tree
 
 DEFAULT = ParamRule(pattern="")
 
@@ -42,10 +46,13 @@ def merge(trained: Params, frozen: Params) -> Params:
     return nested(by_path(trained) | by_path(frozen))
 
 
-def held(path: str, leaf: Any, rules: dict[str, ParamRule]) -> Any:
+def stored(path: str, leaf: Any, rules: dict[str, ParamRule]) -> Any:
     """A parameter in the type it is held in: float32, or a frozen one's `frozen_dtype`."""
-    rule = rules[path]
-    return leaf.astype(jnp.dtype(rule.frozen_dtype) if rule.frozen else jnp.float32)
+    return leaf.astype(stored_dtype(rules[path]))
+
+
+def stored_dtype(rule: ParamRule) -> Any:
+    return jnp.dtype(rule.frozen_dtype if rule.frozen else "float32")
 
 
 def trained_rows(params: Params, rules: dict[str, ParamRule]) -> Params:
@@ -59,3 +66,45 @@ def trained_rows(params: Params, rules: dict[str, ParamRule]) -> Params:
         return jnp.where(keep.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
 
     return nested({path: cut(path, leaf) for path, leaf in by_path(params).items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """Parameters before there are any; the devices of the mesh need not be there."""
+
+    boxed: Any  # shapes with the names of their axes, as `model.init` gives them
+    placements: dict[str, Placement]
+    rules: dict[str, ParamRule]
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, model: nn.Module, rules: tuple[ParamRule, ...], mesh: Mesh) -> Blueprint:
+        """
+        Raises:
+          ValueError: a rule that matches no parameter.
+        """
+        boxed = jax.eval_shape(lambda: init_boxed(model, jax.random.key(0)))
+        placements = by_path(place_tree(boxed, mesh))
+        return cls(boxed, placements, resolve(list(placements), rules), mesh)
+
+    @property
+    def shardings(self) -> Params:
+        return nested({path: NamedSharding(self.mesh, placed.spec) for path, placed in self.placements.items()})
+
+    @property
+    def abstract(self) -> Params:
+        """Shapes, the types they are held in, and shardings."""
+
+        def of(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(self.mesh, self.placements[path].spec)
+            return jax.ShapeDtypeStruct(leaf.shape, stored_dtype(self.rules[path]), sharding=sharding)
+
+        return nested({path: of(path, leaf) for path, leaf in by_path(unboxed(self.boxed)).items()})
+
+
+def init_boxed(model: nn.Module, key: jax.Array) -> Any:
+    return model.init(key, *model.example())["params"]
+
+
+def unboxed(tree: Any) -> Params:
+    return jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))

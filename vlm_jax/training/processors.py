@@ -15,9 +15,9 @@ import jax
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
 from vlm_jax.errors import DataError
-from vlm_jax.interop.encoder_processor import EncoderProcessor
-from vlm_jax.interop.folder import PACKAGE
+from vlm_jax.interop.files.folder import PACKAGE
 from vlm_jax.interop.published import open_processor, open_published
+from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.recipe import RecipeProcessor, texts_of
 from vlm_jax.processing.templates import named_template

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.config import AugmentConfig, ParamRule, RunConfig
-from vlm_jax.data.batch import Batch
-from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.batch import Batch
+from vlm_jax.config import AugmentConfig, RunConfig
+from vlm_jax.config.register import module_of
+from vlm_jax.data.rows import empty_rows
 from vlm_jax.paths import Params, by_path, nested
-from vlm_jax.sharding import Named, Placement, batch_sharding, place_tree, shardings_of
-from vlm_jax.training.losses import means, next_token_sums
+from vlm_jax.sharding import batch_sharding
+from vlm_jax.training.objective import OBJECTIVES, Objective
 from vlm_jax.training.optimizer import make_optimizer, schedule
-from vlm_jax.training.params import held, merge, resolve, split, trained_rows
+from vlm_jax.training.params import Blueprint, init_boxed, merge, split, stored, trained_rows, unboxed
 
 Array = jax.Array
 
@@ -51,14 +52,7 @@ def compute_dtype(name: str) -> Any:
 
 def zeros_batch(config: RunConfig, rows: int) -> Batch:
     """A batch of the run's shapes with nothing in it."""
-    data = config.data
-    size = data.image_size
-    row = lambda dtype: jnp.zeros((rows, data.tokens), dtype)
-    images = jnp.zeros((rows, data.images, data.frames, size, size, 3), jnp.uint8)
-    frames = jnp.zeros((rows, data.images), jnp.int32)
-    visual = row(jnp.int32) if data.visual_tokens else None
-    sizes = jnp.zeros((rows, data.images, data.frames, 2), jnp.int32) if data.keep_shapes else None
-    return Batch(images, frames, *(row(jnp.int32) for _ in range(7)), row(jnp.float32), visual, sizes)
+    return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows)))
 
 
 def check_pictures(config: RunConfig) -> None:
@@ -86,9 +80,10 @@ def check_pictures(config: RunConfig) -> None:
 
 
 class Trainer:
-    """A run's model, optimizer and mesh, and the two compiled functions `train_step` and `eval_step`.
+    """A run's model, objective, optimizer and mesh, and the two compiled functions `train_step` and `eval_step`.
 
-    Every method must be called within `jax.set_mesh(trainer.mesh)`.
+    Every method must be called within `jax.set_mesh(trainer.mesh)`. What needs no array, `train_step.lower` among it, works
+    for a mesh of devices that are not there.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
@@ -100,13 +95,13 @@ class Trainer:
                 f"accumulate={accumulate} micro-batches"
             )
         self.config, self.mesh = config, mesh
-        self.model = VisionLanguageModel(config.model, compute_dtype(config.dtype), config.remat)
-        self.boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
-        self.placements: dict[str, Placement] = by_path(place_tree(self.boxed, mesh))
-        self.rules: dict[str, ParamRule] = resolve(list(self.placements), config.optimizer.rules)
+        self.model = module_of(config.model)(config.model, compute_dtype(config.dtype), config.remat)
+        self.objective: Objective = OBJECTIVES[type(config.objective)](config.objective)
+        self.blueprint = Blueprint.of(self.model, config.optimizer.rules, mesh)
+        self.rules = self.blueprint.rules
         self.optimizer = make_optimizer(config.optimizer, self.rules, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
-        self.abstract_state = jax.eval_shape(self._init, jax.random.key(0))
+        self.abstract_state = jax.eval_shape(lambda: self._init(jax.random.key(0)))
         self.shardings = self._shardings()
         self.batch_sharding = batch_sharding(mesh)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -130,41 +125,34 @@ class Trainer:
         """This process's rows -> its shards of the global batch."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
 
-    def loss_sums(self, params: Params, batch: Batch) -> dict[str, Array]:
-        return next_token_sums(self.model.apply({"params": params}, batch), batch)
-
-    def _init_boxed(self, key: Array) -> Any:
-        return self.model.init(key, zeros_batch(self.config, 1))["params"]
-
     def _init(self, key: Array) -> TrainState:
-        unbox = lambda tree: jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))
-        return self._state_of(unbox(self._init_boxed(key)))
+        return self._state_of(unboxed(init_boxed(self.model, key)))
 
     def _state_of(self, params: Params) -> TrainState:
-        params = nested({path: held(path, leaf, self.rules) for path, leaf in by_path(params).items()})
+        params = nested({path: stored(path, leaf, self.rules) for path, leaf in by_path(params).items()})
         trained, frozen = split(params, self.rules)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero)
 
     def _shardings(self) -> TrainState:
-        of_params = shardings_of(self.placements, self.mesh)
-        trained, frozen = split(nested(of_params), self.rules)
+        trained, frozen = split(self.blueprint.shardings, self.rules)
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        opt_state = optax.tree_map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            self.abstract_state.opt_state,
-            trained,
-            transform_non_params=lambda _: replicated,
-        )
+        opt_state = _like_parameters(self.abstract_state.opt_state, by_path(trained), otherwise=replicated)
         return TrainState(replicated, trained, frozen, opt_state, replicated, replicated)
 
-    def gradients(self, trained: Params, frozen: Params, batch: Batch) -> tuple[dict[str, Array], Params]:
-        """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches."""
-        weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    def gradients(
+        self, trained: Params, frozen: Params, batch: Batch, *, recompute: bool = True
+    ) -> tuple[dict[str, Array], Params]:
+        """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches.
+
+        Args:
+          recompute: False: without rematerialisation, to count the mathematics alone.
+        """
+        weight = self.objective.weight(batch)
+        model = self.model if recompute else self.model.clone(remat="none")
 
         def loss(trained: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
-            sums = self.loss_sums(merge(trained, frozen), part)
+            sums = self.objective.sums(model, merge(trained, frozen), part, recompute=recompute)
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
 
@@ -200,7 +188,7 @@ class Trainer:
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
         updates_done = state.step - state.skipped
-        metrics = means(sums) | {
+        metrics = self.objective.means(sums) | {
             "gradient_norm": norm,
             "lr": self.schedule(updates_done),
             "skipped": new.skipped,
@@ -209,4 +197,18 @@ class Trainer:
         return new, metrics
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        return self.loss_sums(state.params, batch)
+        return self.objective.sums(self.model, state.params, batch)
+
+
+def _like_parameters(state: Any, of_params: dict[str, Any], *, otherwise: Any) -> Any:
+    """The optimizer's state with, in the place of each leaf, what its parameter has; of what belongs to none, `otherwise`.
+
+    A leaf belongs to the parameter whose path its own ends with: `1/mu/language/embedding`.
+    """
+
+    def of(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        ends = ("/".join(names[start:]) for start in range(len(names)))
+        return next((of_params[end] for end in ends if end in of_params), otherwise)
+
+    return jax.tree_util.tree_map_with_path(of, state)

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +42,7 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
     rows: dict[Any, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "lay": defaultdict(int)})
     reasons: dict[str, int] = defaultdict(int)
     for path, leaf in leaves.items():
-        rule, placement = trainer.rules[path], trainer.placements[path]
+        rule, placement = trainer.rules[path], trainer.blueprint.placements[path]
         lay, ways = _ways(placement.spec, mesh)
         rate = 0.0 if rule.frozen else rule.lr * config.lr
         decay = 0.0 if rule.frozen else rule.decay * config.weight_decay
@@ -55,7 +54,9 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
         row["lay"][lay] += size
         for reason in placement.replicated:
             reasons[f"{path.split('/')[0]}: {reason}"] += 1
-    table = Table(title=f"mesh {dict(mesh.shape)} of {mesh.size} {jax.devices()[0].device_kind} devices", title_justify="left")
+    table = Table(
+        title=f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} devices", title_justify="left"
+    )
     for name in ("part", "parameters", "", "type", "peak rate", "decay", "sharding", "bytes a device"):
         table.add_column(name, justify="right" if name in ("parameters", "peak rate", "decay", "bytes a device") else "left")
     for (part, fate, dtype, rate, decay), row in sorted(rows.items(), key=lambda item: item[0][:2]):

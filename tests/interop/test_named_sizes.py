@@ -1,0 +1,99 @@
+"""Sizes by name are those of the published configurations, to the last setting."""
+
+import pytest
+from test_published_sizes import CLIP_L, SO400M, sizes
+from transformers import (
+    CLIPVisionConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    OPTConfig,
+    PhiConfig,
+    SiglipVisionConfig,
+    StableLmConfig,
+)
+
+from vlm_jax.config.register import RegisterError
+from vlm_jax.families import clip, gemma, gpt_neox, llama, mixtral, mpt, opt, phi, siglip, stablelm
+from vlm_jax.models.sizes import LANGUAGE, VISION, language, vision
+
+rope = lambda base, share=1.0: dict(
+    rope_parameters=dict(rope_type="default", rope_theta=base, partial_rotary_factor=share)
+)  # the hub's files say it so or as `rope_theta`
+opt_of = lambda width, layers, heads: OPTConfig(
+    hidden_size=width, word_embed_proj_dim=width, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * width
+)
+MISTRAL = sizes(4096, 32, 32, 14_336, 32_000, num_key_value_heads=8)
+LANGUAGES = {
+    "vicuna-7b": (
+        llama,
+        LlamaConfig(**sizes(4096, 32, 32, 11_008, 32_000), max_position_embeddings=4096, rms_norm_eps=1e-5),
+    ),
+    "vicuna-13b": (
+        llama,
+        LlamaConfig(**sizes(5120, 40, 40, 13_824, 32_000), max_position_embeddings=4096, rms_norm_eps=1e-5),
+    ),
+    "llama-3-8b": (
+        llama,
+        LlamaConfig(
+            **sizes(4096, 32, 32, 14_336, 128_256, num_key_value_heads=8),
+            **rope(500_000.0),
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+        ),
+    ),
+    "mistral-7b": (
+        llama,
+        MistralConfig(**MISTRAL, max_position_embeddings=32_768, rms_norm_eps=1e-5, sliding_window=4096, **rope(10_000.0)),
+    ),
+    "mixtral-8x7b": (
+        mixtral,
+        MixtralConfig(**MISTRAL, max_position_embeddings=32_768, rms_norm_eps=1e-5, sliding_window=None, **rope(1_000_000.0)),
+    ),
+    "gemma-2b": (gemma, GemmaConfig(**sizes(2048, 18, 8, 16_384, 256_000, num_key_value_heads=1))),
+    "opt-125m": (opt, OPTConfig()),
+    "opt-1.3b": (opt, opt_of(2048, 24, 32)),
+    "opt-2.7b": (opt, opt_of(2560, 32, 32)),
+    "opt-6.7b": (opt, opt_of(4096, 32, 32)),
+    "mpt-7b": (mpt, MptConfig(d_model=4096, n_heads=32, n_layers=32, vocab_size=50_432, no_bias=True)),
+    "pythia-2.8b": (gpt_neox, GPTNeoXConfig(**sizes(2560, 32, 32, 10_240, 50_304), **rope(10_000.0, 0.25))),
+    "redpajama-3b": (
+        gpt_neox,
+        GPTNeoXConfig(**sizes(2560, 32, 32, 10_240, 50_432), use_parallel_residual=False, **rope(10_000.0)),
+    ),
+    "phi-2": (phi, PhiConfig(**sizes(2560, 32, 32, 10_240, 51_200), **rope(10_000.0, 0.4))),
+    "stablelm-1.6b": (
+        stablelm,
+        StableLmConfig(**sizes(2048, 24, 32, 5632, 100_352, num_key_value_heads=32), use_qkv_bias=True, **rope(10_000.0, 0.25)),
+    ),
+}
+clip_of = lambda **sizes: clip.image_config_from_hf(CLIPVisionConfig(**sizes)).encoder
+siglip_of = lambda **sizes: siglip.image_config_from_hf(SiglipVisionConfig(**sizes)).encoder
+VISIONS = {
+    "clip-b/32": clip_of(),
+    "clip-l/14": clip_of(**CLIP_L | dict(image_size=224)),
+    "clip-l/14-336": clip_of(**CLIP_L),
+    "siglip-b/16": siglip_of(),
+    "siglip-so400m/14": siglip_of(**SO400M, image_size=224, patch_size=14),
+    "siglip-so400m/14-384": siglip_of(**SO400M, image_size=384, patch_size=14),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_language_models(name):
+    family, published = LANGUAGES[name]
+    assert language(name) == family.config_from_hf(published)
+
+
+@pytest.mark.parametrize("name", VISIONS)
+def test_vision_encoders(name):
+    assert vision(name) == VISIONS[name]
+
+
+def test_every_name_is_compared_and_an_unknown_one_is_refused():
+    assert set(LANGUAGE) == set(LANGUAGES) and set(VISION) == set(VISIONS)
+    with pytest.raises(RegisterError, match=r"the size 'vicuna-8b' is not known: expected one of .*'vicuna-7b'"):
+        language("vicuna-8b")

@@ -1,0 +1,49 @@
+"""The one batch every model of this library reads.
+
+Axis letters: B rows, M image slots of a row, F frames of a slot, H x W pixels, T tokens of a row.
+
+A row is *packed*: it holds several independent sequences ("segments") one after the other. Tokens attend only within
+their segment; an image slot may be seen by several segments, so that ten questions about one picture share its encoding.
+
+Image slots are counted from 1 within the row, 0 means "none", so that zero padding needs no special case::
+
+    slot                   <image>  a   cat  <image>  a   dog     what  ?    (padding)
+    segments                  1     1    1      1     1    1        2   2        0
+    positions                 0     1    2      3     4    5        0   1        0
+    media_last                1     1    1      2     2    2        0   0        0
+    media_first               1     1    1      1     1    1        0   0        0
+
+With Flamingo's "only the last image" a token sees slot `media_last`; with "all previous" the slots
+`media_first..media_last`. Where visual tokens stand in the sequence, a slot is one tile of a picture (one frame), and `visual`
+says which visual token stands where.
+
+The generator reads the same structure, its rows padded on the left and without targets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch. Every field is an array (NumPy on the host, `jax.Array` sharded over the rows on the devices)."""
+
+    images: Array | None = None  # [B, M, F, H, W, 3] uint8 RGB; absent frames are zero; None: no row has a picture
+    frames: Array | None = None  # [B, M] int32, how many frames the slot has; 0: the slot is empty; None as `images`
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32, counted from 0 within a segment
+    segments: Array  # [B, T] int32, counted from 1 within the row; 0 is padding
+    media_last: Array  # [B, T] int32, the last image slot the token may see by cross-attention
+    media_first: Array  # [B, T] int32, the first slot of its segment's images
+    prefix_end: Array  # [B, T] int32, the last position a prefix-LM lets the token see: the end of its own prompt, or itself
+    targets: Array | None = None  # [B, T] int32, the token to predict at this place; None: nothing is learned
+    weights: Array | None = None  # [B, T] float32, the weight of that prediction in the loss
+    visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
+    sizes: Array | None = None  # [B, M, F, 2] int32, height and width of frames that differ in size; None: they do not

@@ -1,0 +1,225 @@
+"""The user's own data: a JSON-lines file beside pictures. Three formats, told apart by their keys, may be mixed in a file.
+
+A conversation, as LLaVA's data is published. `image` may be left out, be one path, or several; each `<image>` stands for
+the next of them, and without any marker they stand before the first turn. What "gpt" says is learned::
+
+    {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                    {"from": "gpt", "value": "A cat."}]}
+
+The first turn may be from "system". A human turn's only marker stands before its text, wherever it was written.
+
+The chat list that everybody writes (`processing/conversation.py`); what the assistant says is learned::
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
+
+Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless it says otherwise; `frames` are one video::
+
+    {"id": "8", "content": [{"image": "a.png"}, {"text": "My puppy."}, {"frames": ["f0.png", "f1.png"]},
+                            {"text": "What does it do?", "learn": false}, {"text": " It sleeps."}]}
+
+Paths are below `image_root`, or beside the file. A `.json` file that holds a list of such records will do as well.
+`<image>` written in an interleaved text is text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import DataConfig, JsonLinesConfig
+from vlm_jax.data.example import SOURCES, Example, Source, Split
+from vlm_jax.data.jsonl_record import Bad, Record, shown
+from vlm_jax.errors import DataError
+
+BLOCK = 16 << 20  # bytes of a file that are read at once
+
+
+class JsonLinesSource(Source):
+    """One example a record. Only where each begins is kept; records are read when they are asked for."""
+
+    def __init__(self, path: str | Path, image_root: str | Path, *, cache_dir: str | Path):
+        """Reads through the file once: its fingerprint, and where records begin unless that is known.
+
+        Args:
+          image_root: where paths of pictures begin; "": the file's folder.
+          cache_dir: where it is kept where the records begin.
+
+        Raises:
+          DataError: the file is not there or holds no example, or it is no list although it is called .json.
+        """
+        self._path = Path(path).expanduser()
+        self._root = Path(image_root).expanduser() if image_root else self._path.parent
+        if not self._path.is_file():
+            raise DataError(f"{self._path}: there is no such file")
+        if not self._root.is_dir():
+            raise DataError(f"data.source.image_root={str(self._root)!r}: there is no such folder")
+        self._changed = self._path.stat().st_mtime_ns
+        with self._path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        # The same file in another place has other pictures.
+        self.fingerprint = f"{content} {self._path.absolute()} {self._root.absolute()}"
+        self._index_file = Path(cache_dir).expanduser() / f"records-{content[:24]}{self._path.suffix}.npy"
+        if not self._index_file.is_file():
+            self._write_index()
+        self._reset()
+
+    def _write_index(self) -> None:
+        """[N, 3] int64: line, first byte and bytes of each record."""
+        records = _list_records if self._path.suffix == ".json" else _line_records
+        table = np.asarray(list(records(self._path)), np.int64).reshape(-1, 3)
+        if not len(table):
+            raise DataError(f"{self._path}: holds no example")
+        try:
+            self._index_file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._index_file.parent, delete=False) as part:
+                np.save(part, table)
+            Path(part.name).replace(self._index_file)
+        except OSError as error:
+            raise DataError(f"data.cache_dir={self._index_file.parent}: {error.strerror or error}; set another one") from error
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._file: Any = None
+        self._index = np.load(self._index_file, mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_file", "_index")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Example:
+        with self._lock:
+            if self._file is None:
+                self._file = self._path.open("rb")
+                if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
+                    raise DataError(f"{self._path}: was changed during the run; start again")
+        line, start, size = self._index[index].tolist()
+        return self._parse(os.pread(self._file.fileno(), size, start), line)
+
+    def _parse(self, raw: bytes, line: int) -> Example:
+        where = f"{self._path}:{line}"
+        try:
+            record = json.loads(raw)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: is not UTF-8: {error}") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: is not JSON: {error}") from None
+        try:
+            return Record(where, record, self._picture).example()
+        except Bad as error:
+            raise DataError(f"{where}: {error}") from None
+
+    def _picture(self, path: Any) -> str:
+        if not isinstance(path, str) or not path:
+            raise Bad(f"a picture's path is {shown(path)}; expected a string")
+        root = os.path.normpath(self._root)
+        whole = os.path.normpath(os.path.join(root, path))
+        if os.path.commonpath([os.path.abspath(root), os.path.abspath(whole)]) != os.path.abspath(root):
+            raise Bad(f"picture {path!r} is outside of {root}; set data.source.image_root to a folder above it")
+        return whole
+
+
+def _line_records(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(line, first byte, bytes) of each line that is not blank."""
+    start = 0
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            if raw.strip():
+                yield line, start, len(raw)
+            start += len(raw)
+
+
+def _list_records(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(line, first byte, bytes) of each element of a JSON list, of which never more than a few blocks are in memory.
+
+    Raises:
+      DataError: it is not a list.
+    """
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,\ufeff]*")
+    blocks = _blocks(path)
+    text, at, line, start = next(blocks, ""), 0, 1, 0  # what stands before `at` is counted in `line` and `start`
+
+    def go_to(place: int) -> None:
+        nonlocal at, line, start
+        passed = text[at:place]
+        at, line, start = place, line + passed.count("\n"), start + len(passed.encode())
+
+    def longer() -> bool:
+        nonlocal text, at
+        if more := next(blocks, ""):
+            text, at = text[at:] + more, 0
+        return bool(more)
+
+    go_to(blank.match(text).end())
+    while at == len(text) and longer():
+        go_to(blank.match(text).end())
+    if text[at : at + 1] != "[":
+        raise DataError(f"{path}:1: expected a list, '[...]'. If there is a record a line, name the file .jsonl")
+    go_to(at + 1)
+    while True:
+        go_to(blank.match(text, at).end())
+        try:
+            if at == len(text):
+                raise json.JSONDecodeError("the list is not closed", text, at)
+            if text[at] == "]":
+                return
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            if longer():  # the record may go on
+                continue
+            if isinstance(error, json.JSONDecodeError):
+                raise DataError(f"{path}:{line + text.count(chr(10), at, error.pos)}: is not JSON: {error.msg}") from None
+            raise DataError(f"{path}:{line}: is not JSON: {error}") from None
+        size = len(text[at:end].encode())
+        yield line, start, size
+        go_to(end)
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """The file's text in pieces, line ends as they are.
+
+    Raises:
+      DataError: it is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while True:
+            raw = file.read(BLOCK)
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: is not UTF-8: {error}") from None
+            if text:
+                yield text
+            if not raw:
+                return
+
+
+@SOURCES.add(JsonLinesConfig)
+def open_json_lines(config: DataConfig, split: Split) -> JsonLinesSource:
+    """
+    Raises:
+      DataError: no file is named.
+    """
+    path = getattr(config.source, split)
+    if not path:
+        raise DataError(f"data.source.{split} is empty: set --config.data.source.{split} to a JSON-lines file")
+    return JsonLinesSource(path, config.source.image_root, cache_dir=config.cache_dir)

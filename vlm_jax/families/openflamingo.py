@@ -1,0 +1,147 @@
+"""OpenFlamingo's names and settings (Awadalla et al. 2023; layer names of its `open_flamingo/src/helpers.py`).
+
+Its file holds what was trained: the resampler, the gated layers and the embeddings. CLIP and the language model keep their own
+names; `VISION_PART` and `LANGUAGE_PART` in front of them let one table hold all three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from vlm_jax.config import GatedCrossAttentionConfig, ModelConfig, PerceiverConfig
+from vlm_jax.families import clip
+from vlm_jax.interop.register import LANGUAGE
+from vlm_jax.interop.rows import norm
+from vlm_jax.interop.table import Table, row
+
+VISION_PART, LANGUAGE_PART = "vision:", "language:"
+LATENTS, DEPTH, HEADS, HEAD_WIDTH = 64, 6, 8, 64  # of all released models
+GATED = "gated.{}."
+
+
+def config_from_parts(
+    vision: Any, language: Any, every: int, vocabulary: int, latents: int = LATENTS, depth: int = DEPTH
+) -> ModelConfig:
+    """transformers' configurations of the parts -> ours.
+
+    Args:
+      vocabulary: of the language model with the tokens that were added.
+    """
+    decoder = LANGUAGE[language.model_type].config_from_hf(language)
+    tower = clip.vision_from_hf(vision)
+    return ModelConfig(
+        # The patch tokens before the norm: open_clip gave them so when the models were trained.
+        vision=dataclasses.replace(tower, post_norm="held", class_token="dropped"),
+        connector=PerceiverConfig(latents=latents, layers=depth, heads=HEADS, head_width=HEAD_WIDTH, activation="gelu"),
+        fusion=GatedCrossAttentionConfig(
+            every=every,
+            offset=every - 1,
+            heads=HEADS,
+            head_width=HEAD_WIDTH,
+            mlp_width=4 * decoder.block.width,
+            activation="gelu",
+        ),
+        language=dataclasses.replace(decoder, vocab_size=vocabulary),
+    )
+
+
+def table(config: ModelConfig, language: Any) -> Table:
+    """Names of the joined parts <-> the paths of a `VisionLanguageModel`."""
+    return (
+        clip.vision_table(config.vision).under(f"{VISION_PART}[vision_model.]", "vision/")
+        + _perceiver()
+        + _gated()
+        + _language(config, language)
+    )
+
+
+def _attention(published: str, ours: str) -> tuple[Any, ...]:
+    return (
+        row(f"{published}to_q.weight", f"{ours}/query/kernel", "(N H) D -> D N H"),
+        row(f"{published}to_kv.weight", (f"{ours}/key/kernel", f"{ours}/value/kernel"), "(J N H) D -> D N H"),
+        row(f"{published}to_out.weight", f"{ours}/out/kernel", "D (N H) -> N H D"),
+    )
+
+
+def _feed_forward(published: str, ours: str) -> tuple[Any, ...]:
+    return (
+        *norm(f"{published}0", f"{ours}/mlp_norm"),
+        row(f"{published}1.weight", f"{ours}/mlp/up/kernel", "F D -> D F"),
+        row(f"{published}3.weight", f"{ours}/mlp/down/kernel", "D F -> F D"),
+    )
+
+
+def _perceiver() -> Table:
+    layer, ours = "perceiver.layers.{}.", "connector/layers"
+    rows = (
+        row("perceiver.latents", "connector/latents", "R D -> R D"),
+        *norm(f"{layer}0.norm_media", f"{ours}/feature_norm"),
+        *norm(f"{layer}0.norm_latents", f"{ours}/latent_norm"),
+        *_attention(f"{layer}0.", f"{ours}/attention"),
+        *_feed_forward(f"{layer}1.", ours),
+        *norm("perceiver.norm", "connector/norm"),
+    )
+    return Table(rows)
+
+
+def _gated() -> Table:
+    ours = "fusion/layers"
+    rows = (
+        *norm(f"{GATED}attn.norm", f"{ours}/attention_norm"),
+        *_attention(f"{GATED}attn.", f"{ours}/attention"),
+        *_feed_forward(f"{GATED}ff.", ours),
+        row(f"{GATED}attn_gate", f"{ours}/attention_gate", "() ->"),
+        row(f"{GATED}ff_gate", f"{ours}/mlp_gate", "() ->"),
+    )
+    return Table(rows)
+
+
+def _language(config: ModelConfig, hf_config: Any) -> Table:
+    """The language model's own table; embeddings are the checkpoint's, for it added tokens to them."""
+    own = LANGUAGE[hf_config.model_type].table(config.language)
+    rows, replaced = [], [copy.name for copy in own.copies]
+    for one in own.rows:
+        name = one.published[0]
+        # What the authors save: what was trained, and everything with "embed" in its name.
+        saved = one.ours == ("embedding",) or "embed" in name
+        part = "lang_encoder." if saved else LANGUAGE_PART
+        replaced += [name] if saved else []
+        rows.append(dataclasses.replace(one, published=(part + name,), ours=tuple(f"language/{path}" for path in one.ours)))
+    ignored = tuple(LANGUAGE_PART + name for name in (*own.ignored, *replaced))
+    return Table(tuple(rows), ignored=ignored)
+
+
+def gated_name(name: str, every: int) -> str:
+    """`lang_encoder.gpt_neox.layers.3.gated_cross_attn_layer.X` -> `gated.1.X` where every second layer has one."""
+    match = re.fullmatch(r"lang_encoder\.[\w.]+?\.(\d+)\.gated_cross_attn_layer\.(.+)", name)
+    if match and (int(match[1]) + 1) % every == 0:
+        return GATED.format(int(match[1]) // every) + match[2]
+    return name
+
+
+def layer_name(name: str, layers: str, every: int) -> str:
+    """The inverse of `gated_name`.
+
+    Args:
+      layers: of `language_layers`.
+    """
+    match = re.fullmatch(r"gated\.(\d+)\.(.+)", name)
+    if not match:
+        return name
+    return f"lang_encoder.{layers}.{(int(match[1]) + 1) * every - 1}.gated_cross_attn_layer.{match[2]}"
+
+
+def language_layers(hf_config: Any) -> str:
+    """Where the language model's layers are: "gpt_neox.layers"."""
+    family = LANGUAGE[hf_config.model_type]
+    names = (one.published[0] for one in family.table(family.config_from_hf(hf_config)).rows)
+    return next(name.split(".{}")[0] for name in names if "{}" in name)
+
+
+def embedding_name(hf_config: Any) -> str:
+    """The checkpoint's name of the input embedding."""
+    family = LANGUAGE[hf_config.model_type]
+    rows = family.table(family.config_from_hf(hf_config)).rows
+    return "lang_encoder." + next(one.published[0] for one in rows if one.ours == ("embedding",))

@@ -1,0 +1,71 @@
+"""A published checkpoint: what it was opened from makes no difference here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig
+from vlm_jax.config.register import module_of
+from vlm_jax.interop.engine import boxed_params, load_params, names_known, published_tensors
+from vlm_jax.interop.files import safetensors_files
+from vlm_jax.interop.files.folder import new_folder
+from vlm_jax.interop.files.source import PublishedError, Source
+from vlm_jax.interop.table import Table
+from vlm_jax.processing.encoders import EncoderProcessor
+from vlm_jax.processing.processor import Processor
+
+Config = ModelConfig | DualEncoderConfig | ImageTowerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose configuration is read and whose weights are not yet."""
+
+    path: Path
+    config: Config
+    processor: Processor | EncoderProcessor
+    tables: tuple[Table, ...]  # the names that are written, then others that the same tensors are read under
+    open_source: Callable[[], Source]  # reads the headers of the weights
+    keep_files: Callable[[Path], None]  # writes everything but the weights into a folder
+    exported_name: Callable[[str], str | None] | None = lambda name: name  # None: the tensor stays out
+    exported_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of config.json, in an export
+
+    def load_params(
+        self, mesh: Mesh, dtype: Any = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Any:
+        """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`."""
+        source = self.open_source()
+        table = max(self.tables, key=lambda table: names_known(table, source))
+        return load_params(source, table, boxed_params(module_of(self.config)(self.config)), mesh, dtype, progress)
+
+    def export(self, params: Any, folder: str | Path) -> int:
+        """Writes a folder that the family's own code loads: `params`, and this checkpoint's configuration and processing.
+
+        Returns:
+          the bytes of the weights.
+
+        Raises:
+          PublishedError: the folder holds something already, or this kind of checkpoint has no folder.
+          ConversionError: the parameters are not of this model.
+        """
+        if self.exported_name is None:
+            raise PublishedError(
+                f"{self.path} is one file, without a published configuration: export the folder it was made of"
+            )
+        target = new_folder(folder)
+        named = ((self.exported_name(name), tensor) for name, tensor in published_tensors(params, self.tables[0]))
+        written = safetensors_files.write(target, ((name, tensor) for name, tensor in named if name is not None))
+        self.keep_files(target)
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        held = {"dtype": str(jax.tree.leaves(params)[0].dtype)} if "dtype" in settings else {}
+        if (changed := settings | held | dict(self.exported_settings)) != settings:
+            path.write_text(json.dumps(changed, indent=2) + "\n")
+        return written

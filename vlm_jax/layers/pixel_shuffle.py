@@ -1,0 +1,49 @@
+"""Idefics3's and SmolVLM's connector (Laurencon et al. 2024): squares of neighbouring features become one visual token.
+
+Axis letters: B rows, M image slots, F frames or tiles of a slot, P features of a frame, D vision width, W language width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlm_jax.config import PixelShuffleConfig
+from vlm_jax.config.register import MODULES
+from vlm_jax.layers.linear import Linear
+from vlm_jax.sharding import constrain
+
+Array = jax.Array
+
+
+@MODULES.add(PixelShuffleConfig)
+class PixelShuffle(nn.Module):
+    """Features [B, M, F, P, D] of square pictures -> visual tokens [B, M, F * P / factor^2, W]."""
+
+    config: PixelShuffleConfig
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, features: Array, frames: Array, *, mask: Array | None = None, want_weights: bool = False
+    ) -> tuple[Array, None]:
+        """
+        Raises:
+          ValueError: features that are not of a square whose side `factor` divides; `want_weights`, for a visual token looks
+            at its own square and nowhere else.
+        """
+        config, factor = self.config, self.config.factor
+        if want_weights:
+            raise ValueError("pixel shuffle makes each visual token of one square of features: it looks nowhere else")
+        rows, slots, most, count, width = features.shape
+        side = math.isqrt(count)
+        if side * side != count or side % factor:
+            raise ValueError(f"pixel shuffle by {factor}: {count} features are no square whose side is a multiple of {factor}")
+        squares = features.reshape(rows, slots, most, side // factor, factor, side // factor, factor, width)
+        squares = squares.transpose(0, 1, 2, 3, 5, 4, 6, 7).reshape(rows, slots, -1, factor * factor * width)
+        linear = Linear({"embed": squares.shape[-1]}, {"mlp": config.width}, False, self.dtype, name="linear")
+        return constrain(linear(squares), "batch", None, "length", None), None

@@ -1,0 +1,123 @@
+"""The next token: cross-entropy of what a batch says is to be learned.
+
+Axis letters: B rows, T tokens, D width, V vocabulary, C chunks of Z tokens of every row, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlm_jax.batch import Batch
+from vlm_jax.config import NextTokenConfig
+from vlm_jax.ops.experts import load_balance
+from vlm_jax.sharding import ways
+from vlm_jax.training.objective import OBJECTIVES, Sums
+
+Array = jax.Array
+Scores = tuple[Array, Array]  # [B, T]: float32 negative log-likelihood of the target, and bool, whether it is the likeliest
+
+
+@OBJECTIVES.add(NextTokenConfig)
+class NextToken:
+    """`loss` and `token_accuracy` a token, `accuracy` a sequence: whether greedy decoding gives exactly its learned tokens."""
+
+    ranks, examples = "accuracy", "sequences"
+
+    def __init__(self, config: NextTokenConfig) -> None:
+        self.config = config
+
+    def weight(self, batch: Batch) -> Array:
+        return jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+    def sums(self, model: nn.Module, params: Any, batch: Batch, *, recompute: bool = True) -> Sums:
+        hidden, layers = model.apply({"params": params}, batch, method="hidden")
+        head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
+        vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
+        most = self.config.logits_mib * 2**20 if recompute else None
+        scores = chunked_scores(lambda x: head(params, x), hidden, batch.targets, vocabulary=vocabulary, most=most)
+        sums = sums_of(*scores, batch)
+        if self.config.router_loss:
+            balance = load_balance(layers["router_logits"], batch.segments > 0, model.config.language.block.experts.chosen)
+            sums["router_loss"] = balance * sums["weight"]
+            sums["loss"] = sums["loss"] + self.config.router_loss * sums["router_loss"]
+        return sums
+
+    def means(self, sums: dict[str, Any]) -> dict[str, Any]:
+        weight, sequences = (jnp.maximum(sums[name], 1.0) for name in ("weight", "sequences"))
+        router = {"router_loss": sums["router_loss"] / weight} if "router_loss" in sums else {}
+        return {
+            "loss": sums["loss"] / weight,
+            "token_accuracy": sums["tokens_right"] / weight,
+            "accuracy": sums["right"] / sequences,
+            "sequences": sums["sequences"],
+        } | router
+
+    def training_line(self, metrics: dict[str, float]) -> str:
+        return f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.1%}"
+
+    def evaluation_line(self, metrics: dict[str, float]) -> str:
+        return f"accuracy {metrics['accuracy']:.2%} on {metrics['sequences']:,.0f} held-out answers, loss {metrics['loss']:.4f}"
+
+
+def scores_of(logits: Array, targets: Array) -> Scores:
+    """Logits [B, T, V] float32 against targets [B, T]."""
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return nll, jnp.argmax(logits, axis=-1) == targets
+
+
+def chunked_scores(
+    head: Callable[[Array], Array], hidden: Array, targets: Array, *, vocabulary: int, most: int | None
+) -> Scores:
+    """`scores_of(head(hidden), targets)`, of so many tokens at a time that a device's logits stay below `most` bytes.
+
+    In the backward pass the logits of a chunk are computed again, so that no array [B, T, V] is ever made.
+
+    Args:
+      head: [B, Z, D] -> [B, Z, V] float32.
+      hidden: [B, T, D]; targets: [B, T].
+      most: None: all at once.
+    """
+    rows, tokens = targets.shape
+    of_token = 4 * (-(-rows // ways("batch", rows))) * (-(-vocabulary // ways("vocab", vocabulary)))
+    size = tokens if most is None else max(1, most // of_token)
+    if size >= tokens:
+        return scores_of(head(hidden), targets)
+    chunks = -(-tokens // size)
+    size = -(-tokens // chunks)
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, chunks * size - tokens), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+    scored = jax.checkpoint(lambda part: scores_of(head(part[0]), part[1]), prevent_cse=False)
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :tokens]
+    nll, hit = jax.lax.map(scored, (split(hidden), split(targets)))
+    return join(nll), join(hit)
+
+
+def sums_of(nll: Array, hit: Array, batch: Batch) -> Sums:
+    """Sums over a batch.
+
+    Returns:
+      Scalars: `loss` and `weight` (sums over tokens), `tokens_right`, `sequences` (segments with something to predict) and
+      `right` (those of them whose every learned token is the most likely one: greedy decoding gives exactly this answer,
+      since it makes the same choices as long as they are right).
+    """
+    learned = batch.weights > 0
+    most = batch.tokens.shape[1] + 1
+    count = jax.vmap(lambda x, segments: jax.ops.segment_sum(x.astype(jnp.int32), segments, most))
+    asked = count(learned, batch.segments) > 0
+    missed = count(learned & ~hit, batch.segments) > 0
+    return {
+        "loss": jnp.sum(nll * batch.weights),
+        "weight": jnp.sum(batch.weights),
+        "tokens_right": jnp.sum(jnp.where(hit, batch.weights, 0.0)),
+        "sequences": jnp.sum(asked, dtype=jnp.float32),
+        "right": jnp.sum(asked & ~missed, dtype=jnp.float32),
+    }
