@@ -29,7 +29,7 @@ from transformers.utils import logging  # noqa: E402
 from vlm_jax.api import open_checkpoint, parse_mesh  # noqa: E402
 from vlm_jax.batch import Batch  # noqa: E402
 from vlm_jax.config import ModelConfig  # noqa: E402
-from vlm_jax.interop import idefics  # noqa: E402
+from vlm_jax.families import idefics  # noqa: E402
 from vlm_jax.interop.engine import abstract_params, to_ours  # noqa: E402
 from vlm_jax.interop.files.packages import SMOLLM2 as SMOLLM2_PART  # noqa: E402
 from vlm_jax.interop.files.packages import locate  # noqa: E402
