@@ -20,10 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a start keeps for the next one (`~/.cache`: token stores, compiled programs) is kept apart from the user's own.
 if "VLM_JAX_TESTS" not in os.environ:  # pytest's workers share the folder of the process that starts them
     os.environ["VLM_JAX_TESTS"] = os.environ["HOME"] = tempfile.mkdtemp(prefix="vlm_jax-tests-")
-    # What one worker compiled the other one reads, and so does the same worker when its own programs were dropped.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ['HOME']}/.cache/jax"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 
