@@ -17,7 +17,7 @@ With Flamingo's "only the last image" a token sees slot `media_last`; with "all 
 `media_first..media_last`. Where visual tokens stand in the sequence, a slot is one tile of a picture (one frame), and `visual`
 says which visual token stands where.
 
-The generator reads the same structure, its rows padded on the left and without targets.
+The generator reads the same structure, one conversation a row, padding behind it, without targets.
 """
 
 from __future__ import annotations
