@@ -83,9 +83,10 @@ def ours(folder: Path, mesh: str) -> dict[str, float]:
 
     from vlm_jax.api import parse_mesh
     from vlm_jax.families import llava
-    from vlm_jax.interop.engine import boxed_params, load_params
+    from vlm_jax.interop.engine import load_params
     from vlm_jax.interop.files.folder import open_weights
     from vlm_jax.models.vlm import VisionLanguageModel
+    from vlm_jax.sharding import boxed_params
 
     published = AutoConfig.from_pretrained(folder)
     config = llava.config_from_hf(published)

@@ -159,7 +159,7 @@ class Run:
         compute = compute_dtype(dtype or self.config.dtype)
         run = load_run(self.folder, mesh, dtype=compute if compute != "float32" or dtype else None, step=self.step)
         self.step = run.step
-        return VisionLanguageModel(run.config.model, compute), run.params
+        return module_of(run.config.model)(run.config.model, compute), run.params
 
 
 def open_checkpoint(

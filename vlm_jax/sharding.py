@@ -76,6 +76,20 @@ def named(init: Callable[..., jax.Array], *names: str | None) -> Callable[..., N
     return lambda *args, **kwargs: Named(init(*args, **kwargs), names)
 
 
+def unboxed(tree: Any) -> Any:
+    """The values of a tree of boxes."""
+    return jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))
+
+
+def boxed_params(model: nn.Module) -> Any:
+    """Shapes, types and axis names of a model's parameters; nothing is computed, so no device need be there.
+
+    Args:
+      model: of `models/`, or a `Vit`: it has an `example`.
+    """
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example()))["params"]
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of a run over all devices (of all processes).
 

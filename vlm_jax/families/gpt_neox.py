@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import DecoderConfig
-from vlm_jax.interop.hf_config import plain_block, rope
+from vlm_jax.interop.hf_config import plain_block, plain_decoder, rope
 from vlm_jax.interop.published import register_language
 from vlm_jax.interop.register import LanguageFamily
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, FUSED_BY_HEAD, UP, linear, norm, query_key_value
@@ -40,15 +40,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
     """`GPTNeoXConfig` -> ours."""
     bias = config.attention_bias
     block = plain_block(config, qkv_bias=bias, out_bias=bias, parallel_residual=config.use_parallel_residual)
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        block=block,
-        positions=rope(config),
-        max_positions=config.max_position_embeddings,
-        window=None,
-        tied_head=config.tie_word_embeddings,
-    )
+    return plain_decoder(config, block, rope(config))
 
 
 register_language("gpt_neox", part=LanguageFamily(config_from_hf, table, prefix=MODEL, head="embed_out."))

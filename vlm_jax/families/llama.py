@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import BlockConfig, DecoderConfig, NormConfig
-from vlm_jax.interop.hf_config import activation, rope
+from vlm_jax.interop.hf_config import activation, plain_decoder, rope
 from vlm_jax.interop.published import register_language
 from vlm_jax.interop.register import LanguageFamily
 from vlm_jax.interop.table import Copy, Table, row
@@ -75,15 +75,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         out_bias=attention_bias,
         mlp_bias=getattr(config, "mlp_bias", False),
     )
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        block=block,
-        positions=positions,
-        max_positions=config.max_position_embeddings,
-        window=getattr(config, "sliding_window", None),
-        tied_head=config.tie_word_embeddings,
-    )
+    return plain_decoder(config, block, positions, window=getattr(config, "sliding_window", None))
 
 
 register_language("llama", "mistral", part=LanguageFamily(config_from_hf, table))

@@ -75,13 +75,13 @@ class OpenFlamingoProcessor(PublishedProcessor):
 class OpenFlamingoFamily:
     """How a folder as above is opened."""
 
+    pads_to_square = False
+
     def open(self, folder: Path, *, pickles: bool, pad_to_square: bool) -> Checkpoint:
         """
         Raises:
           PublishedError: the folder or one of the parts it names is missing, damaged, or of another kind.
         """
-        if pad_to_square:
-            raise PublishedError(f"{folder}: only LLaVA-1.5 was evaluated with pictures padded to squares")
         settings = _settings(folder)
         every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles)
         vision, language = _vision_config(parts), read_config(parts["language"], LANGUAGE)

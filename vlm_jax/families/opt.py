@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import BlockConfig, DecoderConfig, LearnedPositionsConfig, NormConfig
-from vlm_jax.interop.hf_config import activation, require
+from vlm_jax.interop.hf_config import activation, plain_decoder, require
 from vlm_jax.interop.published import register_language
 from vlm_jax.interop.register import LanguageFamily
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, query_key_value
@@ -56,15 +56,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         out_bias=config.enable_bias,
         mlp_bias=config.enable_bias,
     )
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        block=block,
-        positions=LearnedPositionsConfig(offset=2),
-        max_positions=config.max_position_embeddings,
-        window=None,
-        tied_head=config.tie_word_embeddings,
-    )
+    return plain_decoder(config, block, LearnedPositionsConfig(offset=2))
 
 
 register_language("opt", part=LanguageFamily(config_from_hf, table))

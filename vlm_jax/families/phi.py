@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import DecoderConfig
-from vlm_jax.interop.hf_config import plain_block, require, rope
+from vlm_jax.interop.hf_config import plain_block, plain_decoder, require, rope
 from vlm_jax.interop.published import register_language
 from vlm_jax.interop.register import LanguageFamily
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, query_key_value
@@ -34,16 +34,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
     """`PhiConfig` -> ours."""
     require(config, qk_layernorm=False, tie_word_embeddings=False)
     block = plain_block(config, kv_heads=config.num_key_value_heads, parallel_residual=True, shared_norm=True)
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        block=block,
-        positions=rope(config),
-        max_positions=config.max_position_embeddings,
-        window=None,
-        tied_head=False,
-        head_bias=True,
-    )
+    return plain_decoder(config, block, rope(config), head_bias=True)
 
 
 register_language("phi", part=LanguageFamily(config_from_hf, table))

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm_jax.config import DecoderConfig
 from vlm_jax.families import llama
-from vlm_jax.interop.hf_config import plain_block, require, rope
+from vlm_jax.interop.hf_config import plain_block, plain_decoder, require, rope
 from vlm_jax.interop.published import register_language
 from vlm_jax.interop.register import LanguageFamily
 from vlm_jax.interop.rows import norm
@@ -38,15 +38,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         parallel_residual=parallel,
         shared_norm=parallel,
     )
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        block=block,
-        positions=rope(config),
-        max_positions=config.max_position_embeddings,
-        window=None,
-        tied_head=config.tie_word_embeddings,
-    )
+    return plain_decoder(config, block, rope(config))
 
 
 register_language("stablelm", part=LanguageFamily(config_from_hf, table))

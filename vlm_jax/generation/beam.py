@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.generation.decode import END_TOKEN, LIMIT, Prompt, Rules, advance, repeated
+from vlm_jax.generation.decode import END_TOKEN, LIMIT, Prompt, Rules, advance, repeated, rows_axis
 from vlm_jax.generation.sampling import penalise
 from vlm_jax.layers.decoder import Cache
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -150,7 +150,7 @@ def _advance(progress: _Progress, logits: Array, search: Search, rules: Rules, l
     origin = (jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(beam, kept, axis=1)).reshape(-1)
     newest = jnp.take_along_axis(token, kept, axis=1).reshape(-1)
     cache = progress.cache
-    of_origin = lambda part: jax.tree.map(lambda x: jnp.take(x, origin, axis=x.ndim - 4), part)
+    of_origin = lambda part: jax.tree.map(lambda x: jnp.take(x, origin, axis=rows_axis(x)), part)
     cache = dataclasses.replace(cache, keys=of_origin(cache.keys), values=of_origin(cache.values))
     seen = progress.seen[origin].at[jnp.arange(rows * beams), newest].set(True)
     return _Progress(count + 1, running, done, improvable, over, cache, seen)

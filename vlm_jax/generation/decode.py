@@ -134,7 +134,7 @@ def insert(state: State, rows: Array, others: State) -> State:
     """`others` [R rows] in the place of `rows` [R] int32 of the state, whose slots and media have the same room."""
 
     def put(old: Array, new: Array) -> Array:
-        return old.at[:, rows].set(new) if _rows_axis(old) else old.at[rows].set(new)
+        return old.at[:, rows].set(new) if rows_axis(old) else old.at[rows].set(new)
 
     return _placed(jax.tree.map(put, state, others))
 
@@ -222,10 +222,10 @@ def pick(state: State, logits: Array, rules: Rules) -> tuple[State, Picked]:
 
 def repeated(prompt: Prompt, times: int) -> Prompt:
     """Every row so many times, one after the other."""
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=_rows_axis(x)), prompt)
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=rows_axis(x)), prompt)
 
 
-def _rows_axis(x: Array) -> int:
+def rows_axis(x: Array) -> int:
     """Keys and values of stacked layers have the layers in front, everything else the rows."""
     return int(x.ndim == 5)
 

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig
 from vlm_jax.config.register import module_of
-from vlm_jax.interop.engine import boxed_params, load_params, names_known, published_tensors
+from vlm_jax.interop.engine import load_params, names_known, published_tensors
 from vlm_jax.interop.files import safetensors_files
 from vlm_jax.interop.files.folder import new_folder
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.table import Table
 from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.processor import Processor
+from vlm_jax.sharding import boxed_params
 
 Config = ModelConfig | DualEncoderConfig | ImageTowerConfig
 

@@ -19,23 +19,14 @@ from vlm_jax.interop.files.source import Arrays, Source
 from vlm_jax.interop.plan import Problems, plan, resolve
 from vlm_jax.interop.table import Index, Shape, Table, pattern, written
 from vlm_jax.paths import by_path, nested
-from vlm_jax.sharding import Named, place_tree, shardings_of
+from vlm_jax.sharding import boxed_params, place_tree, shardings_of, unboxed
 
 State = dict[str, np.ndarray]
 
 
-def boxed_params(model: nn.Module) -> Any:
-    """Shapes, types and axis names of a model's parameters; nothing is computed.
-
-    Args:
-      model: of `models/`, or a `Vit`: it has an `example`.
-    """
-    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
-
-
 def abstract_params(model: nn.Module) -> Any:
     """Shapes and types of a model's parameters; nothing is computed."""
-    return jax.tree.map(lambda box: box.value, boxed_params(model), is_leaf=lambda x: isinstance(x, Named))
+    return unboxed(boxed_params(model))
 
 
 def to_ours(state: State, table: Table, abstract_params: Any) -> Any:
@@ -78,8 +69,7 @@ def load_params(
     Raises:
       ConversionError: a name, a shape or a value does not fit; PublishedError: a tensor cannot be read.
     """
-    is_box = lambda x: isinstance(x, Named)
-    shapes = _shapes(jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box))
+    shapes = _shapes(unboxed(boxed))
     parameters = plan(table, source, shapes)
     shardings = by_path(shardings_of(place_tree(boxed, mesh), mesh))
     total = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in source.tensors.values())

@@ -9,11 +9,13 @@ from typing import Any
 from vlm_jax.config import (
     Activation,
     BlockConfig,
+    DecoderConfig,
     DynamicNtkScaling,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     NormConfig,
+    PositionsConfig,
     RopeConfig,
     YarnScaling,
 )
@@ -73,6 +75,18 @@ def plain_block(config: Any, **changes: Any) -> BlockConfig:
     if "activation" not in changes:
         sizes["activation"] = activation(config.hidden_act)
     return BlockConfig(**sizes | changes)
+
+
+def plain_decoder(config: Any, block: BlockConfig, positions: PositionsConfig, **changes: Any) -> DecoderConfig:
+    """A decoder whose sizes have the names that most of transformers' language models give them."""
+    sizes = dict(
+        vocab_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        max_positions=config.max_position_embeddings,
+        window=None,
+        tied_head=config.tie_word_embeddings,
+    )
+    return DecoderConfig(block=block, positions=positions, **sizes | changes)
 
 
 def squares(config: Any) -> dict[str, int]:

@@ -64,10 +64,8 @@ class Family:
     def open(self, folder: Path, *, pickles: bool, pad_to_square: bool) -> Checkpoint:
         """
         Raises:
-          PublishedError: the folder is damaged, or pictures are to be padded of a family that does not.
+          PublishedError: the folder is damaged.
         """
-        if pad_to_square and not self.pads_to_square:
-            raise PublishedError(f"{folder}: only LLaVA-1.5 was evaluated with pictures padded to squares")
         hf_config = read_config(folder, FAMILIES)
         try:
             config = self.config_from_hf(hf_config)
@@ -123,11 +121,10 @@ def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool 
       PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
     """
     path = find(name, pickles)
-    if path.is_dir():
-        return FAMILIES[known_type(path, FAMILIES)].open(path, pickles=pickles, pad_to_square=pad_to_square)
-    if pad_to_square:
+    family = FAMILIES[known_type(path, FAMILIES)] if path.is_dir() else None
+    if pad_to_square and not (family and family.pads_to_square):
         raise PublishedError(f"{path}: only LLaVA-1.5 was evaluated with pictures padded to squares")
-    return FILES[path.suffix](path)
+    return family.open(path, pickles=pickles, pad_to_square=pad_to_square) if family else FILES[path.suffix](path)
 
 
 def open_processor(folder: Path) -> Processor:

@@ -17,7 +17,13 @@ ROOM = "vlm_jax.families"
 
 
 class Opener(Protocol):
-    """How the folders of a `model_type` are opened; `interop.published.Family` is one for what transformers saves."""
+    """How the folders of a `model_type` are opened; `interop.published.Family` is one for what transformers saves.
+
+    Attributes:
+      pads_to_square: whether `pad_to_square` may be asked of it.
+    """
+
+    pads_to_square: bool
 
     def open(self, folder: Path, *, pickles: bool, pad_to_square: bool) -> Checkpoint:
         """

@@ -22,8 +22,8 @@ from vlm_jax.config import (
 )
 from vlm_jax.config.register import Register
 
-VISION: Register[Callable[[], VisionConfig]] = Register("a vision encoder of the size", "vlm_jax.families")
-LANGUAGE: Register[Callable[[], LanguageConfig]] = Register("a language model of the size", "vlm_jax.families")
+VISION: Register[Callable[[], VisionConfig]] = Register("a vision encoder of the size")
+LANGUAGE: Register[Callable[[], LanguageConfig]] = Register("a language model of the size")
 
 
 def vision(name: str) -> VisionConfig:
@@ -43,7 +43,7 @@ def language(name: str) -> LanguageConfig:
 
 
 def _block(width: int, heads: int, mlp_width: int, **changes: Any) -> BlockConfig:
-    """With layer norms and biases; of LLaMA's kind with `**_llama`."""
+    """With layer norms and biases; of LLaMA's kind with `**_bare(eps)`."""
     plain = dict(
         kv_heads=heads,
         head_width=width // heads,

@@ -55,11 +55,6 @@ class VisionLanguageModel(nn.Module):
         """Whether layers of cross-attention read the images; else their visual tokens stand in the sequence."""
         return self.has_vision and not self.config.fusion.in_sequence
 
-    @property
-    def is_prefix_lm(self) -> bool:
-        """Whether every token of a prompt sees all of it."""
-        return self.has_vision and self.config.fusion.prefix_lm
-
     def __call__(self, batch: Batch) -> Array:
         """Logits [B, T, V] float32 of a packed batch."""
         return self.logits(self.hidden(batch)[0])

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.config import ParamRule
 from vlm_jax.paths import Params, by_path, nested
-from vlm_jax.sharding import Named, Placement, place_tree
+from vlm_jax.sharding import Placement, boxed_params, place_tree, shardings_of, unboxed
 
 DEFAULT = ParamRule(pattern="")
 
@@ -83,13 +83,13 @@ class Blueprint:
         Raises:
           ValueError: a rule that matches no parameter.
         """
-        boxed = jax.eval_shape(lambda: init_boxed(model, jax.random.key(0)))
+        boxed = boxed_params(model)
         placements = by_path(place_tree(boxed, mesh))
         return cls(boxed, placements, resolve(list(placements), rules), mesh)
 
     @property
     def shardings(self) -> Params:
-        return nested({path: NamedSharding(self.mesh, placed.spec) for path, placed in self.placements.items()})
+        return shardings_of(nested(self.placements), self.mesh)
 
     @property
     def abstract(self) -> Params:
@@ -100,11 +100,3 @@ class Blueprint:
             return jax.ShapeDtypeStruct(leaf.shape, stored_dtype(self.rules[path]), sharding=sharding)
 
         return nested({path: of(path, leaf) for path, leaf in by_path(unboxed(self.boxed)).items()})
-
-
-def init_boxed(model: nn.Module, key: jax.Array) -> Any:
-    return model.init(key, *model.example())["params"]
-
-
-def unboxed(tree: Any) -> Params:
-    return jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))

@@ -18,10 +18,10 @@ from vlm_jax.config import AugmentConfig, RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
 from vlm_jax.paths import Params, by_path, nested
-from vlm_jax.sharding import batch_sharding
+from vlm_jax.sharding import batch_sharding, unboxed
 from vlm_jax.training.objective import OBJECTIVES, Objective
 from vlm_jax.training.optimizer import make_optimizer, schedule
-from vlm_jax.training.params import Blueprint, init_boxed, merge, split, stored, trained_rows, unboxed
+from vlm_jax.training.params import Blueprint, merge, split, stored, trained_rows
 
 Array = jax.Array
 
@@ -126,7 +126,7 @@ class Trainer:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
 
     def _init(self, key: Array) -> TrainState:
-        return self._state_of(unboxed(init_boxed(self.model, key)))
+        return self._state_of(unboxed(self.model.init(key, *self.model.example())["params"]))
 
     def _state_of(self, params: Params) -> TrainState:
         params = nested({path: stored(path, leaf, self.rules) for path, leaf in by_path(params).items()})
