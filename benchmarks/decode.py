@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,13 +25,13 @@ import torch
 from peers import SIZES, SMOLLM2, Peers, alternate, bandwidth, build, build_smollm2, inputs, ratio, table
 
 from vlm_jax.batch import Batch
-from vlm_jax.generation import decode
+from vlm_jax.config import MeshConfig
 from vlm_jax.generation.buckets import SLOTS, STOP_WIDTH, STOPS, bucket
 from vlm_jax.generation.decode import NEVER, Rules, Wishes
-from vlm_jax.generation.generator import STEPS
+from vlm_jax.generation.programs import STEPS, Programs
 from vlm_jax.generation.sampling import Sampling
-from vlm_jax.generation.unstack import unstack, worth_unstacking
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import make_mesh
 
 
 def torch_side(both: Peers, theirs: dict[str, torch.Tensor], new: int) -> Callable[[], np.ndarray]:
@@ -51,7 +50,6 @@ def torch_side(both: Peers, theirs: dict[str, torch.Tensor], new: int) -> Callab
 def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
     rows, vocabulary = batch.tokens.shape[0], both.config.language.vocab_size
     params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), both.params)  # large stacks are taken apart and freed
-    params = unstack(params) if worth_unstacking(params) else params
     prompts = dataclasses.replace(batch, targets=None, weights=None)
     if both.config.vision is None:
         prompts = dataclasses.replace(prompts, images=None, frames=None)
@@ -65,19 +63,16 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
     stops = np.full((rows, STOPS, STOP_WIDTH), NEVER, np.int32)
     wishes = Wishes(sampling=greedy, limits=np.full(rows, new, np.int32), stops=stops)
     rules = Rules(allowed=np.ones(vocabulary, bool), ends=np.full(1, NEVER, np.int32), pad=np.int32(0))
-    model = VisionLanguageModel(both.config)
-    prefill = jax.jit(functools.partial(decode.prefill, model))
-    begin = jax.jit(decode.begin, static_argnames="slots")
-    steps = jax.jit(functools.partial(decode.steps, model, room=STEPS), donate_argnums=1)
+    programs = Programs(VisionLanguageModel(both.config), params, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     slots = bucket(prompts.tokens.shape[1] + new, SLOTS)
 
     def run() -> np.ndarray:
         """As `Generator` does it, without tokenizer and pictures."""
-        state, picked = begin(prefill(params, prompts), wishes, rules, slots=slots)
+        state, picked = programs.begin(prompts, wishes, rules, slots=slots)
         pieces = [np.asarray(picked.tokens)[:, None]]
         for most in [STEPS] * ((new - 1) // STEPS) + [(new - 1) % STEPS]:
-            state, picked, _ = steps(params, state, rules, np.int32(most))
-            pieces.append(np.asarray(picked.tokens)[:, :most])
+            state, picked = programs.more(state, rules, most=most)
+            pieces.append(picked.tokens)
         return np.concatenate(pieces, axis=1)
 
     return run

@@ -15,8 +15,8 @@ from vlm_jax.errors import RequestError
 from vlm_jax.generation import decode
 from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.buckets import bucket, row_bucket
+from vlm_jax.generation.by_layer import split_layers, stacked
 from vlm_jax.generation.request import Request, interleaved
-from vlm_jax.generation.unstack import stacked, unstack
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot
 
@@ -134,9 +134,9 @@ def test_meshes_give_the_same_tokens(mesh):
 def test_layers_one_by_one_give_the_same_tokens(monkeypatch):
     config, mesh = tiny.model_config(layers=4, every=3), MeshConfig(data=2, fsdp=2, tensor=2)
     whole = tiny.generator(config)
-    monkeypatch.setattr("vlm_jax.generation.unstack.LEAST", 0)
+    monkeypatch.setattr("vlm_jax.generation.by_layer.LEAST", 0)
     apart = tiny.new_generator(config, mesh)
-    one_by_one = lambda generator: isinstance(generator.decode_params["language"]["layers"], tuple)
+    one_by_one = lambda generator: isinstance(generator.programs.held["language"]["layers"], tuple)
     assert one_by_one(apart) and not one_by_one(whole)
     jax.tree.map(np.testing.assert_array_equal, apart.params, whole.params)
     settings = Settings(max_new_tokens=NEW)
@@ -150,7 +150,7 @@ def test_a_fusion_without_layers_is_left_as_it_is():
     """LLaVA-NeXT's has a newline and nothing else."""
     stack = jnp.arange(6.0).reshape(3, 2)
     params = {"language": {"layers": {"a": jnp.array(stack), "b": jnp.array(stack)}}, "fusion": {"newline": jnp.ones(2)}}
-    apart = unstack(params)
+    apart = split_layers(params)
     assert [layer["a"].tolist() for layer in apart["language"]["layers"]] == stack.tolist()
     assert apart["fusion"] is params["fusion"]
     np.testing.assert_array_equal(stacked(apart)["language"]["layers"]["b"], stack)
@@ -161,7 +161,7 @@ def test_similar_requests_compile_nothing():
     one = tiny.ask("what color?", [tiny.picture(1)])
     generator.generate([one], Settings(max_new_tokens=9))
     generator.generate(requests(), Settings(max_new_tokens=9))
-    before = generator.compiled()
+    before = generator.programs.compiled()
     for settings in (
         Settings(max_new_tokens=16),
         Settings(max_new_tokens=17),
@@ -172,10 +172,10 @@ def test_similar_requests_compile_nothing():
         generator.generate([tiny.ask("is there a circle?", [tiny.picture(2)])], settings)
         generator.generate([*requests(), one], settings)
         list(generator.stream(one, settings))
-    assert generator.compiled() == before
+    assert generator.programs.compiled() == before
     # Four rows without an image: the prompts are read by another program, and so are what follows them.
     generator.generate([tiny.ask("how many?")] * 3, Settings(max_new_tokens=9))
-    assert generator.compiled() == before + 3
+    assert generator.programs.compiled() == before + 3
 
 
 def test_rows_come_and_go_in_a_running_state():
@@ -185,7 +185,7 @@ def test_rows_come_and_go_in_a_running_state():
     expected = [answer.tokens for answer in generator.generate(list(asked), settings)]
     begun = lambda some: generator.started([generator.prompt(request, 0, settings) for request in some], settings)
     program = lambda fn: jax.jit(functools.partial(fn, generator.model))
-    with generator.mesh_context():
+    with jax.set_mesh(generator.mesh):
         (state, first), rules = begun(asked[:2])
         (late, of_late), _ = begun(asked[2:])
         step, put = program(decode.step), jax.jit(decode.insert)
@@ -193,7 +193,7 @@ def test_rows_come_and_go_in_a_running_state():
         for number in range(2 * NEW):
             if number == 3:  # the second row is given to the third question
                 state, tokens[2] = put(state, np.array([1]), late), [int(of_late.tokens[0])]
-            state, picked = step(generator.decode_params, state, rules)
+            state, picked = step(generator.programs.held, state, rules)
             for row, question in ((0, 0), (1, 2 if number >= 3 else 1)):
                 tokens[question].append(int(picked.tokens[row]))
     assert tokens[0][:NEW] == expected[0] and tokens[2][:NEW] == expected[2]
@@ -214,7 +214,8 @@ def test_special_tokens_are_never_generated():
     banned = [vocabulary.pad_id, vocabulary.bos_id, vocabulary.image_id, *range(vocabulary.vocab_size, 304)]
     assert len(banned) > 3
     generator = copy.copy(tiny.generator(config))
-    generator.decode_params = _louder(plain, banned)
+    generator.programs = copy.copy(generator.programs)
+    generator.programs.held = _louder(plain, banned)
     answers = generator.generate(requests(), Settings(max_new_tokens=16, temperature=1.0))
     assert not {token for answer in answers for token in answer.tokens} & set(banned)
     assert max(score for answer in answers for score in answer.log_probabilities) < -1  # the others are likelier

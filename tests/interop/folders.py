@@ -93,7 +93,7 @@ def placed(vlm: Vlm, request: Request) -> Batch:
 def logits(vlm: Vlm, request: Request) -> np.ndarray:
     """[T, V] of a request's tokens."""
     batch = placed(vlm, request)
-    with vlm.generator.mesh_context():
+    with jax.set_mesh(vlm.mesh):
         out = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))[0]
     return out[np.asarray(batch.segments)[0] > 0]
 

@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 def start(data, cache, workdir, *flags, devices=1, log=None):
     command = [sys.executable, "train.py", "--config=tests/tiny.py", f"--workdir={workdir}", *flags]
     command += [f"--config.data.source.train={data}", f"--config.data.source.eval={data}"]
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     env = os.environ | {"XLA_FLAGS": xla, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

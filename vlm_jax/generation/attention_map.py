@@ -11,7 +11,6 @@ the side of the model's square.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +77,6 @@ def look(model: VisionLanguageModel, params: Any, prompts: Batch) -> Array:
     return jnp.einsum("btmr,bmrp->btmp", tokens, rollout(resampler))
 
 
-@functools.cache
-def _compiled(model: VisionLanguageModel) -> Any:
-    return jax.jit(functools.partial(look, model))
-
-
 def check_visible(generator: Generator, request: Request) -> None:
     """Whether there is something to look at.
 
@@ -119,8 +113,7 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
         media_first=extend(layout.media_first),
     )
     batch = generator.place([dataclasses.replace(prompt, layout=whole)])
-    with generator.mesh_context():
-        looks = np.asarray(_compiled(generator.model)(generator.decode_params, batch))[0]
+    looks = np.asarray(generator.programs.call(look, batch))[0]
     length = len(whole.tokens)
     chosen = looks[length - len(ids) - 1 : length - 1]  # [answer tokens, M, F * P]
     words, spans = group_words(generator.processor.tokenizer, ids)

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.generation.decode import END_TOKEN, LIMIT, Prompt, Rules, advance, repeated, rows_axis
+from vlm_jax.generation.decode import END_TOKEN, LIMIT, Context, Prefilled, Rules, extend, repeated, rows_axis
 from vlm_jax.generation.sampling import penalise
-from vlm_jax.layers.decoder import Cache
 from vlm_jax.models.vlm import VisionLanguageModel
 
 Array = jax.Array
@@ -61,99 +60,101 @@ class _Answers:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Progress:
+class Beams:
+    """Rows whose beams are being extended."""
+
     count: Array  # [] int32, new tokens of every beginning
     running: _Answers
     done: _Answers
     improvable: Array  # [B] bool, whether a beginning may still overtake the finished answers
     over: Array  # [B] bool
-    cache: Cache
+    context: Context  # of B * K rows
     seen: Array  # [B * K, V] bool
 
 
-def generate(
-    model: VisionLanguageModel,
-    params: Any,
-    prompt: Prompt,
-    search: Search,
-    rules: Rules,
-    limits: Array,
-    *,
-    new: int,
-    beams: int,
-) -> Found:
-    """The best answer of up to `new` tokens for every prompt. Stop sequences are not looked at.
+def begin(prompt: Prefilled, search: Search, rules: Rules, limits: Array, *, room: int, beams: int) -> Beams:
+    """The first new token of every beam. Stop sequences are not looked at.
 
     Args:
       limits: [B] int32, tokens a row may have, at most N.
-      new: N; beams: K.
+      room: N; beams: K.
     """
-    rows, slots = limits.shape[0], prompt.cache.positions.shape[1] + new
+    rows, slots = limits.shape[0], prompt.context.cache.positions.shape[1] + room
     prompt = repeated(prompt, beams)
-    prompt = dataclasses.replace(prompt, cache=prompt.cache.with_slots(slots))
     empty = _Answers(
         scores=jnp.full((rows, beams), NEVER),
-        tokens=jnp.full((rows, beams, new), rules.pad, jnp.int32),
-        log_probabilities=jnp.zeros((rows, beams, new), jnp.float32),
+        tokens=jnp.full((rows, beams, room), rules.pad, jnp.int32),
+        log_probabilities=jnp.zeros((rows, beams, room), jnp.float32),
         lengths=jnp.zeros((rows, beams), jnp.int32),
         ended=jnp.zeros((rows, beams), bool),
         finished=jnp.zeros((rows, beams), bool),
     )
     # All beams begin alike: only the first one's continuations count.
     running = dataclasses.replace(empty, scores=empty.scores.at[:, 0].set(0.0))
-    progress = _Progress(
+    state = Beams(
         count=jnp.zeros((), jnp.int32),
         running=running,
         done=empty,
         improvable=jnp.ones(rows, bool),
         over=limits <= 0,
-        cache=prompt.cache.placed(),
+        context=prompt.context.with_slots(slots),
         seen=prompt.seen,
     )
-    everywhere = jnp.ones(rows * beams, bool)
-
-    def step(progress: _Progress) -> _Progress:
-        newest = jax.lax.dynamic_index_in_dim(progress.running.tokens, progress.count - 1, axis=2, keepdims=False)
-        here = dataclasses.replace(prompt, cache=progress.cache)
-        logits, cache = advance(model, params, here, newest.reshape(-1), everywhere)
-        return _advance(dataclasses.replace(progress, cache=cache.placed()), logits, search, rules, limits)
-
-    progress = _advance(progress, prompt.logits, search, rules, limits)
-    done = jax.lax.while_loop(lambda p: ~jnp.all(p.over), step, progress).done
-    best = jax.tree.map(lambda x: x[:, 0], done)
-    return Found(best.tokens, best.log_probabilities, best.lengths, jnp.where(best.ended, END_TOKEN, LIMIT))
+    return _advance(state, prompt.logits, search, rules, limits)
 
 
-def _advance(progress: _Progress, logits: Array, search: Search, rules: Rules, limits: Array) -> _Progress:
+def step(model: VisionLanguageModel, params: Any, state: Beams, search: Search, rules: Rules, limits: Array) -> Beams:
+    """One more token for every beginning."""
+    newest = jax.lax.dynamic_index_in_dim(state.running.tokens, state.count - 1, axis=2, keepdims=False).reshape(-1)
+    logits, context = extend(model, params, state.context, newest, jnp.ones(newest.shape, bool))
+    return _advance(dataclasses.replace(state, context=context), logits, search, rules, limits)
+
+
+def best(state: Beams) -> Found:
+    """The best answer of every row."""
+    first = jax.tree.map(lambda x: x[:, 0], state.done)
+    return Found(first.tokens, first.log_probabilities, first.lengths, jnp.where(first.ended, END_TOKEN, LIMIT))
+
+
+def _advance(state: Beams, logits: Array, search: Search, rules: Rules, limits: Array) -> Beams:
     """One more token for every beginning: [B * K, V] logits."""
-    rows, beams, _ = progress.running.tokens.shape
-    count, vocabulary = progress.count, logits.shape[-1]
+    rows, beams, _ = state.running.tokens.shape
+    count, vocabulary = state.count, logits.shape[-1]
     own = jax.nn.log_softmax(logits, axis=-1)
-    scores = penalise(own, progress.seen, jnp.repeat(search.repetition_penalty, beams))
+    scores = penalise(own, state.seen, jnp.repeat(search.repetition_penalty, beams))
     scores = jnp.where(rules.allowed, scores, -jnp.inf).reshape(rows, beams, vocabulary)
-    scores = (scores + progress.running.scores[:, :, None]).reshape(rows, -1)
+    scores = (scores + state.running.scores[:, :, None]).reshape(rows, -1)
     # Enough candidates for K to go on, even if all ends of all beams are among the best.
     most = min(max(2, 1 + rules.ends.shape[0]) * beams, beams * vocabulary)
     best, places = jax.lax.top_k(scores, most)
     beam, token = places // vocabulary, (places % vocabulary).astype(jnp.int32)
-    candidates = _extended(progress.running, count, beam, token, best, own.reshape(rows, -1), places, rules, limits)
+    candidates = _extended(state.running, count, beam, token, best, own.reshape(rows, -1), places, rules, limits)
 
     going = best + jnp.where(candidates.finished, NEVER, 0.0)
     kept = jax.lax.top_k(going, beams)[1]
     running = _chosen(dataclasses.replace(candidates, scores=going), kept)
-    done = _finished(progress, candidates, search)
-    improvable = progress.improvable & _can_improve(running, done, count + 1, search)
+    done = _finished(state, candidates, search)
+    improvable = state.improvable & _can_improve(running, done, count + 1, search)
     full = jnp.all(done.finished, axis=1) & search.early_stopping
-    over = progress.over | ~improvable | full | jnp.all(candidates.finished, axis=1)
+    over = state.over | ~improvable | full | jnp.all(candidates.finished, axis=1)
 
     # From here on a beam is the row of the cache that its beginning came from.
     origin = (jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(beam, kept, axis=1)).reshape(-1)
     newest = jnp.take_along_axis(token, kept, axis=1).reshape(-1)
-    cache = progress.cache
+    cache = state.context.cache
     of_origin = lambda part: jax.tree.map(lambda x: jnp.take(x, origin, axis=rows_axis(x)), part)
     cache = dataclasses.replace(cache, keys=of_origin(cache.keys), values=of_origin(cache.values))
-    seen = progress.seen[origin].at[jnp.arange(rows * beams), newest].set(True)
-    return _Progress(count + 1, running, done, improvable, over, cache, seen)
+    seen = state.seen[origin].at[jnp.arange(rows * beams), newest].set(True)
+    return dataclasses.replace(
+        state,
+        count=count + 1,
+        running=running,
+        done=done,
+        improvable=improvable,
+        over=over,
+        context=dataclasses.replace(state.context, cache=cache.placed()),
+        seen=seen,
+    )
 
 
 def _extended(
@@ -181,14 +182,14 @@ def _extended(
     )
 
 
-def _finished(progress: _Progress, candidates: _Answers, search: Search) -> _Answers:
+def _finished(state: Beams, candidates: _Answers, search: Search) -> _Answers:
     """The K best of the finished answers so far and of the candidates that have just finished."""
-    done = progress.done
+    done = state.done
     beams = done.scores.shape[1]
-    scores = candidates.scores / (progress.count + 1).astype(jnp.float32) ** search.length_penalty
+    scores = candidates.scores / (state.count + 1).astype(jnp.float32) ** search.length_penalty
     # The candidates behind the first K are there to go on, not to win.
     new = candidates.finished & (jnp.arange(candidates.scores.shape[1]) < beams)
-    closed = progress.over | ~progress.improvable | (jnp.all(done.finished, axis=1) & search.early_stopping)
+    closed = state.over | ~state.improvable | (jnp.all(done.finished, axis=1) & search.early_stopping)
     scores = scores + jnp.where(new, 0.0, NEVER) + jnp.where(closed, NEVER, 0.0)[:, None]
     candidates = dataclasses.replace(candidates, scores=scores, finished=new & ~closed[:, None])
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), done, candidates)

@@ -51,14 +51,25 @@ class Wishes:
 
 
 @_state
-class Prompt:
+class Context:
+    """What the model keeps of each row's tokens and media."""
+
+    cache: Cache
+    memory: Any  # of the media, see `VisionLanguageModel.memory`
+    media_first: Array  # [B] int32, the image slots that new tokens see: those of the prompt's last token
+    media_last: Array  # [B] int32
+
+    def with_slots(self, slots: int) -> Context:
+        """With room for so many tokens."""
+        return dataclasses.replace(self, cache=self.cache.with_slots(slots))
+
+
+@_state
+class Prefilled:
     """Prompts that the model has read."""
 
     logits: Array  # [B, V] float32, of the first new token
-    cache: Cache
-    memory: Any  # of the media, see `VisionLanguageModel.memory`
-    media_first: Array  # [B] int32, what the new tokens see: as the prompt's last token
-    media_last: Array  # [B] int32
+    context: Context
     seen: Array  # [B, V] bool, the prompt's tokens
 
 
@@ -66,10 +77,7 @@ class Prompt:
 class State:
     """Rows that are being answered."""
 
-    cache: Cache  # of all tokens but the newest
-    memory: Any
-    media_first: Array  # [B] int32
-    media_last: Array  # [B] int32
+    context: Context  # of all tokens but the newest
     newest: Array  # [B] int32
     count: Array  # [B] int32, new tokens so far
     tail: Array  # [B, W] int32, the newest W tokens
@@ -86,7 +94,7 @@ class Picked:
     log_probabilities: Array  # likewise, float32; the model's own, before temperature and restrictions; 0 after the end
 
 
-def prefill(model: VisionLanguageModel, params: Any, prompts: Batch) -> Prompt:
+def prefill(model: VisionLanguageModel, params: Any, prompts: Batch) -> Prefilled:
     """Reads the media and the prompts."""
     apply = lambda method, *args, **named: model.apply({"params": params}, *args, **named, method=method)
     visual = apply("visual_tokens", prompts)
@@ -98,17 +106,19 @@ def prefill(model: VisionLanguageModel, params: Any, prompts: Batch) -> Prompt:
     # Padding is written behind the vocabulary, where it is dropped.
     written = jnp.where(prompts.segments > 0, prompts.tokens, vocabulary)
     of_last = lambda field: jnp.take_along_axis(field, last, axis=1)[:, 0]
-    return Prompt(
+    return Prefilled(
         logits=logits,
-        cache=out.cache.placed(),
-        memory=memory,
-        media_first=of_last(prompts.media_first),
-        media_last=of_last(prompts.media_last),
+        context=Context(
+            cache=out.cache.placed(),
+            memory=memory,
+            media_first=of_last(prompts.media_first),
+            media_last=of_last(prompts.media_last),
+        ),
         seen=jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], written].set(True, mode="drop"),
     )
 
 
-def begin(prompt: Prompt, wishes: Wishes, rules: Rules, *, slots: int) -> tuple[State, Picked]:
+def begin(prompt: Prefilled, wishes: Wishes, rules: Rules, *, slots: int) -> tuple[State, Picked]:
     """The state with the first new token of every row.
 
     Args:
@@ -116,10 +126,7 @@ def begin(prompt: Prompt, wishes: Wishes, rules: Rules, *, slots: int) -> tuple[
     """
     rows, width = wishes.limits.shape[0], wishes.stops.shape[-1]
     state = State(
-        cache=prompt.cache.with_slots(slots),
-        memory=prompt.memory,
-        media_first=prompt.media_first,
-        media_last=prompt.media_last,
+        context=prompt.context.with_slots(slots),
         newest=jnp.full(rows, NEVER, jnp.int32),
         count=jnp.zeros(rows, jnp.int32),
         tail=jnp.full((rows, width), NEVER, jnp.int32),
@@ -139,8 +146,8 @@ def insert(state: State, rows: Array, others: State) -> State:
     return _placed(jax.tree.map(put, state, others))
 
 
-def advance(model: VisionLanguageModel, params: Any, prompt: Prompt | State, tokens: Array, runs: Array) -> tuple[Array, Cache]:
-    """Reads one more token of each row: its logits [B, V], and the cache with it.
+def extend(model: VisionLanguageModel, params: Any, context: Context, tokens: Array, runs: Array) -> tuple[Array, Context]:
+    """Reads one more token of each row: its logits [B, V], and the context with it.
 
     Args:
       tokens: [B] int32.
@@ -148,23 +155,23 @@ def advance(model: VisionLanguageModel, params: Any, prompt: Prompt | State, tok
     """
     apply = lambda *args, method, **named: model.apply({"params": params}, *args, **named, method=method)
     column = lambda x: x[:, None]
-    positions = column(prompt.cache.used)
+    positions = column(context.cache.used)
     batch = Batch(
         tokens=column(tokens),
         positions=positions,
         segments=column(runs.astype(jnp.int32)),
-        media_first=column(prompt.media_first),
-        media_last=column(prompt.media_last),
+        media_first=column(context.media_first),
+        media_last=column(context.media_last),
         prefix_end=positions,
     )
-    out = apply(batch, memory=prompt.memory, cache=prompt.cache, method="read")
-    return apply(out.hidden, method="logits")[:, 0], out.cache
+    out = apply(batch, memory=context.memory, cache=context.cache, method="read")
+    return apply(out.hidden, method="logits")[:, 0], dataclasses.replace(context, cache=out.cache.placed())
 
 
 def step(model: VisionLanguageModel, params: Any, state: State, rules: Rules) -> tuple[State, Picked]:
     """One more token for every row that runs."""
-    logits, cache = advance(model, params, state, state.newest, state.reasons == RUNNING)
-    return pick(dataclasses.replace(state, cache=cache), logits, rules)
+    logits, context = extend(model, params, state.context, state.newest, state.reasons == RUNNING)
+    return pick(dataclasses.replace(state, context=context), logits, rules)
 
 
 def steps(
@@ -220,7 +227,7 @@ def pick(state: State, logits: Array, rules: Rules) -> tuple[State, Picked]:
     return _placed(new), Picked(tokens=token, log_probabilities=log_probability)
 
 
-def repeated(prompt: Prompt, times: int) -> Prompt:
+def repeated(prompt: Prefilled, times: int) -> Prefilled:
     """Every row so many times, one after the other."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=rows_axis(x)), prompt)
 
@@ -234,4 +241,5 @@ def _placed(state: State) -> State:
     """Rows keep their place on the mesh from step to step, so that the next call finds the program compiled."""
     lay = lambda x: x if x.ndim > 3 else constrain(x, "batch", *(None,) * (x.ndim - 1))
     laid = jax.tree.map(lay, state)
-    return dataclasses.replace(laid, cache=state.cache.placed(), seen=constrain(state.seen, "batch", "vocab"))
+    context = dataclasses.replace(laid.context, cache=state.context.cache.placed())
+    return dataclasses.replace(laid, context=context, seen=constrain(state.seen, "batch", "vocab"))

@@ -5,9 +5,7 @@ Axis letters: B rows, M image slots, F frames, T prompt tokens, N new tokens, V 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +18,11 @@ from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.generation import beam, decode
 from vlm_jax.generation.buckets import SLOTS, STOP_WIDTH, STOPS, bucket
+from vlm_jax.generation.programs import STEPS, Programs
 from vlm_jax.generation.prompts import Prompt, place
 from vlm_jax.generation.request import Request
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import TextStream, cut, stop_sequences
-from vlm_jax.generation.unstack import stacked, unstack, worth_unstacking
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.processor import Processor
 from vlm_jax.sharding import batch_sharding
@@ -47,17 +45,13 @@ class _Progress:
     reasons: np.ndarray  # [B]
 
 
-STEPS = 32  # so many at a time, before the host looks whether all rows are done
-
-
 class Generator:
     """A model with its parameters and processor, ready to answer.
 
-    The parameters are taken over: of a large model the stacks of layers are freed.
+    The parameters are taken over, see `Programs`.
 
     Attributes:
-      decode_params: the parameters as the programs read them, of a large model the layers one by one.
-      rows: at most so many requests are answered at once.
+      programs: what runs the model; rows: at most so many requests are answered at once.
     """
 
     def __init__(
@@ -69,17 +63,13 @@ class Generator:
         rows: int = 16,
     ) -> None:
         self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
-        self.decode_params = unstack(params) if worth_unstacking(params) else params
-        self._prefill = jax.jit(functools.partial(decode.prefill, model))
-        self._begin = jax.jit(decode.begin, static_argnames="slots")
-        self._steps = jax.jit(functools.partial(decode.steps, model, room=STEPS), donate_argnums=1)
-        self._beams = jax.jit(functools.partial(beam.generate, model), static_argnames=("new", "beams"))
+        self.programs = Programs(model, params, mesh=mesh)
         self._allowed = processor.allowed(model.config.language.vocab_size)
 
     @property
     def params(self) -> Any:
-        """Nested dicts, layers stacked, as every other place has them. Of a large model it is a copy."""
-        return stacked(self.decode_params)
+        """Nested dicts, layers stacked, as every other place has them. Of a large model on a CPU it is a copy."""
+        return self.programs.params
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
         """The answers, in the order of the requests.
@@ -142,13 +132,6 @@ class Generator:
         """Prompts -> one batch on the mesh."""
         return place(prompts, self.processor, self.model.config, self.mesh)
 
-    def compiled(self) -> int:
-        """How many programs were compiled so far."""
-        return sum(program._cache_size() for program in (self._prefill, self._begin, self._steps, self._beams))
-
-    def mesh_context(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.set_mesh(self.mesh)
-
     def _answer(self, prompts: list[Prompt], settings: Settings) -> list[Answer]:
         if settings.beams > 1:
             found = self._search(prompts, settings)
@@ -160,10 +143,7 @@ class Generator:
         return [self._finish(prompt, settings, found, row) for row, prompt in enumerate(prompts)]
 
     def started(self, prompts: list[Prompt], settings: Settings) -> tuple[tuple[decode.State, decode.Picked], decode.Rules]:
-        """The state of the prompts' rows with the first new token of each, and the rules that further steps take.
-
-        Must be called within `mesh_context`.
-        """
+        """The state of the prompts' rows with the first new token of each, and the rules that further steps take."""
         batch, limits, rules, place = self._ready(prompts, settings)
         rows = len(limits)
         fill = lambda value, dtype=np.float32: np.full(rows, value, dtype)
@@ -180,32 +160,25 @@ class Generator:
         wishes = place(decode.Wishes(sampling=sampling, limits=limits, stops=stops), batch_sharding(self.mesh))
         room = max(prompt.length + limit for prompt, limit in zip(prompts, limits.tolist(), strict=False))
         slots = bucket(max(room, batch.tokens.shape[1]), SLOTS)
-        state, picked = self._begin(self._prefill(self.decode_params, batch), wishes, rules, slots=slots)
-        return (jax.tree.map(_as_steps_leave_it, state), picked), rules
+        return self.programs.begin(batch, wishes, rules, slots=slots), rules
 
     def _pieces(self, prompts: list[Prompt], settings: Settings, *, most: int) -> Iterator[tuple[decode.Picked, _Progress]]:
         """The new tokens [B, N] of all rows, `most` at a time after the first, until every row is done."""
-        with self.mesh_context():
-            (state, picked), rules = self.started(prompts, settings)
+        (state, picked), rules = self.started(prompts, settings)
         picked = jax.tree.map(lambda x: x[:, None], jax.device_get(picked))
         while True:
             progress = _Progress(*jax.device_get((state.count, state.reasons)))
             yield picked, progress
             if not np.any(progress.reasons == decode.RUNNING):
                 return
-            with self.mesh_context():
-                state, out, done = self._steps(self.decode_params, state, rules, np.int32(most))
-            picked = jax.tree.map(lambda x, done=int(done): x[:, :done], jax.device_get(out))
+            state, picked = self.programs.more(state, rules, most=most)
 
     def _search(self, prompts: list[Prompt], settings: Settings) -> beam.Found:
         batch, limits, rules, place = self._ready(prompts, settings)
         penalty = np.full(len(limits), settings.repetition_penalty, np.float32)
         search = beam.Search(np.float32(settings.length_penalty), np.bool_(settings.early_stopping), penalty)
-        new = bucket(int(limits.max()), STEPS)
-        with self.mesh_context():
-            prompt = self._prefill(self.decode_params, batch)
-            found = self._beams(self.decode_params, prompt, place(search), rules, place(limits), new=new, beams=settings.beams)
-        return jax.device_get(found)
+        room = bucket(int(limits.max()), STEPS)
+        return self.programs.search(batch, place(search), rules, place(limits), room=room, beams=settings.beams)
 
     def _ready(self, prompts: list[Prompt], settings: Settings) -> tuple[Batch, np.ndarray, decode.Rules, Any]:
         """The prompts on the mesh, how many tokens each row may have, the rules, and how other arrays are put there."""
@@ -246,11 +219,3 @@ class Generator:
             finish_reason="stop_string" if stopped else names[reason],
             prompt_tokens=prompt.length,
         )
-
-
-def _as_steps_leave_it(x: jax.Array) -> jax.Array:
-    """With its sharding spelt as the outputs of `decode.steps` have it: another spelling would compile the program again."""
-    spec = list(x.sharding.spec)
-    while spec and spec[-1] is None:
-        spec.pop()
-    return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec(*spec)))

@@ -158,7 +158,7 @@ def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *exampl
     """The parameters of `length` copies of `layer`, each with a leading `layers` axis, as one parameter of `parent`.
 
     The tree does not depend on how the layers are run: scanned, grouped between other layers, or one by one. A caller may
-    also give the parameters as a tuple of layers; generation does, see `generation/unstack.py`.
+    also give the parameters as a tuple of layers; generation does, see `generation/by_layer.py`.
 
     Args:
       example: arguments of `layer.__call__`, of the right widths.
@@ -171,6 +171,17 @@ def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *exampl
         return nn.meta.add_axis(params, 0, {nn.meta.PARTITION_NAME: "layers"})
 
     return parent.param(name, init)
+
+
+PIECE = "piece"  # the name of such a program in a jaxpr
+
+
+def piece(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as a program of its own, where `generation/by_layer.py` cuts what is compiled; elsewhere it makes no difference."""
+
+    run = lambda *args: fn(*args)
+    run.__name__ = PIECE
+    return jax.jit(run)
 
 
 REMAT_POLICIES = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vlm_jax.config import AlibiConfig, DecoderConfig, LearnedPositionsConfig, RopeConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.block import Block, rematerialised, stacked
+from vlm_jax.layers.block import Block, piece, rematerialised, stacked
 from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask, alibi_of, causal_mask
@@ -262,12 +262,13 @@ def _joined(parts: list[Any]) -> Any:
 def _run_each(carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, between: Between | None) -> tuple[Any, Any, Any]:
     """`_run` without a scan."""
     kept, aux, collected = [], [], []
+    run, cross = piece(layer), None if between is None else piece(between.apply)
     for index, params in enumerate(layers):
         if between is not None and index % between.every == between.offset:
-            x, seen = between.apply(carry[0], between.layers[index // between.every])
+            x, seen = cross(carry[0], between.layers[index // between.every])
             carry = (x, *carry[1:])
             collected.append(seen)
-        carry, (one, more) = layer(carry, (index, params, None if own is None else own[index]))
+        carry, (one, more) = run(carry, (index, params, None if own is None else own[index]))
         kept.append(one)
         aux.append(more)
     stack = lambda parts: jax.tree.map(lambda *parts: jnp.stack(parts), *parts) if parts else None

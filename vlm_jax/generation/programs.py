@@ -1,0 +1,108 @@
+"""A model's generation, compiled: prompts in, tokens out. What is asked and answered, as text, is the generator's business.
+
+Axis letters: B rows, N new tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.batch import Batch
+from vlm_jax.generation import beam, decode
+from vlm_jax.generation.by_layer import Pieces, split_layers, stacked, worth_splitting
+from vlm_jax.models.vlm import VisionLanguageModel
+
+Array = jax.Array
+
+STEPS = 32  # so many at a time, before the host looks whether all rows are done
+
+
+class Programs:
+    """A model with its parameters on a mesh, and the compiled functions that generate with it.
+
+    The parameters are taken over: where layers are held one by one, the stacks are freed.
+
+    Attributes:
+      by_layer: whether layers are held one by one, and functions compiled a layer at a time (`by_layer.py`).
+      held: the parameters as the compiled functions read them.
+    """
+
+    def __init__(self, model: VisionLanguageModel, params: Any, *, mesh: Mesh) -> None:
+        self.model, self.mesh = model, mesh
+        self.by_layer = worth_splitting(params)
+        self.held = split_layers(params) if self.by_layer else params
+        self._begin = jax.jit(decode.begin, static_argnames="slots")
+        self._begin_beams = jax.jit(beam.begin, static_argnames=("room", "beams"))
+        self._compiled: dict[Callable[..., Any], Any] = {}
+
+    @property
+    def params(self) -> Any:
+        """Nested dicts, layers stacked, as every other place has them; a copy where layers are held one by one."""
+        return stacked(self.held)
+
+    def compiled(self) -> int:
+        """How many programs were compiled so far."""
+        return sum(program._cache_size() for program in (self._begin, self._begin_beams, *self._compiled.values()))
+
+    def call(self, fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **fixed: Any) -> Any:
+        """`fn(model, params, *args, **fixed)`, compiled.
+
+        Args:
+          donate: numbers of `args`, counted from 1, whose memory may be used for what is returned.
+          fixed: the same at every call.
+        """
+        if fn not in self._compiled:
+            compiled = Pieces if self.by_layer else jax.jit
+            self._compiled[fn] = compiled(functools.partial(fn, self.model, **fixed), donate_argnums=donate)
+        with jax.set_mesh(self.mesh):
+            return self._compiled[fn](self.held, *args)
+
+    def begin(
+        self, prompts: Batch, wishes: decode.Wishes, rules: decode.Rules, *, slots: int
+    ) -> tuple[decode.State, decode.Picked]:
+        """Reads the prompts: the state with the first new token of every row, see `decode.begin`."""
+        prefilled = self.call(decode.prefill, prompts)
+        with jax.set_mesh(self.mesh):
+            state, picked = self._begin(prefilled, wishes, rules, slots=slots)
+        return jax.tree.map(_as_steps_leave_it, state), picked
+
+    def more(self, state: decode.State, rules: decode.Rules, *, most: int) -> tuple[decode.State, decode.Picked]:
+        """Up to `most` further tokens of every row, fewer where all rows are done before: [B, N] on the host.
+
+        Args:
+          most: at most `STEPS`.
+        """
+        if not self.by_layer:
+            state, picked, done = self.call(decode.steps, state, rules, np.int32(most), donate=(1,), room=STEPS)
+            return state, jax.tree.map(lambda x: x[:, : int(done)], jax.device_get(picked))
+        columns = []
+        while len(columns) < most and np.any(jax.device_get(state.reasons) == decode.RUNNING):
+            state, picked = self.call(decode.step, state, rules, donate=(1,))
+            columns.append(picked)
+        return state, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *jax.device_get(columns))
+
+    def search(
+        self, prompts: Batch, search: beam.Search, rules: decode.Rules, limits: Array, *, room: int, beams: int
+    ) -> beam.Found:
+        """The best answer of every prompt by beam search, on the host; see `beam.begin`."""
+        prefilled = self.call(decode.prefill, prompts)
+        with jax.set_mesh(self.mesh):
+            state = self._begin_beams(prefilled, search, rules, limits, room=room, beams=beams)
+        state = jax.tree.map(_as_steps_leave_it, state)
+        while not np.all(jax.device_get(state.over)):
+            state = self.call(beam.step, state, search, rules, limits, donate=(1,))
+        return jax.device_get(beam.best(state))
+
+
+def _as_steps_leave_it(x: Array) -> Array:
+    """With its sharding spelt as the outputs of a step have it: another spelling would compile the step again."""
+    spec = list(x.sharding.spec)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec(*spec)))
