@@ -13,9 +13,7 @@ from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.generation import decode
-from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.buckets import bucket, row_bucket
-from vlm_jax.generation.by_layer import split_layers, stacked
 from vlm_jax.generation.request import Request, interleaved
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot
@@ -129,31 +127,6 @@ def test_meshes_give_the_same_tokens(mesh):
     for settings in (Settings(max_new_tokens=NEW), Settings(max_new_tokens=NEW, temperature=1.0, top_p=0.9)):
         expected = one.generate(asked, settings)
         assert [answer.tokens for answer in many.generate(asked, settings)] == [answer.tokens for answer in expected]
-
-
-def test_layers_one_by_one_give_the_same_tokens(monkeypatch):
-    config, mesh = tiny.model_config(layers=4, every=3), MeshConfig(data=2, fsdp=2, tensor=2)
-    whole = tiny.generator(config)
-    monkeypatch.setattr("vlm_jax.generation.by_layer.LEAST", 0)
-    apart = tiny.new_generator(config, mesh)
-    one_by_one = lambda generator: isinstance(generator.programs.held["language"]["layers"], tuple)
-    assert one_by_one(apart) and not one_by_one(whole)
-    jax.tree.map(np.testing.assert_array_equal, apart.params, whole.params)
-    settings = Settings(max_new_tokens=NEW)
-    expected = [answer.tokens for answer in whole.generate(requests(), settings)]
-    assert [answer.tokens for answer in apart.generate(requests(), settings)] == expected
-    maps = [attention_maps(g, requests()[2], whole.generate(requests(), settings)[2]).maps for g in (whole, apart)]
-    np.testing.assert_allclose(*maps, atol=1e-5)
-
-
-def test_a_fusion_without_layers_is_left_as_it_is():
-    """LLaVA-NeXT's has a newline and nothing else."""
-    stack = jnp.arange(6.0).reshape(3, 2)
-    params = {"language": {"layers": {"a": jnp.array(stack), "b": jnp.array(stack)}}, "fusion": {"newline": jnp.ones(2)}}
-    apart = split_layers(params)
-    assert [layer["a"].tolist() for layer in apart["language"]["layers"]] == stack.tolist()
-    assert apart["fusion"] is params["fusion"]
-    np.testing.assert_array_equal(stacked(apart)["language"]["layers"]["b"], stack)
 
 
 def test_similar_requests_compile_nothing():

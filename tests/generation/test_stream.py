@@ -1,7 +1,5 @@
 """Streams and stop strings of a whole generator."""
 
-import copy
-
 import generation_helpers as tiny
 import pytest
 
@@ -26,8 +24,9 @@ def test_pieces_are_the_answer_in_order():
 
 
 def test_tokens_come_while_the_others_are_not_there_yet(monkeypatch):
-    generator, steps = copy.copy(tiny.generator()), []
-    monkeypatch.setattr(generator, "_steps", lambda *args, of=generator._steps: steps.append(1) or of(*args))
+    generator, steps = tiny.generator(), []
+    more = generator.programs.more
+    monkeypatch.setattr(generator.programs, "more", lambda *args, **named: steps.append(1) or more(*args, **named))
     stream = generator.stream(question(), Settings(max_new_tokens=NEW))
     first = next(stream)
     assert first and len(steps) < NEW - 1

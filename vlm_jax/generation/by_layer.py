@@ -148,6 +148,7 @@ class _Plan:
         # Backwards, so that of every variable the last reader is met first.
         needed, calls = {var for var in jaxpr.outvars if isinstance(var, core.Var)}, []
         owned = donated | {var for eqn in jaxpr.eqns if _is_piece(eqn) for var in _made(eqn)}
+        reused: dict[int, set[int]] = {}  # by the jaxpr of a piece: what can be donated wherever it is called
         for eqns in reversed(groups):
             made = {var for eqn in eqns for var in eqn.outvars}
             read = dict.fromkeys(var for eqn in eqns for var in eqn.invars if isinstance(var, core.Var) and var not in made)
@@ -157,10 +158,12 @@ class _Plan:
             else:
                 inputs, outputs = list(read), [var for eqn in eqns for var in eqn.outvars if var in needed]
                 part = core.ClosedJaxpr(core.Jaxpr((), inputs, outputs, eqns), ())
-            runs = program(part, _reused(inputs, outputs, owned.intersection(dead)))
-            calls.append(_Call(runs, inputs, outputs, dead))
+            free = _reused(inputs, outputs, owned.intersection(dead))
+            reused[id(part)] = reused.get(id(part), free) & free
+            calls.append((part, inputs, outputs, dead))
             needed = (needed - made) | set(read)
-        return cls(closed, calls[::-1], out_tree)
+        runs = [_Call(program(part, tuple(sorted(reused[id(part)]))), *rest) for part, *rest in reversed(calls)]
+        return cls(closed, runs, out_tree)
 
     def run(self, args: list[Any]) -> Any:
         values = dict(zip(self.jaxpr.jaxpr.constvars, self.jaxpr.consts, strict=True))
@@ -184,13 +187,13 @@ def _made(eqn: core.JaxprEqn) -> list[core.Var]:
     return [var for var, of in zip(eqn.outvars, inner.outvars, strict=True) if of not in inner.invars]
 
 
-def _reused(inputs: list[Any], outputs: list[core.Var], free: set[core.Var]) -> tuple[int, ...]:
+def _reused(inputs: list[Any], outputs: list[core.Var], free: set[core.Var]) -> set[int]:
     """Numbers of the inputs whose memory an output of the same shape and type can take."""
-    wanted, found = [(var.aval.shape, var.aval.dtype) for var in outputs], []
+    wanted, found = [(var.aval.shape, var.aval.dtype) for var in outputs], set()
     for number, var in enumerate(inputs):
         if isinstance(var, core.Var) and var in free and inputs.count(var) == 1:
             kind = (var.aval.shape, var.aval.dtype)
             if kind in wanted:
                 wanted.remove(kind)
-                found.append(number)
-    return tuple(found)
+                found.add(number)
+    return found

@@ -31,6 +31,7 @@ class Programs:
     Attributes:
       by_layer: whether layers are held one by one, and functions compiled a layer at a time (`by_layer.py`).
       held: the parameters as the compiled functions read them.
+      by_function: what was compiled for each function that `call` was given.
     """
 
     def __init__(self, model: VisionLanguageModel, params: Any, *, mesh: Mesh) -> None:
@@ -39,7 +40,7 @@ class Programs:
         self.held = split_layers(params) if self.by_layer else params
         self._begin = jax.jit(decode.begin, static_argnames="slots")
         self._begin_beams = jax.jit(beam.begin, static_argnames=("room", "beams"))
-        self._compiled: dict[Callable[..., Any], Any] = {}
+        self.by_function: dict[Callable[..., Any], Any] = {}
 
     @property
     def params(self) -> Any:
@@ -48,7 +49,7 @@ class Programs:
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""
-        return sum(program._cache_size() for program in (self._begin, self._begin_beams, *self._compiled.values()))
+        return sum(program._cache_size() for program in (self._begin, self._begin_beams, *self.by_function.values()))
 
     def call(self, fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **fixed: Any) -> Any:
         """`fn(model, params, *args, **fixed)`, compiled.
@@ -57,11 +58,11 @@ class Programs:
           donate: numbers of `args`, counted from 1, whose memory may be used for what is returned.
           fixed: the same at every call.
         """
-        if fn not in self._compiled:
+        if fn not in self.by_function:
             compiled = Pieces if self.by_layer else jax.jit
-            self._compiled[fn] = compiled(functools.partial(fn, self.model, **fixed), donate_argnums=donate)
+            self.by_function[fn] = compiled(functools.partial(fn, self.model, **fixed), donate_argnums=donate)
         with jax.set_mesh(self.mesh):
-            return self._compiled[fn](self.held, *args)
+            return self.by_function[fn](self.held, *args)
 
     def begin(
         self, prompts: Batch, wishes: decode.Wishes, rules: decode.Rules, *, slots: int
@@ -102,7 +103,10 @@ class Programs:
 
 def _as_steps_leave_it(x: Array) -> Array:
     """With its sharding spelt as the outputs of a step have it: another spelling would compile the step again."""
-    spec = list(x.sharding.spec)
+    mesh, spec = x.sharding.mesh, []
+    for entry in x.sharding.spec:
+        axes = tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis and mesh.shape[axis] > 1)
+        spec.append(axes[0] if len(axes) == 1 else axes or None)
     while spec and spec[-1] is None:
         spec.pop()
-    return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec(*spec)))
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
