@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     from absl import logging
 
     import vlm_jax
-    from vlm_jax import compilation_cache
+    from vlm_jax import runtime
     from vlm_jax.api import open_checkpoint
     from vlm_jax.generation.answer_file import answer_file, read_questions
     from vlm_jax.generation.request import Request, chat_file
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     if encodes:
         for image in args.image:
             picture_size(image)
-        compilation_cache.enable()
+        runtime.prepare()
         with bytes_read("reading") as progress:
             encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), progress=progress)
         classify(encoder, args)
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     if not questions:
         request = chat_file(args.messages) if args.messages else Request(*from_prompt(args.prompt, args.image, shots))
         checkpoint.processor.lay_out(request.turns, request.sizes, open=True)
-    compilation_cache.enable()
+    runtime.prepare()
     with bytes_read("reading") as progress:
         vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, progress=progress)
     if questions:

@@ -34,11 +34,11 @@ def main(argv: list[str]) -> int:
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     import jax
 
-    from vlm_jax import compilation_cache
+    from vlm_jax import runtime
     from vlm_jax.config import RunConfig
     from vlm_jax.config_dict import from_config_dict
 
-    compilation_cache.enable()
+    runtime.prepare()
     if DISTRIBUTED.value or COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     # After the distributed start: the imports below may touch the devices.

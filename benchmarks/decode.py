@@ -70,8 +70,8 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
         """As `Generator` does it, without tokenizer and pictures."""
         state, picked = programs.begin(prompts, wishes, rules, slots=slots)
         pieces = [np.asarray(picked.tokens)[:, None]]
-        for most in [STEPS] * ((new - 1) // STEPS) + [(new - 1) % STEPS]:
-            state, picked = programs.more(state, rules, most=most)
+        for done in range(1, new, STEPS):
+            state, picked = programs.more(state, rules, most=min(STEPS, new - done))
             pieces.append(picked.tokens)
         return np.concatenate(pieces, axis=1)
 

@@ -34,7 +34,9 @@ from vlm_jax.interop.engine import abstract_params, to_ours  # noqa: E402
 from vlm_jax.interop.files.packages import SMOLLM2 as SMOLLM2_PART  # noqa: E402
 from vlm_jax.interop.files.packages import locate  # noqa: E402
 from vlm_jax.models.vlm import VisionLanguageModel  # noqa: E402
+from vlm_jax.runtime import synchronous_cpu  # noqa: E402
 
+synchronous_cpu()  # as train.py and infer.py do
 torch.set_num_threads(THREADS)
 logging.set_verbosity_error()
 

@@ -21,7 +21,7 @@ NEW = "--max-new-tokens=8"
 def shared(monkeypatch, tmp_path_factory):
     """Programs stay compiled from test to test, and the user's cache is left alone."""
     monkeypatch.setattr(api, "load", load)
-    monkeypatch.setattr("vlm_jax.compilation_cache.enable", lambda: None)
+    monkeypatch.setattr("vlm_jax.runtime.prepare", lambda: None)
 
 
 load = functools.cache(api.load)

@@ -18,11 +18,12 @@ from vlm_jax.layers.block import piece
 
 def apart_and_whole(config, mesh=None):
     """A generator that holds layers one by one, and one that does not."""
+    whole = tiny.generator(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlm_jax.generation.by_layer.LEAST", 0)
+        patch.setattr("vlm_jax.generation.programs.UNROLL", 0)
         apart = tiny.new_generator(config, mesh)
-    whole = tiny.generator(config)
-    assert apart.programs.by_layer and not whole.programs.by_layer
+    assert apart.programs.in_pieces and not whole.programs.by_layer
     return apart, whole
 
 
@@ -38,15 +39,16 @@ def test_the_same_tokens_on_a_mesh():
     np.testing.assert_allclose(*maps, atol=1e-5)
 
 
-def test_as_many_programs_for_any_depth_and_each_layer_its_own_window():
+def test_as_many_programs_for_any_depth_and_each_layer_its_own_window(monkeypatch):
+    monkeypatch.setattr("vlm_jax.layers.decoder.UNROLL", 2)
     for windows in ((4, None), (4, None, 2, None, 4, 3)):
         config = tiny.model_config(layers=len(windows))
         config = dataclasses.replace(config, language=dataclasses.replace(config.language, window=windows))
         apart, whole = apart_and_whole(config)
         found, expected = (g.generate(requests(), Settings(max_new_tokens=NEW)) for g in (apart, whole))
         assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
-        # What stands before the layers, a gated layer, a language layer, and what follows.
-        assert [program._cache_size() for program in apart.programs.by_function.values()] == [4, 4]
+        # What stands before the layers, a gated layer with two others, and what follows.
+        assert [program._cache_size() for program in apart.programs.by_function.values()] == [3, 3]
 
 
 def test_memory_is_reused_only_where_nothing_else_reads_it():

@@ -1,10 +1,10 @@
-"""Layers held one by one, and programs compiled in pieces, of which one layer is one: how a CPU decodes a large model.
+"""Layers held one by one, and programs compiled in pieces of a few layers: how a CPU decodes a large model.
 
 In a scan over stacked layers XLA's CPU backend first copies a layer's matrices out of the stack. Training does not notice; a
 step for one token does little else than read them, and the copies halve the tokens a second. Layers held apart are read where
 they lie. But a program with all of them in it compiles the longer the deeper the model is, so a function is cut at its layers
-(`layers.block.PIECE`): what stands before them, one layer, and what follows them are compiled, and the layer's program
-runs once for each layer. GPUs and TPUs keep the stack and the scan.
+(`layers.block.piece`): what stands before them, a few layers, and what follows them are compiled, and the program of a few
+layers runs as often as it takes. GPUs and TPUs keep the stack and the scan.
 """
 
 from __future__ import annotations
@@ -72,40 +72,44 @@ def _split(leaf: Array) -> list[Array]:
 
 
 class Pieces:
-    """`jax.jit` of `fn(params, *args, **static)` in pieces: one for each kind of layer, and one for what stands between layers.
+    """`jax.jit` of `fn(params, *args, **static)`, compiled in pieces. Equal pieces are one program.
 
     Must be called on one mesh only. The parameters are never donated.
     """
 
     def __init__(self, fn: Callable[..., Any], *, donate_argnums: Sequence[int] = ()) -> None:
         self.fn, self.donated = fn, frozenset(donate_argnums)
-        self._params: tuple[Any, list[Array], Any] = (None, [], None)  # the last ones, their leaves and structure
+        self._params: Any = None  # those that the plans were made for
         self._plans: dict[Any, _Plan] = {}
-        self._programs: dict[int, tuple[Any, Callable[..., Any]]] = {}  # by the jaxpr, which is kept alive
+        self._programs: dict[Any, tuple[Any, Callable[..., Any]]] = {}  # by the jaxpr, which is kept alive
 
     def __call__(self, params: Any, *args: Any, **static: Any) -> Any:
-        if params is not self._params[0]:
-            self._params = (params, *jax.tree.flatten(params))
+        if params is not self._params:
+            self._params, self._plans = params, {}
         leaves, tree = jax.tree.flatten(args)
-        types = tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves)
-        key = (self._params[2], tree, types, tuple(static.items()))
+        key = (tree, tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves), tuple(static.items()))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(params, args, static)
-        return plan.run([*self._params[1], *leaves])
+        return plan.run(leaves)
 
     def _cache_size(self) -> int:
         """As `jax.jit` has it: how many programs were compiled."""
-        programs = {id(call.program): call.program for plan in self._plans.values() for call in plan.calls}
-        return sum(program._cache_size() for program in programs.values())
+        return sum(program._cache_size() for _, program in self._programs.values())
 
     def _plan(self, params: Any, args: tuple[Any, ...], static: dict[str, Any]) -> _Plan:
         traced = lambda params, *args: self.fn(params, *args, **static)
         closed, shape = jax.make_jaxpr(traced, return_shape=True)(params, *args)
-        counts = [len(jax.tree.leaves(arg)) for arg in (params, *args)]
-        owners = [number for number, count in enumerate(counts) for _ in range(count)]
-        mine = {var for var, owner in zip(closed.jaxpr.invars, owners, strict=True) if owner in self.donated}
-        return _Plan.of(closed, mine, jax.tree.structure(shape), self._program)
+        fixed = jax.tree.leaves(params)
+        owners = [number for number, arg in enumerate(args, 1) for _ in jax.tree.leaves(arg)]
+        inputs = closed.jaxpr.invars[len(fixed) :]
+        return _Plan.of(
+            closed,
+            fixed=fixed,
+            donated={var for var, owner in zip(inputs, owners, strict=True) if owner in self.donated},
+            out_tree=jax.tree.structure(shape),
+            program=self._program,
+        )
 
     def _program(self, jaxpr: core.ClosedJaxpr, donated: tuple[int, ...]) -> Callable[..., Any]:
         key = (id(jaxpr), donated)
@@ -117,29 +121,40 @@ class Pieces:
 @dataclasses.dataclass(frozen=True)
 class _Call:
     program: Callable[..., Any]
-    inputs: list[Any]  # `Var`s and `Literal`s
+    inputs: list[Any]  # what is always the same; None for the rest
+    filled: list[tuple[int, core.Var]]  # the rest
     outputs: list[core.Var]
     dead: list[core.Var]  # what nothing reads after this call
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The calls that do what a jaxpr says."""
+    """The calls that do what a jaxpr says, for parameters that stay the same."""
 
-    jaxpr: core.ClosedJaxpr
     calls: list[_Call]
+    fixed: dict[core.Var, Any]
+    inputs: list[core.Var]  # of the jaxpr, without the parameters
+    outputs: list[Any]
     out_tree: Any
 
     @classmethod
     def of(
-        cls, closed: core.ClosedJaxpr, donated: set[core.Var], out_tree: Any, program: Callable[..., Callable[..., Any]]
+        cls,
+        closed: core.ClosedJaxpr,
+        *,
+        fixed: list[Array],
+        donated: set[core.Var],
+        out_tree: Any,
+        program: Callable[..., Callable[..., Any]],
     ) -> _Plan:
         """
         Args:
+          fixed: values of the first inputs.
           donated: inputs whose memory may be used for outputs.
           program: (jaxpr, numbers of the inputs that are donated) -> what runs it.
         """
         jaxpr = closed.jaxpr
+        known = dict(zip(jaxpr.constvars, closed.consts, strict=True)) | dict(zip(jaxpr.invars, fixed, strict=False))
         groups: list[list[Any]] = []
         for eqn in jaxpr.eqns:
             if _is_piece(eqn) or not groups or _is_piece(groups[-1][0]):
@@ -152,7 +167,7 @@ class _Plan:
         for eqns in reversed(groups):
             made = {var for eqn in eqns for var in eqn.outvars}
             read = dict.fromkeys(var for eqn in eqns for var in eqn.invars if isinstance(var, core.Var) and var not in made)
-            dead = [var for var in read if var not in needed]
+            dead = [var for var in read if var not in needed and var not in known]
             if _is_piece(eqns[0]):
                 inputs, outputs, part = list(eqns[0].invars), list(eqns[0].outvars), eqns[0].params["jaxpr"]
             else:
@@ -162,19 +177,31 @@ class _Plan:
             reused[id(part)] = reused.get(id(part), free) & free
             calls.append((part, inputs, outputs, dead))
             needed = (needed - made) | set(read)
-        runs = [_Call(program(part, tuple(sorted(reused[id(part)]))), *rest) for part, *rest in reversed(calls)]
-        return cls(closed, runs, out_tree)
+        of_var = lambda var: var.val if isinstance(var, core.Literal) else known.get(var)
+        runs = [
+            _Call(
+                program=program(part, tuple(sorted(reused[id(part)]))),
+                inputs=[of_var(var) for var in inputs],
+                filled=[(place, var) for place, var in enumerate(inputs) if isinstance(var, core.Var) and var not in known],
+                outputs=outputs,
+                dead=dead,
+            )
+            for part, inputs, outputs, dead in reversed(calls)
+        ]
+        return cls(runs, known, jaxpr.invars[len(fixed) :], jaxpr.outvars, out_tree)
 
     def run(self, args: list[Any]) -> Any:
-        values = dict(zip(self.jaxpr.jaxpr.constvars, self.jaxpr.consts, strict=True))
-        values.update(zip(self.jaxpr.jaxpr.invars, args, strict=True))
-        read = lambda var: var.val if isinstance(var, core.Literal) else values[var]
+        values = dict(zip(self.inputs, args, strict=True))
         for call in self.calls:
-            made = call.program(*map(read, call.inputs))
+            inputs = call.inputs.copy()
+            for place, var in call.filled:
+                inputs[place] = values[var]
+            made = call.program(*inputs)
             for var in call.dead:
                 del values[var]
             values.update(zip(call.outputs, made, strict=True))
-        return jax.tree.unflatten(self.out_tree, map(read, self.jaxpr.jaxpr.outvars))
+        read = lambda var: var.val if isinstance(var, core.Literal) else self.fixed[var] if var in self.fixed else values[var]
+        return jax.tree.unflatten(self.out_tree, map(read, self.outputs))
 
 
 def _is_piece(eqn: core.JaxprEqn) -> bool:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.batch import Batch
 from vlm_jax.generation import beam, decode
 from vlm_jax.generation.by_layer import Pieces, split_layers, stacked, worth_splitting
+from vlm_jax.layers.decoder import UNROLL
 from vlm_jax.models.vlm import VisionLanguageModel
 
 Array = jax.Array
@@ -29,7 +30,7 @@ class Programs:
     The parameters are taken over: where layers are held one by one, the stacks are freed.
 
     Attributes:
-      by_layer: whether layers are held one by one, and functions compiled a layer at a time (`by_layer.py`).
+      by_layer: whether layers are held one by one; in_pieces: whether functions are compiled in pieces, see `by_layer.py`.
       held: the parameters as the compiled functions read them.
       by_function: what was compiled for each function that `call` was given.
     """
@@ -38,6 +39,7 @@ class Programs:
         self.model, self.mesh = model, mesh
         self.by_layer = worth_splitting(params)
         self.held = split_layers(params) if self.by_layer else params
+        self.in_pieces = self.by_layer and len(self.held["language"]["layers"]) > UNROLL
         self._begin = jax.jit(decode.begin, static_argnames="slots")
         self._begin_beams = jax.jit(beam.begin, static_argnames=("room", "beams"))
         self.by_function: dict[Callable[..., Any], Any] = {}
@@ -59,7 +61,7 @@ class Programs:
           fixed: the same at every call.
         """
         if fn not in self.by_function:
-            compiled = Pieces if self.by_layer else jax.jit
+            compiled = Pieces if self.in_pieces else jax.jit
             self.by_function[fn] = compiled(functools.partial(fn, self.model, **fixed), donate_argnums=donate)
         with jax.set_mesh(self.mesh):
             return self.by_function[fn](self.held, *args)
@@ -74,18 +76,21 @@ class Programs:
         return jax.tree.map(_as_steps_leave_it, state), picked
 
     def more(self, state: decode.State, rules: decode.Rules, *, most: int) -> tuple[decode.State, decode.Picked]:
-        """Up to `most` further tokens of every row, fewer where all rows are done before: [B, N] on the host.
+        """Up to `most` further tokens of every row, fewer where all rows are done before: [B, N] on the host. A row must run.
 
         Args:
           most: at most `STEPS`.
         """
-        if not self.by_layer:
+        if not self.in_pieces:
             state, picked, done = self.call(decode.steps, state, rules, np.int32(most), donate=(1,), room=STEPS)
             return state, jax.tree.map(lambda x: x[:, : int(done)], jax.device_get(picked))
-        columns = []
-        while len(columns) < most and np.any(jax.device_get(state.reasons) == decode.RUNNING):
-            state, picked = self.call(decode.step, state, rules, donate=(1,))
+        # A step is on its way before the host knows whether it is needed, so that the device does not wait for the host.
+        columns, runs = [], []
+        while len(columns) < most and (len(columns) < 2 or runs[-2]):
+            state, picked, any_runs = self.call(_step, state, rules, donate=(1,))
             columns.append(picked)
+            runs.append(any_runs)
+        columns = columns[:1] + [column for column, needed in zip(columns[1:], runs, strict=False) if needed]
         return state, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *jax.device_get(columns))
 
     def search(
@@ -99,6 +104,14 @@ class Programs:
         while not np.all(jax.device_get(state.over)):
             state = self.call(beam.step, state, search, rules, limits, donate=(1,))
         return jax.device_get(beam.best(state))
+
+
+def _step(
+    model: VisionLanguageModel, params: Any, state: decode.State, rules: decode.Rules
+) -> tuple[decode.State, decode.Picked, Array]:
+    """`decode.step`, and whether any row still runs."""
+    state, picked = decode.step(model, params, state, rules)
+    return state, picked, jax.numpy.any(state.reasons == decode.RUNNING)
 
 
 def _as_steps_leave_it(x: Array) -> Array:

@@ -202,8 +202,8 @@ def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> C
     return lambda index: causal_mask(*places, windows[index], prefix_end)
 
 
-# Layers of a scanned group that stand in its body one after the other: a loop in a loop copies weights out of their stacks, and
-# gradients into them, twice. More would let the compile time of a sparse placement grow with depth.
+# So many layers are compiled one after the other, in the body of a scanned group or as a piece: a loop in a loop copies weights
+# out of their stacks, and gradients into them, twice. More would let the compile time grow with depth.
 UNROLL = 8
 
 
@@ -260,16 +260,34 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _run_each(carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, between: Between | None) -> tuple[Any, Any, Any]:
-    """`_run` without a scan."""
+    """`_run` without a scan, some layers at a time."""
     kept, aux, collected = [], [], []
-    run, cross = piece(layer), None if between is None else piece(between.apply)
-    for index, params in enumerate(layers):
-        if between is not None and index % between.every == between.offset:
-            x, seen = cross(carry[0], between.layers[index // between.every])
-            carry = (x, *carry[1:])
-            collected.append(seen)
-        carry, (one, more) = run(carry, (index, params, None if own is None else own[index]))
-        kept.append(one)
-        aux.append(more)
+
+    def several(carry: Any, some: tuple[Any, ...]) -> tuple[Any, Any]:
+        given = ([], [], [])
+        for index, params, mine, gated in some:
+            if gated is not None:
+                x, seen = between.apply(carry[0], gated)
+                carry = (x, *carry[1:])
+                given[2].append(seen)
+            carry, of_layer = layer(carry, (index, params, mine))
+            for parts, part in zip(given, of_layer, strict=False):
+                parts.append(part)
+        return carry, given
+
+    every, offset = (1, None) if between is None else (between.every, between.offset)
+    gated = [between.layers[index // every] if index % every == offset else None for index in range(len(layers))]
+    table = list(zip(range(len(layers)), layers, own or (None,) * len(layers), gated, strict=True))
+    run, size = piece(several), _piece_size(len(layers), every)
+    for start in range(0, len(layers), size):
+        carry, given = run(carry, tuple(table[start : start + size]))
+        for parts, more in zip((kept, aux, collected), given, strict=True):
+            parts += more
     stack = lambda parts: jax.tree.map(lambda *parts: jnp.stack(parts), *parts) if parts else None
     return carry, (kept, stack(aux)), stack(collected)
+
+
+def _piece_size(layers: int, every: int) -> int:
+    """At most `UNROLL` layers: a multiple of `every` where that fits, and if possible one that leaves no smaller piece."""
+    sizes = [size for size in range(UNROLL, 0, -1) if size % every == 0] or [UNROLL]
+    return next((size for size in sizes if layers % size == 0 and 2 * size >= sizes[0]), sizes[0])

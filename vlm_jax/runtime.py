@@ -1,0 +1,28 @@
+"""How the scripts set JAX up, before it looks for devices."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+CACHE = "~/.cache/vlm_jax/compiled"
+
+
+def prepare(cache: str | None = None) -> None:
+    """A persistent compilation cache, so that a second start compiles nothing, and `synchronous_cpu`.
+
+    Args:
+      cache: where compiled programs are kept; None: $JAX_COMPILATION_CACHE_DIR, or `CACHE`.
+    """
+    folder = cache or os.environ.get("JAX_COMPILATION_CACHE_DIR") or CACHE
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    # The default keeps only programs that took a second to compile; a start runs dozens of smaller ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    synchronous_cpu()
+
+
+def synchronous_cpu() -> None:
+    """On a CPU a program runs in its caller; otherwise it occupies one of the threads that its matrix products are split over."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
