@@ -24,5 +24,5 @@ def prepare(cache: str | None = None) -> None:
 
 
 def synchronous_cpu() -> None:
-    """On a CPU a program runs in its caller; otherwise it occupies one of the threads that its matrix products are split over."""
+    """On a CPU a program runs in its caller; otherwise it occupies one of the threads that its matrix products share."""
     jax.config.update("jax_cpu_enable_async_dispatch", False)
