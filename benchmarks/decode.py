@@ -27,7 +27,7 @@ from peers import SIZES, SMOLLM2, Peers, alternate, bandwidth, build, build_smol
 from vlm_jax.batch import Batch
 from vlm_jax.config import MeshConfig
 from vlm_jax.generation.buckets import SLOTS, STOP_WIDTH, STOPS, bucket
-from vlm_jax.generation.decode import NEVER, Rules, Wishes
+from vlm_jax.generation.decode import STOP_UNUSED, Constraints, RowSettings
 from vlm_jax.generation.programs import STEPS, Programs
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -60,19 +60,19 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
         repetition_penalty=np.ones(rows, np.float32),
         seeds=np.zeros(rows, np.uint32),
     )
-    stops = np.full((rows, STOPS, STOP_WIDTH), NEVER, np.int32)
-    wishes = Wishes(sampling=greedy, limits=np.full(rows, new, np.int32), stops=stops)
-    rules = Rules(allowed=np.ones(vocabulary, bool), ends=np.full(1, NEVER, np.int32), pad=np.int32(0))
+    stops = np.full((rows, STOPS, STOP_WIDTH), STOP_UNUSED, np.int32)
+    row_settings = RowSettings(sampling=greedy, limits=np.full(rows, new, np.int32), stops=stops)
+    constraints = Constraints(allowed=np.ones(vocabulary, bool), ends=np.full(1, STOP_UNUSED, np.int32), pad=np.int32(0))
     programs = Programs(VisionLanguageModel(both.config), params, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     slots = bucket(prompts.tokens.shape[1] + new, SLOTS)
 
     def run() -> np.ndarray:
         """As `Generator` does it, without tokenizer and pictures."""
-        state, picked = programs.begin(prompts, wishes, rules, slots=slots)
-        pieces = [np.asarray(picked.tokens)[:, None]]
+        state, next_tokens = programs.begin(prompts, row_settings, constraints, slots=slots)
+        pieces = [np.asarray(next_tokens.tokens)[:, None]]
         for done in range(1, new, STEPS):
-            state, picked = programs.more(state, rules, most=min(STEPS, new - done))
-            pieces.append(picked.tokens)
+            state, next_tokens = programs.more(state, constraints, most=min(STEPS, new - done))
+            pieces.append(next_tokens.tokens)
         return np.concatenate(pieces, axis=1)
 
     return run

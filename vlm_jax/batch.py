@@ -1,7 +1,5 @@
 """The one batch every model of this library reads.
 
-Axis letters: B rows, M image slots of a row, F frames of a slot, H x W pixels, T tokens of a row.
-
 A row is *packed*: it holds several independent sequences ("segments") one after the other. Tokens attend only within
 their segment; an image slot may be seen by several segments, so that ten questions about one picture share its encoding.
 
@@ -35,7 +33,7 @@ Array = Any
 class Batch:
     """One batch. Every field is an array (NumPy on the host, `jax.Array` sharded over the rows on the devices)."""
 
-    images: Array | None = None  # [B, M, F, H, W, 3] uint8 RGB; absent frames are zero; None: no row has a picture
+    images: Array | None = None  # [B, M, I, height, width, 3] uint8 RGB; absent frames are zero; None: no row has a picture
     frames: Array | None = None  # [B, M] int32, how many frames the slot has; 0: the slot is empty; None as `images`
     tokens: Array  # [B, T] int32
     positions: Array  # [B, T] int32, counted from 0 within a segment
@@ -46,4 +44,4 @@ class Batch:
     targets: Array | None = None  # [B, T] int32, the token to predict at this place; None: nothing is learned
     weights: Array | None = None  # [B, T] float32, the weight of that prediction in the loss
     visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
-    sizes: Array | None = None  # [B, M, F, 2] int32, height and width of frames that differ in size; None: they do not
+    sizes: Array | None = None  # [B, M, I, 2] int32, height and width of frames that differ in size; None: they do not

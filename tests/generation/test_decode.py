@@ -159,16 +159,16 @@ def test_rows_come_and_go_in_a_running_state():
     begun = lambda some: generator.started([generator.prompt(request, 0, settings) for request in some], settings)
     program = lambda fn: jax.jit(functools.partial(fn, generator.model))
     with jax.set_mesh(generator.mesh):
-        (state, first), rules = begun(asked[:2])
+        (state, first), constraints = begun(asked[:2])
         (late, of_late), _ = begun(asked[2:])
         step, put = program(decode.step), jax.jit(decode.insert)
         tokens = {0: [int(first.tokens[0])], 1: [int(first.tokens[1])]}
         for number in range(2 * NEW):
             if number == 3:  # the second row is given to the third question
                 state, tokens[2] = put(state, np.array([1]), late), [int(of_late.tokens[0])]
-            state, picked = step(generator.programs.held, state, rules)
+            state, next_tokens = step(generator.programs.held, state, constraints)
             for row, question in ((0, 0), (1, 2 if number >= 3 else 1)):
-                tokens[question].append(int(picked.tokens[row]))
+                tokens[question].append(int(next_tokens.tokens[row]))
     assert tokens[0][:NEW] == expected[0] and tokens[2][:NEW] == expected[2]
     assert tokens[1] == expected[1][: len(tokens[1])] and len(tokens[1]) == 4
     assert int(state.count[0]) == int(state.count[1]) == NEW

@@ -19,7 +19,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import DecoderConfig, ModelConfig, VitConfig
 from vlm_jax.interop.engine import abstract_params, to_ours, to_published
 from vlm_jax.interop.table import Table
-from vlm_jax.layers.decoder import Between, Cache, Decoder
+from vlm_jax.layers.decoder import Cache, Decoder, InterleavedLayers
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import Named
 
@@ -164,11 +164,11 @@ def language_params(oracle: torch.nn.Module, config: DecoderConfig, table: Table
 def run_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Table, tokens: np.ndarray) -> tuple[Any, Any]:
     """What enters every layer and what leaves the last norm, [L + 1, B, T, D], and the logits."""
     positions = text_batch(tokens).positions
-    seen = Between(every=1, offset=0, layers=jnp.zeros(config.layers), apply=lambda x, _: (x, x))
+    seen = InterleavedLayers(every=1, offset=0, layers=jnp.zeros(config.layers), apply=lambda x, _: (x, x))
 
     def whole(decoder: Decoder, tokens: np.ndarray) -> tuple[Any, Any]:
-        out = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), between=seen)
-        return jnp.concatenate([out.between, out.hidden[None]]), decoder.head(out.hidden)
+        out = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), interleaved=seen)
+        return jnp.concatenate([out.interleaved, out.hidden[None]]), decoder.head(out.hidden)
 
     module = Decoder(config, jnp.float32)
     return jax.jit(lambda params: module.apply({"params": params}, tokens, method=whole))(
@@ -187,7 +187,7 @@ def decoded(params: Any, config: DecoderConfig, tokens: np.ndarray, prompt: int)
 
         def some(decoder: Decoder) -> tuple[Any, Cache]:
             x = decoder.embed(tokens, positions)
-            out = decoder(x, positions, jnp.ones_like(positions), cache=cache, keep=True)
+            out = decoder(x, positions, jnp.ones_like(positions), cache=cache, return_cache=True)
             return decoder.head(out.hidden), out.cache
 
         return module.apply({"params": params}, method=some)

@@ -68,7 +68,7 @@ def test_a_token_depends_on_the_images_it_sees_and_on_no_other(mode):
 def test_gradients_are_finite_when_nothing_is_seen():
     apply, params = block()
     loss = jax.jit(jax.grad(lambda *inputs: 1e3 * jnp.sum(apply(*inputs) ** 2), argnums=(0, 1, 3)))
-    seen = Mask.of_keys(np.zeros((1, M * R), bool))
+    seen = Mask.from_keys(np.zeros((1, M * R), bool))
     of_params, of_x, of_visual = loss(params, X, seen, VISUAL)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((of_params, of_x)))
     assert not np.asarray(of_visual).any() and np.asarray(of_x).any()
@@ -143,10 +143,10 @@ def run(placement, language_params, gated_params, from_memory=False):
     @jax.jit
     def forward(language_params, gated_params):
         fuse = functools.partial(fusion.apply, {"params": gated_params})
-        images = {"memory": fuse(VISUAL, method="memory")} if from_memory else {"visual": VISUAL}
-        between = fuse(FIRST, LAST, want_weights=True, method="between", **images)
-        out = decoder.apply({"params": language_params}, X, POSITIONS, SEGMENTS, between=between)
-        return out.hidden, out.between
+        images = {"media_cache": fuse(VISUAL, method="media_cache")} if from_memory else {"visual": VISUAL}
+        interleaved = fuse(FIRST, LAST, return_attention=True, method="interleaved", **images)
+        out = decoder.apply({"params": language_params}, X, POSITIONS, SEGMENTS, interleaved=interleaved)
+        return out.hidden, out.interleaved
 
     return forward(language_params, gated_params)
 
@@ -185,4 +185,4 @@ def test_layers_one_by_one_and_keys_made_before_give_the_same():
 def test_an_impossible_placement_is_an_error(every, offset):
     _, fusion = parts(every, offset, 3)
     with pytest.raises(ValueError, match=rf"every {every}th layer from {offset}: the offset must be below"):
-        fusion.init(jax.random.key(0), FIRST, LAST, visual=VISUAL, method="between")
+        fusion.init(jax.random.key(0), FIRST, LAST, visual=VISUAL, method="interleaved")

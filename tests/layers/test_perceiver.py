@@ -99,7 +99,7 @@ def test_slots_do_not_see_each_other():
 
 def test_the_weights_are_over_the_frames_that_are_there_and_the_latents():
     module = PerceiverResampler(TIMED, D, jnp.float32)
-    look = jax.jit(lambda params, x: module.apply({"params": params}, x, FRAMES, want_weights=True))
+    look = jax.jit(lambda params, x: module.apply({"params": params}, x, FRAMES, return_attention=True))
     _, weights = look(model(TIMED)[1], some_features())
     assert weights.shape == (2, B, M, 4, F * P + 4)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)

@@ -117,18 +117,18 @@ def test_padding_on_the_left_changes_nothing(variant):
 
 @functools.cache
 def reader(variant):
-    """Reads a piece of a batch: (piece, visual tokens, memory, cache) -> (logits, cache)."""
+    """Reads a piece of a batch: (piece, visual tokens, media_cache, cache) -> (logits, cache)."""
     module, params, _ = model(variant)
     apply = lambda method, *args, **named: module.apply({"params": params}, *args, **named, method=method)
 
     @jax.jit
     def look(batch):
         visual = apply("visual_tokens", batch)
-        return visual, apply("memory", visual)
+        return visual, apply("media_cache", visual)
 
     @jax.jit
-    def read(piece, visual, memory, cache):
-        out = apply("read", piece, visual=visual, memory=memory, cache=cache, keep=True)
+    def read(piece, visual, media_cache, cache):
+        out = apply("forward", piece, visual=visual, media_cache=media_cache, cache=cache, return_cache=True)
         return apply("logits", out.hidden), out.cache
 
     return look, read
@@ -138,11 +138,11 @@ def in_pieces(variant, batch, sizes, spare=3):
     """Logits [B, T, V] of a batch that is read in pieces, with a cache larger than needed."""
     look, read = reader(variant)
     length = batch.tokens.shape[1]
-    (visual, memory), cache, logits, at = look(batch), None, [], 0
+    (visual, media_cache), cache, logits, at = look(batch), None, [], 0
     names = ("tokens", "positions", "segments", "media_first", "media_last", "prefix_end")
     for size in sizes:
         piece = Batch(**{name: getattr(batch, name)[:, at : at + size] for name in names})
-        some, cache = read(piece, visual, memory, cache)
+        some, cache = read(piece, visual, media_cache, cache)
         cache = cache.with_slots(length + spare)
         logits.append(np.asarray(some))
         at += size

@@ -121,7 +121,7 @@ def gated_layers(width, layers, every, offset, heads, head_width, visual_width):
     language = decoder(8, layers, block(width, heads, 4 * width))
     media, visual = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 1, visual_width))
     gated = GatedCrossAttention(config, language, visual_width, jnp.float32)
-    total = count(gated, media, media, visual=visual, method="between")
+    total = count(gated, media, media, visual=visual, method="interleaved")
     return total, len(range(offset, layers, every))
 
 

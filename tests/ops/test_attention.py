@@ -15,8 +15,8 @@ KERNELS = {"dense": attention_dense.attend, "chunked": attention_chunked.attend}
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 2 queries and 3 keys: several of each, and none of them whole at the end."""
-    monkeypatch.setattr(attention_chunked, "QUERIES", 2)
-    monkeypatch.setattr(attention_chunked, "KEYS", 3)
+    monkeypatch.setattr(attention_chunked, "QUERY_CHUNK", 2)
+    monkeypatch.setattr(attention_chunked, "KEY_CHUNK", 3)
 
 
 def inputs(kv_heads=K, seed=0, segments=True):
@@ -127,4 +127,4 @@ def test_the_first_kernel_that_serves_is_taken(monkeypatch):
     monkeypatch.setattr(attention_dense, "MOST", T * S - 1)
     attention.attend(q, k, v, mask, alibi)
     assert calls == ["dense", "chunked"]
-    assert "35 logits a head are more than 34" in attention_dense.refuses(q, k, v, mask, alibi)
+    assert "35 logits a head are more than 34" in attention_dense.unsupported_reason(q, k, v, mask, alibi)

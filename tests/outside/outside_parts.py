@@ -54,7 +54,7 @@ class Pairs(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, features: Any, frames: Any, *, mask: Any = None, want_weights: bool = False) -> tuple[Any, None]:
+    def __call__(self, features: Any, frames: Any, *, mask: Any = None, return_attention: bool = False) -> tuple[Any, None]:
         pairs = features.reshape(*features.shape[:2], -1, 2, self.width).mean(axis=3)
         return Linear({"embed": self.width}, {"mlp": self.config.width}, False, self.dtype, name="map")(pairs), None
 

@@ -3,9 +3,6 @@
 A text token looks at the resampler's latents (gated cross-attention), and these at the patches. Both are put together: the
 gated layers are averaged with |tanh(gate)| as weights, and followed through the resampler by attention rollout
 (Abnar & Zuidema 2020).
-
-Axis letters: B rows, M image slots, F frames, P patches of a frame, R latents of a slot, T tokens, G gated layers, W words, S
-the side of the model's square.
 """
 
 from __future__ import annotations
@@ -36,8 +33,8 @@ class AttentionMaps:
     """Where each word looked; only pictures that are there have a column."""
 
     words: list[str]
-    maps: np.ndarray  # [W, columns, rows of patches, columns of patches]; a word's sum is 1, or 0 if it sees no image
-    pictures: np.ndarray  # [columns, S, S, 3] uint8, as the model saw them
+    maps: np.ndarray  # [words, columns, rows of patches, columns of patches]; a word's sum is 1, or 0 if it sees no image
+    pictures: np.ndarray  # [columns, side, side, 3] uint8, as the model saw them
 
     def save(self, path: str | Path) -> None:
         """Draws one panel a word and picture."""
@@ -61,20 +58,20 @@ def rollout(weights: Array) -> Array:
     return known
 
 
-def look(model: VisionLanguageModel, params: Any, prompts: Batch) -> Array:
-    """Where every token looks: [B, T, M, F * P], the sum over the last two 1, or 0 for a token that sees no image."""
+def attention_over_patches(model: VisionLanguageModel, params: Any, prompts: Batch) -> Array:
+    """Where every token looks: [B, T, M, I * P], the sum over the last two 1, or 0 for a token that sees no image."""
     apply = lambda method, *args, **named: model.apply({"params": params}, *args, **named, method=method)
-    visual, resampler = apply("encode_images", prompts.images, prompts.frames, sizes=prompts.sizes, want_weights=True)
+    visual, resampler = apply("encode_images", prompts.images, prompts.frames, sizes=prompts.sizes, return_attention=True)
     slots, latents = visual.shape[1:3]
-    gated = apply("read", prompts, visual=visual, want_weights=True).between
+    gated = apply("forward", prompts, visual=visual, return_attention=True).interleaved
     layers = params["fusion"]["layers"]
     gates = jnp.stack([p["attention_gate"] for p in layers]) if isinstance(layers, tuple) else layers["attention_gate"]
     gates = jnp.abs(jnp.tanh(gates.astype(jnp.float32)))
     # Closed gates let nothing through: where all are closed, the layers count alike.
     shares = jnp.where(jnp.sum(gates) > 0, gates / jnp.maximum(jnp.sum(gates), 1e-30), 1 / gates.shape[0])
-    tokens = jnp.einsum("g,gbts->bts", shares, gated)
+    tokens = jnp.einsum("L,LBTS->BTS", shares, gated)
     tokens = tokens.reshape(*tokens.shape[:2], slots, latents)
-    return jnp.einsum("btmr,bmrp->btmp", tokens, rollout(resampler))
+    return jnp.einsum("BTMR,BMRP->BTMP", tokens, rollout(resampler))
 
 
 def check_visible(generator: Generator, request: Request) -> None:
@@ -113,9 +110,9 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
         media_first=extend(layout.media_first),
     )
     batch = generator.place([dataclasses.replace(prompt, layout=whole)])
-    looks = np.asarray(generator.programs.call(look, batch))[0]
+    looks = np.asarray(generator.programs.call(attention_over_patches, batch))[0]
     length = len(whole.tokens)
-    chosen = looks[length - len(ids) - 1 : length - 1]  # [answer tokens, M, F * P]
+    chosen = looks[length - len(ids) - 1 : length - 1]  # [answer tokens, M, I * P]
     words, spans = group_words(generator.processor.tokenizer, ids)
     frames, vision = np.asarray(batch.frames)[0], generator.model.config.vision
     most = batch.images.shape[2]

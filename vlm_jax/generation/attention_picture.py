@@ -15,7 +15,7 @@ ACROSS = 6  # panels side by side, at least as many as there are pictures
 
 
 def against_even(maps: np.ndarray) -> np.ndarray:
-    """[W, columns, rows, columns of patches] -> doublings of an even look over the pictures the word sees, within `MOST`.
+    """[words, columns, rows, columns of patches] -> doublings of an even look over the pictures the word sees, within `MOST`.
 
     An even look is 0, twice as much 1, half as much -1.
     """
@@ -24,7 +24,7 @@ def against_even(maps: np.ndarray) -> np.ndarray:
 
 
 def blend(picture: np.ndarray, level: np.ndarray | None) -> np.ndarray:
-    """A picture [S, S, 3] uint8, grey, under a map [rows, columns] in -1..1: [PANEL, PANEL, 3] uint8.
+    """A picture [side, side, 3] uint8, grey, under a map [rows, columns] in -1..1: [PANEL, PANEL, 3] uint8.
 
     Red is more than an even look, blue less. A picture that the word does not see (None) is dark.
     """

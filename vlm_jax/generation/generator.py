@@ -1,7 +1,4 @@
-"""Answers requests: lays them out, groups them by length, runs the compiled program, and turns tokens into text.
-
-Axis letters: B rows, M image slots, F frames, T prompt tokens, N new tokens, V vocabulary, X stop sequences of W tokens.
-"""
+"""Answers requests: lays them out, groups them by length, runs the compiled program, and turns tokens into text."""
 
 from __future__ import annotations
 
@@ -101,8 +98,8 @@ class Generator:
             raise RequestError(f"beams={settings.beams}: the best answer is known at the end only; do not stream it")
         prompt = self.prompt(request, 0, settings)
         text = TextStream(self.processor.tokenizer, self.processor.ends, settings.stop)
-        for picked, _ in self._pieces([prompt], settings, most=1):
-            for token in picked.tokens[0]:
+        for next_tokens, _ in self._pieces([prompt], settings, most=1):
+            for token in next_tokens.tokens[0]:
                 if (piece := text.add(int(token))) or text.done:
                     yield piece
             if text.done:
@@ -137,14 +134,16 @@ class Generator:
             found = self._search(prompts, settings)
         else:
             pieces = list(self._pieces(prompts, settings, most=STEPS))
-            joined = lambda name: np.concatenate([getattr(picked, name) for picked, _ in pieces], axis=1)
+            joined = lambda name: np.concatenate([getattr(next_tokens, name) for next_tokens, _ in pieces], axis=1)
             _, state = pieces[-1]
-            found = beam.Found(joined("tokens"), joined("log_probabilities"), state.count, state.reasons)
+            found = beam.Generated(joined("tokens"), joined("log_probabilities"), state.count, state.reasons)
         return [self._finish(prompt, settings, found, row) for row, prompt in enumerate(prompts)]
 
-    def started(self, prompts: list[Prompt], settings: Settings) -> tuple[tuple[decode.State, decode.Picked], decode.Rules]:
-        """The state of the prompts' rows with the first new token of each, and the rules that further steps take."""
-        batch, limits, rules, place = self._ready(prompts, settings)
+    def started(
+        self, prompts: list[Prompt], settings: Settings
+    ) -> tuple[tuple[decode.State, decode.NextTokens], decode.Constraints]:
+        """The state of the prompts' rows with the first new token of each, and the constraints that further steps take."""
+        batch, limits, constraints, place = self._ready(prompts, settings)
         rows = len(limits)
         fill = lambda value, dtype=np.float32: np.full(rows, value, dtype)
         seeds = np.zeros(rows, np.uint32)
@@ -157,31 +156,31 @@ class Generator:
             seeds=seeds,
         )
         stops = np.repeat(self._stops(settings)[None], rows, axis=0)
-        wishes = place(decode.Wishes(sampling=sampling, limits=limits, stops=stops), batch_sharding(self.mesh))
+        row_settings = place(decode.RowSettings(sampling=sampling, limits=limits, stops=stops), batch_sharding(self.mesh))
         room = max(prompt.length + limit for prompt, limit in zip(prompts, limits.tolist(), strict=False))
         slots = bucket(max(room, batch.tokens.shape[1]), SLOTS)
-        return self.programs.begin(batch, wishes, rules, slots=slots), rules
+        return self.programs.begin(batch, row_settings, constraints, slots=slots), constraints
 
-    def _pieces(self, prompts: list[Prompt], settings: Settings, *, most: int) -> Iterator[tuple[decode.Picked, _Progress]]:
-        """The new tokens [B, N] of all rows, `most` at a time after the first, until every row is done."""
-        (state, picked), rules = self.started(prompts, settings)
-        picked = jax.tree.map(lambda x: x[:, None], jax.device_get(picked))
+    def _pieces(self, prompts: list[Prompt], settings: Settings, *, most: int) -> Iterator[tuple[decode.NextTokens, _Progress]]:
+        """The new tokens [B, new] of all rows, `most` at a time after the first, until every row is done."""
+        (state, next_tokens), constraints = self.started(prompts, settings)
+        next_tokens = jax.tree.map(lambda x: x[:, None], jax.device_get(next_tokens))
         while True:
             progress = _Progress(*jax.device_get((state.count, state.reasons)))
-            yield picked, progress
+            yield next_tokens, progress
             if not np.any(progress.reasons == decode.RUNNING):
                 return
-            state, picked = self.programs.more(state, rules, most=most)
+            state, next_tokens = self.programs.more(state, constraints, most=most)
 
-    def _search(self, prompts: list[Prompt], settings: Settings) -> beam.Found:
-        batch, limits, rules, place = self._ready(prompts, settings)
+    def _search(self, prompts: list[Prompt], settings: Settings) -> beam.Generated:
+        batch, limits, constraints, place = self._ready(prompts, settings)
         penalty = np.full(len(limits), settings.repetition_penalty, np.float32)
-        search = beam.Search(np.float32(settings.length_penalty), np.bool_(settings.early_stopping), penalty)
+        search = beam.BeamSettings(np.float32(settings.length_penalty), np.bool_(settings.early_stopping), penalty)
         room = bucket(int(limits.max()), STEPS)
-        return self.programs.search(batch, place(search), rules, place(limits), room=room, beams=settings.beams)
+        return self.programs.search(batch, place(search), constraints, place(limits), room=room, beams=settings.beams)
 
-    def _ready(self, prompts: list[Prompt], settings: Settings) -> tuple[Batch, np.ndarray, decode.Rules, Any]:
-        """The prompts on the mesh, how many tokens each row may have, the rules, and how other arrays are put there."""
+    def _ready(self, prompts: list[Prompt], settings: Settings) -> tuple[Batch, np.ndarray, decode.Constraints, Any]:
+        """The prompts on the mesh, how many tokens each row may have, the constraints, and how other arrays are put there."""
         batch = self.place(prompts)
         most = self.model.config.language.max_positions
         limits = np.zeros(batch.tokens.shape[0], np.int32)
@@ -189,19 +188,24 @@ class Generator:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         place = lambda tree, sharding=everywhere: jax.device_put(tree, sharding)
         ends = np.asarray(sorted(self.processor.ends), np.int32)
-        return batch, limits, place(decode.Rules(allowed=self._allowed, ends=ends, pad=np.int32(self.processor.pad_id))), place
+        return (
+            batch,
+            limits,
+            place(decode.Constraints(allowed=self._allowed, ends=ends, pad=np.int32(self.processor.pad_id))),
+            place,
+        )
 
     def _stops(self, settings: Settings) -> np.ndarray:
-        """[X, W] of `decode.Wishes`."""
+        """[sequences, width] of `decode.RowSettings`."""
         sequences = stop_sequences(self.processor.tokenizer, settings.stop)
         width = bucket(max(map(len, sequences), default=1), STOP_WIDTH)
-        stops = np.full((bucket(max(len(sequences), 1), STOPS), width), decode.NEVER, np.int32)
+        stops = np.full((bucket(max(len(sequences), 1), STOPS), width), decode.STOP_UNUSED, np.int32)
         for row, sequence in zip(stops, sequences, strict=False):
-            row[:] = decode.ANY
+            row[:] = decode.STOP_WILDCARD
             row[width - len(sequence) :] = sequence
         return stops
 
-    def _finish(self, prompt: Prompt, settings: Settings, out: beam.Found, row: int) -> Answer:
+    def _finish(self, prompt: Prompt, settings: Settings, out: beam.Generated, row: int) -> Answer:
         length, reason = int(out.lengths[row]), int(out.reasons[row])
         ids = out.tokens[row, :length].tolist()
         body = ids[:-1] if reason == decode.END_TOKEN else ids

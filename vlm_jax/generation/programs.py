@@ -1,7 +1,4 @@
-"""A model's generation, compiled: prompts in, tokens out. What is asked and answered, as text, is the generator's business.
-
-Axis letters: B rows, N new tokens.
-"""
+"""A model's generation, compiled: prompts in, tokens out. What is asked and answered, as text, is the generator's business."""
 
 from __future__ import annotations
 
@@ -67,54 +64,63 @@ class Programs:
             return self.by_function[fn](self.held, *args)
 
     def begin(
-        self, prompts: Batch, wishes: decode.Wishes, rules: decode.Rules, *, slots: int
-    ) -> tuple[decode.State, decode.Picked]:
+        self, prompts: Batch, row_settings: decode.RowSettings, constraints: decode.Constraints, *, slots: int
+    ) -> tuple[decode.State, decode.NextTokens]:
         """Reads the prompts: the state with the first new token of every row, see `decode.begin`."""
         prefilled = self.call(decode.prefill, prompts)
         with jax.set_mesh(self.mesh):
-            state, picked = self._begin(prefilled, wishes, rules, slots=slots)
-        return jax.tree.map(_as_steps_leave_it, state), picked
+            state, next_tokens = self._begin(prefilled, row_settings, constraints, slots=slots)
+        return jax.tree.map(_normalised_sharding, state), next_tokens
 
-    def more(self, state: decode.State, rules: decode.Rules, *, most: int) -> tuple[decode.State, decode.Picked]:
-        """Up to `most` further tokens of every row, fewer where all rows are done before: [B, N] on the host. A row must run.
+    def more(
+        self, state: decode.State, constraints: decode.Constraints, *, most: int
+    ) -> tuple[decode.State, decode.NextTokens]:
+        """Up to `most` further tokens of every row, fewer where all rows are done before: [B, new] on the host. A row must run.
 
         Args:
           most: at most `STEPS`.
         """
         if not self.in_pieces:
-            state, picked, done = self.call(decode.steps, state, rules, np.int32(most), donate=(1,), room=STEPS)
-            return state, jax.tree.map(lambda x: x[:, : int(done)], jax.device_get(picked))
+            state, next_tokens, done = self.call(decode.steps, state, constraints, np.int32(most), donate=(1,), room=STEPS)
+            return state, jax.tree.map(lambda x: x[:, : int(done)], jax.device_get(next_tokens))
         # A step is on its way before the host knows whether it is needed, so that the device does not wait for the host.
         columns, runs = [], []
         while len(columns) < most and (len(columns) < 2 or runs[-2]):
-            state, picked, any_runs = self.call(_step, state, rules, donate=(1,))
-            columns.append(picked)
+            state, next_tokens, any_runs = self.call(_step, state, constraints, donate=(1,))
+            columns.append(next_tokens)
             runs.append(any_runs)
         columns = columns[:1] + [column for column, needed in zip(columns[1:], runs, strict=False) if needed]
         return state, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *jax.device_get(columns))
 
     def search(
-        self, prompts: Batch, search: beam.Search, rules: decode.Rules, limits: Array, *, room: int, beams: int
-    ) -> beam.Found:
+        self,
+        prompts: Batch,
+        search: beam.BeamSettings,
+        constraints: decode.Constraints,
+        limits: Array,
+        *,
+        room: int,
+        beams: int,
+    ) -> beam.Generated:
         """The best answer of every prompt by beam search, on the host; see `beam.begin`."""
         prefilled = self.call(decode.prefill, prompts)
         with jax.set_mesh(self.mesh):
-            state = self._begin_beams(prefilled, search, rules, limits, room=room, beams=beams)
-        state = jax.tree.map(_as_steps_leave_it, state)
+            state = self._begin_beams(prefilled, search, constraints, limits, room=room, beams=beams)
+        state = jax.tree.map(_normalised_sharding, state)
         while not np.all(jax.device_get(state.over)):
-            state = self.call(beam.step, state, search, rules, limits, donate=(1,))
+            state = self.call(beam.step, state, search, constraints, limits, donate=(1,))
         return jax.device_get(beam.best(state))
 
 
 def _step(
-    model: VisionLanguageModel, params: Any, state: decode.State, rules: decode.Rules
-) -> tuple[decode.State, decode.Picked, Array]:
+    model: VisionLanguageModel, params: Any, state: decode.State, constraints: decode.Constraints
+) -> tuple[decode.State, decode.NextTokens, Array]:
     """`decode.step`, and whether any row still runs."""
-    state, picked = decode.step(model, params, state, rules)
-    return state, picked, jax.numpy.any(state.reasons == decode.RUNNING)
+    state, next_tokens = decode.step(model, params, state, constraints)
+    return state, next_tokens, jax.numpy.any(state.reasons == decode.RUNNING)
 
 
-def _as_steps_leave_it(x: Array) -> Array:
+def _normalised_sharding(x: Array) -> Array:
     """With its sharding spelt as the outputs of a step have it: another spelling would compile the step again."""
     mesh, spec = x.sharding.mesh, []
     for entry in x.sharding.spec:

@@ -1,7 +1,4 @@
-"""Requests as the model reads them, and several of them as one batch on the mesh.
-
-Axis letters: B rows, T prompt tokens, M image slots, F frames.
-"""
+"""Requests as the model reads them, and several of them as one batch on the mesh."""
 
 from __future__ import annotations
 

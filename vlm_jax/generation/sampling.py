@@ -2,8 +2,6 @@
 
 Every setting is an array with an entry a row, so that changing it compiles nothing, and every row has a seed of its own, so
 that what it samples does not depend on its neighbours or on the batch it is in.
-
-Axis letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,25 +26,25 @@ class Sampling:
     seeds: Array  # [B] uint32
 
 
-def penalise(scores: Array, seen: Array, penalty: Array) -> Array:
+def penalise(scores: Array, used_tokens: Array, penalty: Array) -> Array:
     """Makes the tokens that were there already less likely (Keskar et al. 2019, CTRL): [B, V] logits or log-probabilities.
 
     Args:
-      seen: [B, V] bool, the tokens of the prompt and of the answer so far.
+      used_tokens: [B, V] bool, the tokens of the prompt and of the answer so far.
       penalty: [B] float32.
     """
 
-    def apply(scores: Array, seen: Array, penalty: Array) -> Array:
+    def apply(scores: Array, used_tokens: Array, penalty: Array) -> Array:
         factor = penalty[:, None]
-        return jnp.where(seen, jnp.where(scores < 0, scores * factor, scores / factor), scores)
+        return jnp.where(used_tokens, jnp.where(scores < 0, scores * factor, scores / factor), scores)
 
-    return jax.lax.cond(jnp.any(penalty != 1), apply, lambda scores, *_: scores, scores, seen, penalty)
+    return jax.lax.cond(jnp.any(penalty != 1), apply, lambda scores, *_: scores, scores, used_tokens, penalty)
 
 
 def sample(logits: Array, sampling: Sampling, step: Array) -> Array:
     """The next token of each row: [B, V] float32 -> [B] int32.
 
-    Temperature comes first, then top-k, then top-p of what is left. A logit of -inf is never picked.
+    Temperature comes first, then top-k, then top-p of what is left. A logit of -inf is never next_tokens.
 
     Args:
       step: [B] int32, or [] for all rows, the number of the token; the same seed and step give the same draw.

@@ -1,7 +1,4 @@
-"""Attention pooling (Lee et al. 2019; Zhai et al. 2022): SigLIP's way from the features of an image to one vector.
-
-Axis letters: B images, P features, D width.
-"""
+"""Attention pooling (Lee et al. 2019; Zhai et al. 2022): SigLIP's way from the features of an image to one vector."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The transformer block: attention, feed-forward, and the two put together.
-
-Axis letters: B batch, T queries, S keys, N query heads, K key/value heads, H head width, D width.
-"""
+"""The transformer block: attention, feed-forward, and the two put together."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ class Attention(nn.Module):
         return constrain(q, "batch", "length", "heads", "head")
 
     def keys_values(self, x: Array) -> KeyValue:
-        """[B, S, D'] -> two of [B, S, K, H]."""
+        """[B, S, O] -> two of [B, S, K, H]."""
         k = self.key(x)
         k = self.key_norm(k) if self.qk_norm else k
         return tuple(constrain(y, "batch", "length", "kv_heads", "head") for y in (k, self.value(x)))

@@ -1,12 +1,9 @@
-"""The decoder-only language model, and the place between its layers where a fusion may stand.
-
-Axis letters: B rows, T tokens, S cache slots, N query heads, K key/value heads, H head width, D width, L layers, G layers in
-between, V vocabulary.
-"""
+"""The decoder-only language model, and the place between its layers where a fusion may stand."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,6 +43,15 @@ class Cache:
         keys, values = (jax.tree.map(lambda x: _placed(wide(x, x.ndim - 2)), part) for part in (self.keys, self.values))
         return Cache(keys, values, wide(self.positions, 1), wide(self.segments, 1), self.used)
 
+    def map_rows(self, fn: Callable[..., Array], *others: Cache) -> Cache:
+        """`fn(array, *arrays of the others, axis=that of the rows)` of every array."""
+        of_layers = functools.partial(fn, axis=0 if isinstance(self.keys, tuple) else 1)
+        parts = {name: [getattr(cache, name) for cache in (self, *others)] for name in ("keys", "values")}
+        rest = {
+            name: fn(*(getattr(cache, name) for cache in (self, *others)), axis=0) for name in ("positions", "segments", "used")
+        }
+        return Cache(**{name: jax.tree.map(of_layers, *part) for name, part in parts.items()}, **rest)
+
     def placed(self) -> Cache:
         """Where it lies on the mesh of the context, so that it keeps its place from step to step."""
         keys, values = (jax.tree.map(_placed, part) for part in (self.keys, self.values))
@@ -57,12 +63,12 @@ def _placed(x: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Between:
+class InterleavedLayers:
     """Layers that run before language layers `i` with `i % every == offset`."""
 
     every: int
     offset: int
-    layers: Any  # a pytree with a leading axis G, or a tuple of G
+    layers: Any  # a pytree with a leading axis L, or a tuple of L
     apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
 
 
@@ -71,7 +77,7 @@ class Output(NamedTuple):
 
     hidden: Array  # [B, T, D]
     cache: Cache | None  # with these tokens in it
-    between: Any  # what the layers between collected, [G, ...]
+    interleaved: Any  # what the interleaved layers collected, [L, ...]
     layers: dict[str, Array]  # auxiliary outputs of each layer, [L, ...]; see `Block`
 
 
@@ -88,6 +94,8 @@ class Decoder(nn.Module):
         small = nn.initializers.normal(block.width**-0.5)
         shape = (config.vocab_size, block.width)
         self.embedding = self.param("embedding", named(small, "vocab", "embed"), shape)
+        if not isinstance(config.positions, RopeConfig | LearnedPositionsConfig | AlibiConfig):
+            raise ValueError(f"positions of the kind {config.positions.kind!r}: this decoder knows rope, learned and alibi")
         if isinstance(config.positions, LearnedPositionsConfig):
             shape = (config.max_positions + config.positions.offset, block.width)
             self.position_embedding = self.param("position_embedding", named(small, "positions", "embed"), shape)
@@ -124,8 +132,8 @@ class Decoder(nn.Module):
         segments: Array,
         *,
         cache: Cache | None = None,
-        keep: bool = False,
-        between: Between | None = None,
+        return_cache: bool = False,
+        interleaved: InterleavedLayers | None = None,
         prefix_end: Array | None = None,
     ) -> Output:
         """Embeddings [B, T, D] -> hidden states [B, T, D].
@@ -133,7 +141,7 @@ class Decoder(nn.Module):
         Args:
           positions, segments: [B, T] int32.
           cache: of the tokens before these, which are written behind them; None: these are the first.
-          keep: whether the first tokens leave a cache, of T slots. Padding stands behind them then.
+          return_cache: whether the first tokens leave a cache, of T slots. Padding stands behind them then.
           prefix_end: [B, T] int32, the last position each token sees in a prefix-LM; None: its own.
         """
         config = self.config
@@ -171,14 +179,14 @@ class Decoder(nn.Module):
             if held is not None:
                 return (x, new), (None, aux)
             if cache is None:
-                new = tuple(part.swapaxes(1, 2) for part in new) if keep else None
+                new = tuple(part.swapaxes(1, 2) for part in new) if return_cache else None
             return (x, None), (new, aux)
 
         one_by_one = isinstance(self.layers, tuple)
         stack = None if cache is None or one_by_one else (cache.keys, cache.values)
         own = tuple(zip(cache.keys, cache.values, strict=True)) if cache is not None and one_by_one else None
-        (x, stack), (kept, aux), collected = _run((x, stack), self.layers, own, layer, between, self.remat)
-        if cache is not None or keep:
+        (x, stack), (kept, aux), collected = _run((x, stack), self.layers, own, layer, interleaved, self.remat)
+        if cache is not None or return_cache:
             keys, values = stack if stack is not None else (zip(*kept, strict=True) if one_by_one else kept)
             keys, values = (tuple(part) if one_by_one else part for part in (keys, values))
             used = jnp.sum(segments > 0, axis=1, dtype=jnp.int32) + (0 if cache is None else cache.used)
@@ -207,28 +215,30 @@ def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> C
 UNROLL = 8
 
 
-def _run(carry: Any, layers: Any, own: Any, layer: Callable, between: Between | None, remat: str) -> tuple[Any, Any, Any]:
-    """Scans `layer` over `layers`, and `between` in its places.
+def _run(
+    carry: Any, layers: Any, own: Any, layer: Callable, interleaved: InterleavedLayers | None, remat: str
+) -> tuple[Any, Any, Any]:
+    """Scans `layer` over `layers`, and `interleaved` in its places.
 
-    The layers fall into groups of `between.every`; whole groups are scanned, so that compile time does not grow with depth,
+    The layers fall into groups of `interleaved.every`; whole groups are scanned, so that compile time does not grow with depth,
     and the rest, fewer than a group, follows. Layers given as a tuple run one after the other.
 
     Args:
       own: of layers in a tuple, what each has of its own beside its parameters; None: nothing.
 
     Returns:
-      the carry, what the layers gave beside it, [L, ...] or of a tuple one by one, and what those between collected, [G, ...].
+      the carry, what the layers gave beside it, [L, ...] or of a tuple one by one, and what those between collected, [L, ...].
     """
     if isinstance(layers, tuple):
-        return _run_each(carry, layers, own, layer, between)
+        return _run_each(carry, layers, own, layer, interleaved)
     length = jax.tree.leaves(layers)[0].shape[0]
     indexed = (jnp.arange(length), layers, None)
     part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
     scan = lambda carry, xs, unroll=1: jax.lax.scan(rematerialised(layer, remat), carry, xs, unroll=unroll)
-    if between is None:
+    if interleaved is None:
         return *scan(carry, indexed), None
-    every, offset = between.every, between.offset
-    cross = rematerialised(between.apply, remat)
+    every, offset = interleaved.every, interleaved.offset
+    cross = rematerialised(interleaved.apply, remat)
 
     def group(carry: Any, xs: Any, unroll: int = UNROLL) -> tuple[Any, Any]:
         layers, one = xs
@@ -241,13 +251,13 @@ def _run(carry: Any, layers: Any, own: Any, layer: Callable, between: Between | 
     given, collected = [], []
     if groups:
         grouped = jax.tree.map(lambda p: p.reshape(groups, every, *p.shape[1:]), part(indexed, 0, groups * every))
-        carry, (one, seen) = jax.lax.scan(group, carry, (grouped, part(between.layers, 0, groups)))
+        carry, (one, seen) = jax.lax.scan(group, carry, (grouped, part(interleaved.layers, 0, groups)))
         given.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), one))
         collected.append(seen)
     if rest:
         last = part(indexed, groups * every, None)
         if offset < rest:
-            carry, (one, seen) = group(carry, (last, jax.tree.map(lambda p: p[groups], between.layers)), unroll=1)
+            carry, (one, seen) = group(carry, (last, jax.tree.map(lambda p: p[groups], interleaved.layers)), unroll=1)
             collected.append(jax.tree.map(lambda s: s[None], seen))
         else:
             carry, one = scan(carry, last)
@@ -259,7 +269,9 @@ def _joined(parts: list[Any]) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) if parts else None
 
 
-def _run_each(carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, between: Between | None) -> tuple[Any, Any, Any]:
+def _run_each(
+    carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, interleaved: InterleavedLayers | None
+) -> tuple[Any, Any, Any]:
     """`_run` without a scan, some layers at a time."""
     kept, aux, collected = [], [], []
 
@@ -267,7 +279,7 @@ def _run_each(carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, be
         given = ([], [], [])
         for index, params, mine, gated in some:
             if gated is not None:
-                x, seen = between.apply(carry[0], gated)
+                x, seen = interleaved.apply(carry[0], gated)
                 carry = (x, *carry[1:])
                 given[2].append(seen)
             carry, of_layer = layer(carry, (index, params, mine))
@@ -275,8 +287,8 @@ def _run_each(carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, be
                 parts.append(part)
         return carry, given
 
-    every, offset = (1, None) if between is None else (between.every, between.offset)
-    gated = [between.layers[index // every] if index % every == offset else None for index in range(len(layers))]
+    every, offset = (1, None) if interleaved is None else (interleaved.every, interleaved.offset)
+    gated = [interleaved.layers[index // every] if index % every == offset else None for index in range(len(layers))]
     table = list(zip(range(len(layers)), layers, own or (None,) * len(layers), gated, strict=True))
     run, size = piece(several), _piece_size(len(layers), every)
     for start in range(0, len(layers), size):

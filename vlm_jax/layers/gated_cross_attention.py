@@ -1,12 +1,10 @@
-"""Flamingo's gated cross-attention dense layers (Alayrac et al. 2022, section 3.2 and figure 4).
-
-Axis letters: B rows, T tokens, M image slots, R visual tokens of a slot, S = M * R, D width, G gated layers.
-"""
+"""Flamingo's gated cross-attention dense layers (Alayrac et al. 2022, section 3.2 and figure 4)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 from vlm_jax.config import DecoderConfig, GatedCrossAttentionConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Attention, KeyValue, Mlp, stacked
-from vlm_jax.layers.decoder import Between
+from vlm_jax.layers.decoder import InterleavedLayers
 from vlm_jax.layers.linear import Norm
 from vlm_jax.ops.masks import Mask, media_mask
 from vlm_jax.sharding import constrain, named
@@ -26,11 +24,21 @@ Array = jax.Array
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys_values"], meta_fields=["slots"])
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class MediaCache:
     """What the gated layers keep of the media of every row."""
 
-    keys_values: Any  # two of [G, B, M * R, N, H], or where layers are held one by one a tuple of G such pairs without G
+    keys_values: Any  # two of [L, B, M * R, N, H], or where layers are held one by one a tuple of L such pairs without L
     slots: int  # M
+
+    def map_rows(self, fn: Callable[..., Array], *others: MediaCache) -> MediaCache:
+        """`fn(array, *arrays of the others, axis=that of the rows)` of every array."""
+        single = isinstance(self.keys_values[0], tuple)  # layers one by one
+        fn = functools.partial(fn, axis=0 if single else 1)
+        return dataclasses.replace(self, keys_values=jax.tree.map(fn, *(cache.keys_values for cache in (self, *others))))
+
+    def placed(self) -> MediaCache:
+        """Where it lies on the mesh of the context: as it was made."""
+        return self
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -64,7 +72,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.mlp_gate = self.param("mlp_gate", closed, ())
 
     def keys_values(self, visual: Array) -> KeyValue:
-        """Visual tokens [B, S, D'] -> keys and values, each [B, S, N, H]."""
+        """Visual tokens [B, S, O] -> keys and values, each [B, S, N, H]."""
         return self.attention.keys_values(visual)
 
     def weights(self, x: Array, mask: Mask, visual: Array | None, kv: KeyValue | None = None) -> Array:
@@ -74,7 +82,7 @@ class GatedCrossAttentionBlock(nn.Module):
     def __call__(
         self, x: Array, mask: Mask, visual: Array | None, kv: KeyValue | None = None, uniform: Array | None = None
     ) -> Array:
-        """x [B, T, D], mask of T tokens and S keys, and visual tokens [B, S, D'] or the keys and values made of them.
+        """x [B, T, D], mask of T tokens and S keys, and visual tokens [B, S, O] or the keys and values made of them.
 
         Tokens in `uniform` [B, T] look at all that they see with the same weight.
         """
@@ -105,57 +113,57 @@ class GatedCrossAttention(nn.Module):
                 f"`every`, and at least one of the {self.language.layers} layers must match"
             )
         self.block = GatedCrossAttentionBlock(config, width, self.visual_width, self.dtype, parent=None)
-        example = (jnp.zeros((1, 1, width)), Mask.of_keys(jnp.ones((1, 1), bool)), jnp.zeros((1, 1, self.visual_width)))
+        example = (jnp.zeros((1, 1, width)), Mask.from_keys(jnp.ones((1, 1), bool)), jnp.zeros((1, 1, self.visual_width)))
         self.layers = stacked(self, "layers", self.block, count, *example)
 
     @nn.nowrap
-    def without_media(self, rows: int) -> Array:
-        """Visual tokens [B, 1, 1, D'] of a batch in which no row has a medium: one, that nothing sees.
+    def no_visual_tokens(self, rows: int) -> Array:
+        """Visual tokens [B, 1, 1, O] of a batch in which no row has a medium: one, that nothing sees.
 
         The gated feed-forward still applies to every token.
         """
         return jnp.zeros((rows, 1, 1, self.visual_width), self.dtype)
 
     @nn.nowrap
-    def insert(self, x: Array, places: Array | None, visual: Array | None) -> Array:
+    def merge_visual_tokens(self, x: Array, places: Array | None, visual: Array | None) -> Array:
         """Embeddings [B, T, D] as they are: visual tokens do not stand among them."""
         return x
 
-    def memory(self, visual: Array) -> Memory:
-        """What is kept of the media while a model answers: [B, M, R, D'] -> the keys and values of every gated layer."""
+    def media_cache(self, visual: Array) -> MediaCache:
+        """What is kept of the media while a model answers: [B, M, R, O] -> the keys and values of every gated layer."""
         slots, visual = visual.shape[1], visual.reshape(visual.shape[0], -1, visual.shape[-1])
         of_layer = lambda params: tuple(
             constrain(x, "batch", "length", "heads", "head")
             for x in self.block.apply({"params": params}, visual, method="keys_values")
         )
         if isinstance(self.layers, tuple):
-            return Memory(tuple(of_layer(params) for params in self.layers), slots)
-        return Memory(jax.vmap(of_layer)(self.layers), slots)
+            return MediaCache(tuple(of_layer(params) for params in self.layers), slots)
+        return MediaCache(jax.vmap(of_layer)(self.layers), slots)
 
-    def between(
+    def interleaved(
         self,
         media_first: Array,
         media_last: Array,
         *,
         visual: Array | None = None,
-        memory: Memory | None = None,
+        media_cache: MediaCache | None = None,
         segments: Array | None = None,
-        want_weights: bool = False,
-    ) -> Between:
+        return_attention: bool = False,
+    ) -> InterleavedLayers:
         """What stands between the language layers.
 
         Args:
           media_first, media_last: [B, T] int32, the image slots each token may see.
-          visual: [B, M, R, D'], in training: each layer makes its keys and values when it runs; or
-          memory: what was made of them once, in generation.
+          visual: [B, M, R, O], in training: each layer makes its keys and values when it runs; or
+          media_cache: what was made of them once, in generation.
           segments: [B, T] int32 of packed rows; None: one conversation a row.
-          want_weights: let each layer also return where every token looks, [B, T, M * R].
+          return_attention: let each layer also return where every token looks, [B, T, M * R].
         """
         if visual is not None:
             slots, visual = visual.shape[1], visual.reshape(visual.shape[0], -1, visual.shape[-1])
             tokens, kept = visual.shape[1], None
         else:
-            slots, kept = memory.slots, memory.keys_values
+            slots, kept = media_cache.slots, media_cache.keys_values
             tokens = jax.tree.leaves(kept)[0].shape[-3]
         mask = media_mask(media_first, media_last, slots, self.config.media, segments=segments, tokens=tokens // slots)
         uniform = media_last == 0 if self.config.media == "all_previous_uniform" else None
@@ -163,10 +171,10 @@ class GatedCrossAttention(nn.Module):
         def apply(x: Array, layer: tuple[Any, KeyValue | None]) -> tuple[Array, Array | None]:
             params, kv = layer
             inputs = ({"params": params}, x, mask, visual, kv)
-            looks = self.block.apply(*inputs, method="weights") if want_weights else None
+            looks = self.block.apply(*inputs, method="weights") if return_attention else None
             return self.block.apply(*inputs, uniform), looks
 
         layers = (self.layers, kept)
         if isinstance(self.layers, tuple):
             layers = tuple(zip(self.layers, kept or (None,) * len(self.layers), strict=True))
-        return Between(self.config.every, self.config.offset, layers, apply)
+        return InterleavedLayers(self.config.every, self.config.offset, layers, apply)

@@ -6,8 +6,6 @@ newline after every row, are nothing but numbers::
 
     tokens   <s>  <image> <image> <image> <image> <image> <image>  What  ?
     visual    0      1       2       9       3       4       9      0   0      (two rows of two tokens, 8 in all, 9: newline)
-
-Axis letters: B rows, M image slots, R visual tokens of a slot, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -43,18 +41,18 @@ class InSequence(nn.Module):
             self.newline = self.param("newline", named(nn.initializers.normal(width**-0.5), "norm"), (width,))
 
     @nn.nowrap
-    def without_media(self, rows: int) -> None:
+    def no_visual_tokens(self, rows: int) -> None:
         """Of a batch in which no row has a medium there are no visual tokens."""
 
     @nn.nowrap
-    def memory(self, visual: Array | None) -> None:
+    def media_cache(self, visual: Array | None) -> None:
         """Nothing is kept of the media beside the cache of the tokens."""
 
     @nn.nowrap
-    def between(self, media_first: Array, media_last: Array, **rest: Any) -> None:
+    def interleaved(self, media_first: Array, media_last: Array, **rest: Any) -> None:
         """Nothing stands between the language layers."""
 
-    def insert(self, x: Array, places: Array | None, visual: Array | None) -> Array:
+    def merge_visual_tokens(self, x: Array, places: Array | None, visual: Array | None) -> Array:
         """Embeddings [B, T, D] with visual tokens [B, M, R, D] where `places` [B, T] int32 says."""
         if places is None or visual is None:
             return x

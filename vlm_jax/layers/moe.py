@@ -1,7 +1,4 @@
-"""Mixture of experts in the place of a block's feed-forward (Shazeer et al. 2017; Mixtral, Jiang et al. 2024).
-
-Axis letters: B rows, T tokens, E experts, D width, F hidden width of an expert.
-"""
+"""Mixture of experts in the place of a block's feed-forward (Shazeer et al. 2017; Mixtral, Jiang et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Flamingo's Perceiver resampler (Alayrac et al. 2022, section 3.1 and appendix A.1.1), and IDEFICS2's (Laurencon et al. 2024).
-
-Axis letters: B rows, M image slots, F frames, P features of a frame, R latents, E width of the features, D width.
-"""
+"""Flamingo's Perceiver resampler (Alayrac et al. 2022, section 3.1, appendix A.1.1), and IDEFICS2's (Laurencon et al. 2024)."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ class PerceiverLayer(nn.Module):
         return queries, self.attention.keys_values(keys)
 
     def weights(self, latents: Array, features: Array, mask: Mask) -> Array:
-        """Where each latent looks: [B, R, F * P + R]."""
+        """Where each latent looks: [B, R, I * P + R]."""
         return self.attention.weights(*self._inputs(latents, features), mask)
 
     def __call__(self, latents: Array, features: Array, mask: Mask) -> Array:
@@ -60,7 +57,7 @@ class PerceiverLayer(nn.Module):
 
 @MODULES.add(PerceiverConfig)
 class PerceiverResampler(nn.Module):
-    """Features [B, M, F, P, E] of any number of frames -> visual tokens [B, M, R, D], or with `per_frame` [B, M, F * R, D].
+    """Features [B, M, I, P, D] of any number of frames -> visual tokens [B, M, R, D], or with `per_frame` [B, M, I * R, D].
 
     Frame `f` of a slot with `n` frames gets time embedding `f`; when `n` is more than were learned, the embeddings are
     interpolated linearly over them, as Flamingo does to go from 8 frames in training to 30.
@@ -72,23 +69,23 @@ class PerceiverResampler(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Array, frames: Array, *, mask: Array | None = None, want_weights: bool = False
+        self, features: Array, frames: Array, *, mask: Array | None = None, return_attention: bool = False
     ) -> tuple[Array, Array | None]:
         """
         Args:
-          features: [B, M, F, P, E].
+          features: [B, M, I, P, D].
           frames: [B, M] int32, how many frames of the slot are there.
-          want_weights: also return where every latent of every layer looks.
-          mask: [B, M, F, P] bool, the features that are; None: all of the frames that are there.
+          return_attention: also return where every latent of every layer looks.
+          mask: [B, M, I, P] bool, the features that are; None: all of the frames that are there.
 
         Returns:
-          visual tokens, and None or the weights [layers, B, M, R, F * P + R] (the last R keys are the latents).
+          visual tokens, and None or the weights [layers, B, M, R, I * P + R] (the last R keys are the latents).
 
         Raises:
-          ValueError: `want_weights` with latents for every frame.
+          ValueError: `return_attention` with latents for every frame.
         """
         config = self.config
-        if want_weights and config.per_frame:
+        if return_attention and config.per_frame:
             raise ValueError("where the latents look is told of slots, and this resampler has latents for every frame")
         if config.projection is not None:
             wide = config.projection
@@ -108,25 +105,25 @@ class PerceiverResampler(nn.Module):
         in_time = jnp.arange(most) < frames[..., None]
         seen = jnp.broadcast_to(in_time[..., None], (rows, slots, most, patches))
         seen = (seen if mask is None else seen & mask).reshape(count, -1)
-        keys = Mask.of_keys(jnp.pad(seen, ((0, 0), (0, config.latents)), constant_values=True))
+        keys = Mask.from_keys(jnp.pad(seen, ((0, 0), (0, config.latents)), constant_values=True))
 
         layer = PerceiverLayer(config, width, self.dtype, parent=None)
         example = jnp.zeros((1, 1, width))
-        params = stacked(self, "layers", layer, config.layers, example, example, Mask.of_keys(jnp.ones((1, 2), bool)))
+        params = stacked(self, "layers", layer, config.layers, example, example, Mask.from_keys(jnp.ones((1, 2), bool)))
 
         def step(latents: Array, params: Any) -> tuple[Array, Array | None]:
             variables = {"params": params}
-            looks = layer.apply(variables, latents, features, keys, method="weights") if want_weights else None
+            looks = layer.apply(variables, latents, features, keys, method="weights") if return_attention else None
             return layer.apply(variables, latents, features, keys), looks
 
         latents, weights = jax.lax.scan(step, latents, params)
         latents = Norm(config.norm, width, self.dtype, name="norm")(latents)
-        weights = weights.reshape(-1, rows, slots, *weights.shape[2:]) if want_weights else None
+        weights = weights.reshape(-1, rows, slots, *weights.shape[2:]) if return_attention else None
         return latents.reshape(rows, slots, -1, width), weights
 
 
 def _time(table: Array, frames: Array, most: int) -> Array:
-    """The time embedding of each frame: table [N, D], frames [B, M] -> [B, M, most, D]."""
+    """The time embedding of each frame: table [times, D], frames [B, M] -> [B, M, most, D]."""
     learned = table.shape[0]
     stretch = jnp.where(frames > learned, (learned - 1) / jnp.maximum(frames - 1, 1), 1.0)
     place = jnp.clip(jnp.arange(most) * stretch[..., None], 0, learned - 1)

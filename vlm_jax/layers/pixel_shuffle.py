@@ -1,7 +1,4 @@
-"""Idefics3's and SmolVLM's connector (Laurencon et al. 2024): squares of neighbouring features become one visual token.
-
-Axis letters: B rows, M image slots, F frames or tiles of a slot, P features of a frame, D vision width, W language width.
-"""
+"""Idefics3's and SmolVLM's connector (Laurencon et al. 2024): squares of neighbouring features become one visual token."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ Array = jax.Array
 
 @MODULES.add(PixelShuffleConfig)
 class PixelShuffle(nn.Module):
-    """Features [B, M, F, P, D] of square pictures -> visual tokens [B, M, F * P / factor^2, W]."""
+    """Features [B, M, I, P, D] of square pictures -> visual tokens [B, M, I * P / factor^2, O]."""
 
     config: PixelShuffleConfig
     width: int
@@ -29,15 +26,15 @@ class PixelShuffle(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Array, frames: Array, *, mask: Array | None = None, want_weights: bool = False
+        self, features: Array, frames: Array, *, mask: Array | None = None, return_attention: bool = False
     ) -> tuple[Array, None]:
         """
         Raises:
-          ValueError: features that are not of a square whose side `factor` divides; `want_weights`, for a visual token looks
-            at its own square and nowhere else.
+          ValueError: features that are not of a square whose side `factor` divides; `return_attention`: a visual token reads
+            its own square and nothing else.
         """
         config, factor = self.config, self.config.factor
-        if want_weights:
+        if return_attention:
             raise ValueError("pixel shuffle makes each visual token of one square of features: it looks nowhere else")
         rows, slots, most, count, width = features.shape
         side = math.isqrt(count)

@@ -1,7 +1,4 @@
-"""The projector of LLaVA (Liu et al. 2023): features -> visual tokens as wide as the language model, one for each feature.
-
-Axis letters: B rows, M image slots, F frames or tiles of a slot, P features of a frame, D vision width, W language width.
-"""
+"""The projector of LLaVA (Liu et al. 2023): features -> visual tokens as wide as the language model, one for each feature."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ Array = jax.Array
 
 @MODULES.add(MlpProjectorConfig)
 class MlpProjector(nn.Module):
-    """Features [B, M, F, P, D] -> visual tokens [B, M, F * P, W]. A frame that is not there gives tokens that nothing reads."""
+    """Features [B, M, I, P, D] -> visual tokens [B, M, I * P, O]. A frame that is not there gives tokens that nothing reads."""
 
     config: MlpProjectorConfig
     width: int
@@ -29,13 +26,13 @@ class MlpProjector(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Array, frames: Array, *, mask: Array | None = None, want_weights: bool = False
+        self, features: Array, frames: Array, *, mask: Array | None = None, return_attention: bool = False
     ) -> tuple[Array, None]:
         """
         Raises:
-          ValueError: `want_weights`: a visual token is one feature, so there is nothing to tell.
+          ValueError: `return_attention`: a visual token is one feature, so there is nothing to tell.
         """
-        if want_weights:
+        if return_attention:
             raise ValueError("an MLP projector makes each visual token of one feature: it looks nowhere else")
         config = self.config
         x = features.reshape(*features.shape[:2], -1, self.width)

@@ -1,7 +1,5 @@
 """The vision transformer (Dosovitskiy et al. 2021): CLIP's (Radford et al. 2021), SigLIP's (Zhai et al. 2023), DINOv2's (Oquab
 et al. 2023) and EVA-CLIP's (Sun et al. 2023), as transformers has them.
-
-Axis letters: B images, H x W pixels, P patches, S tokens (class token, registers, patches), D width.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ Array = jax.Array
 
 @MODULES.add(VitConfig)
 class Vit(nn.Module):
-    """Images [B, H, W, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front; no registers.
+    """Images [B, height, width, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front; no registers.
 
     Pictures of another size than `image_size` get interpolated or bucketed positions. `feature_layer` picks the hidden state as
     transformers counts them: 0 the embeddings, i the output of block i, negative from the end.
@@ -112,7 +110,7 @@ class Vit(nn.Module):
             x = x + jnp.take(positions[front:], places, axis=0).astype(x.dtype)
             if sizes is not None:
                 whole = patch_mask(sizes // patch, grid)
-                mask = Mask.of_keys(jnp.pad(whole, ((0, 0), (front + config.registers, 0)), constant_values=True))
+                mask = Mask.from_keys(jnp.pad(whole, ((0, 0), (front + config.registers, 0)), constant_values=True))
         else:
             x = x + resize_positions(positions[front:], grid, config.antialias).astype(x.dtype)
         before = [self.param("class_embedding", named(small, "embed"), (width,))[None] + positions[:1]] if front else []

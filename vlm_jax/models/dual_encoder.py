@@ -1,7 +1,4 @@
-"""Two towers whose embeddings meet in one space: CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023).
-
-Axis letters: B images, C texts, T tokens, H x W pixels, S features of an image, D width of a tower, E width of the embeddings.
-"""
+"""Two towers whose embeddings meet in one space: CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023)."""
 
 from __future__ import annotations
 
@@ -42,13 +39,13 @@ class ImageTower(nn.Module):
             self.projection = Linear({"embed": block.width}, {"projection": config.projection}, False, self.dtype)
 
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, 3] uint8 -> [B, E], not normalised."""
+        """[B, height, width, 3] uint8 -> [B, Z], not normalised."""
         features = self.encoder(images)
         pooled = self.pool(features) if self.config.pool == "attention" else features[:, 0]
         return pooled if self.config.projection is None else self.projection(pooled)
 
     def features(self, images: Array) -> Array:
-        """[B, H, W, 3] uint8 -> [B, S, D], the class token first where there is one."""
+        """[B, height, width, 3] uint8 -> [B, P, D], the class token first where there is one."""
         return self.encoder(images)
 
     def embed_images(self, images: Array) -> Array:
@@ -62,7 +59,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Tokens [C, T] -> [C, E], not normalised.
+    """Tokens [texts, T] -> [texts, Z], not normalised.
 
     Padding goes behind, and no token of it is masked: CLIP's tokens see no later ones, and SigLIP is trained on 64 tokens
     with the padding among them.
@@ -88,7 +85,7 @@ class TextTower(nn.Module):
 
     @nn.nowrap
     def place(self, tokens: Array) -> Array:
-        """Whose hidden state stands for the text: [C]."""
+        """Whose hidden state stands for the text: [texts]."""
         if self.config.pool == "last":
             return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
         end = self.config.end_token
@@ -116,28 +113,28 @@ class DualEncoder(nn.Module):
             self.logit_bias = scalar("logit_bias", config.logit_bias)
 
     def __call__(self, images: Array, tokens: Array) -> Array:
-        """Images [B, H, W, 3] uint8, tokens [C, T] -> logits [B, C] float32."""
+        """Images [B, height, width, 3] uint8, tokens [texts, T] -> logits [B, texts] float32."""
         return self.logits(self.embed_images(images), self.embed_texts(tokens))
 
     def features(self, images: Array) -> Array:
-        """[B, H, W, 3] uint8 -> [B, S, D], the class token first where there is one."""
+        """[B, height, width, 3] uint8 -> [B, P, D], the class token first where there is one."""
         return self.image.features(images)
 
     def embed_images(self, images: Array) -> Array:
-        """[B, H, W, 3] uint8 -> [B, E] float32 of length 1."""
+        """[B, height, width, 3] uint8 -> [B, Z] float32 of length 1."""
         return _unit(self.image(images))
 
     def embed_texts(self, tokens: Array) -> Array:
-        """[C, T] -> [C, E] float32 of length 1."""
+        """[texts, T] -> [texts, Z] float32 of length 1."""
         return _unit(self.text(tokens))
 
     def logits(self, images: Array, texts: Array) -> Array:
-        """Embeddings [B, E], [C, E] -> [B, C]."""
+        """Embeddings [B, Z], [texts, Z] -> [B, texts]."""
         logits = jnp.exp(self.logit_scale) * (images @ texts.T)
         return logits if self.config.logit_bias is None else logits + self.logit_bias
 
     def probabilities(self, images: Array, texts: Array) -> Array:
-        """Embeddings [B, E], [C, E] -> [B, C].
+        """Embeddings [B, Z], [texts, Z] -> [B, texts].
 
         Which of the texts it is, rows of sum 1 (softmax); or of each text by itself whether it fits (sigmoid).
         """

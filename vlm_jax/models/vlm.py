@@ -1,8 +1,4 @@
-"""The vision-language model: image -> vision encoder -> connector -> fusion -> language model -> text.
-
-Axis letters: B rows, M image slots, F frames, H x W pixels, P features, R visual tokens of a slot, T tokens, D width,
-V vocabulary.
-"""
+"""The vision-language model: image -> vision encoder -> connector -> fusion -> language model -> text."""
 
 from __future__ import annotations
 
@@ -25,8 +21,8 @@ Array = jax.Array
 class VisionLanguageModel(nn.Module):
     """Any vision encoder, connector, fusion and language model that fit together.
 
-    Training calls the model on a `Batch`. Generation calls its parts: `visual_tokens` and `memory` once, then `read` with a
-    cache for the prompt and for every further token, both of which are batches too.
+    Training calls the model on a `Batch`. Generation calls its parts: `visual_tokens` and `media_cache` once, then `forward`
+    with a cache for the prompt and for every further token, both of which are batches too.
     """
 
     config: ModelConfig
@@ -61,7 +57,7 @@ class VisionLanguageModel(nn.Module):
 
     def hidden(self, batch: Batch) -> tuple[Array, dict[str, Array]]:
         """Of a packed batch, the hidden states [B, T, D], and what each layer gives beside them, [L, ...] (`Block`)."""
-        out = self.read(batch, visual=self.visual_tokens(batch))
+        out = self.forward(batch, visual=self.visual_tokens(batch))
         return out.hidden, out.layers
 
     @nn.nowrap
@@ -77,18 +73,18 @@ class VisionLanguageModel(nn.Module):
         if not self.has_vision:
             return None
         if batch.images is None:
-            return self.fusion.without_media(batch.tokens.shape[0])
+            return self.fusion.no_visual_tokens(batch.tokens.shape[0])
         return self.encode_images(batch.images, batch.frames, sizes=batch.sizes)[0]
 
     def encode_images(
-        self, images: Array, frames: Array, *, sizes: Array | None = None, want_weights: bool = False
+        self, images: Array, frames: Array, *, sizes: Array | None = None, return_attention: bool = False
     ) -> tuple[Array, Array | None]:
-        """Images [B, M, F, H, W, 3] uint8, frames [B, M] -> visual tokens [B, M, R, D].
+        """Images [B, M, I, height, width, 3] uint8, frames [B, M] -> visual tokens [B, M, R, D].
 
-        With `want_weights` also where each visual token looked, as the connector gives it.
+        With `return_attention` also where each visual token looked, as the connector gives it.
 
         Args:
-          sizes: [B, M, F, 2] int32, height and width of each frame, if they differ (`Vit`).
+          sizes: [B, M, I, 2] int32, height and width of each frame, if they differ (`Vit`).
         """
         flat = images.reshape(-1, *images.shape[3:])
         mask = None
@@ -97,40 +93,47 @@ class VisionLanguageModel(nn.Module):
             mask = self.vision.patch_mask(sizes, *flat.shape[1:3]).reshape(*images.shape[:3], -1)
         features = self.vision(flat, sizes)
         features = features.reshape(*images.shape[:3], *features.shape[1:])
-        return self.connector(features, frames, mask=mask, want_weights=want_weights)
+        return self.connector(features, frames, mask=mask, return_attention=return_attention)
 
-    def memory(self, visual: Array | None) -> Any:
-        """What is kept of the visual tokens [B, M, R, D] while the model answers, each array with the rows in front or behind
-        its layers; None: nothing."""
-        return self.fusion.memory(visual) if self.has_vision else None
+    def media_cache(self, visual: Array | None) -> Any:
+        """What is kept of the visual tokens [B, M, R, D] while the model answers; None: nothing.
 
-    def read(
+        A pytree with the rows first in every array, or one that has `map_rows` and `placed` as `Cache` does."""
+        return self.fusion.media_cache(visual) if self.has_vision else None
+
+    def forward(
         self,
         batch: Batch,
         *,
         visual: Array | None = None,
-        memory: Any = None,
+        media_cache: Any = None,
         cache: Cache | None = None,
-        keep: bool = False,
-        want_weights: bool = False,
+        return_cache: bool = False,
+        return_attention: bool = False,
     ) -> Output:
         """The tokens of a batch [B, T]: hidden states [B, T, D], and what else `Output` has.
 
         Args:
           visual: of `visual_tokens`, where the batch begins its rows; or
-          memory: of `memory`, where it goes on with them.
+          media_cache: of `media_cache`, where it goes on with them.
           cache: of the tokens before these.
-          keep: whether tokens that begin their rows leave a cache.
-          want_weights: also where every token looked, as the fusion tells it.
+          return_cache: whether tokens that begin their rows leave a cache.
+          return_attention: also where every token looked, as the fusion tells it.
         """
-        x, between, prefix_end = self.language.embed(batch.tokens, batch.positions), None, None
+        x, interleaved, prefix_end = self.language.embed(batch.tokens, batch.positions), None, None
         if self.has_vision:
-            x = self.fusion.insert(x, batch.visual, visual)
-            media, seen = (batch.media_first, batch.media_last), {"segments": batch.segments, "want_weights": want_weights}
-            between = self.fusion.between(*media, visual=None if memory is not None else visual, memory=memory, **seen)
+            x = self.fusion.merge_visual_tokens(x, batch.visual, visual)
+            interleaved = self.fusion.interleaved(
+                batch.media_first,
+                batch.media_last,
+                visual=None if media_cache is not None else visual,
+                media_cache=media_cache,
+                segments=batch.segments,
+                return_attention=return_attention,
+            )
             prefix_end = batch.prefix_end if self.config.fusion.prefix_lm else None
         tokens = (x, batch.positions, batch.segments)
-        return self.language(*tokens, cache=cache, keep=keep, between=between, prefix_end=prefix_end)
+        return self.language(*tokens, cache=cache, return_cache=return_cache, interleaved=interleaved, prefix_end=prefix_end)
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> [B, T, V] float32."""

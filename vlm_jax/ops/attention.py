@@ -1,9 +1,7 @@
 """Scaled dot-product attention: one function, and behind it whatever serves a call best.
 
-A kernel is a file with `refuses` (why it does not serve a call, "" if it does) and `attend`. The first of `KERNELS` that serves
-is taken; the last one serves everything.
-
-Axis letters: B batch, T queries, S keys, N query heads, K key/value heads, H head width.
+A kernel is a file with `attend` and `unsupported_reason` (why it does not serve a call, "" if it does). The first of `KERNELS`
+that serves is taken; the last one serves everything.
 """
 
 from __future__ import annotations
@@ -30,5 +28,5 @@ def attend(q: Array, k: Array, v: Array, mask: Mask | None = None, alibi: Alibi 
     Returns:
       [B, T, N, H] in the type of `v`. A query that sees no key gets exactly 0.
     """
-    kernel = next(kernel for kernel in KERNELS if not kernel.refuses(q, k, v, mask, alibi))
+    kernel = next(kernel for kernel in KERNELS if not kernel.unsupported_reason(q, k, v, mask, alibi))
     return kernel.attend(q, k, v, mask, alibi)

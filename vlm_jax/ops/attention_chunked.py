@@ -2,9 +2,6 @@
 
 The forward pass is Rabe & Staats' (2021), a running softmax over chunks of keys. The backward pass is FlashAttention's (Dao et
 al. 2022, algorithm 4): a chunk's weights are made again from the logarithms of the sums.
-
-Axis letters: B batch, T queries, S keys, N query heads, K key/value heads (N = K * G), H head width; I chunks of X queries, J
-chunks of Y keys.
 """
 
 from __future__ import annotations
@@ -20,12 +17,12 @@ from vlm_jax.ops.masks import Alibi, Mask
 
 Array = jax.Array
 
-QUERIES, KEYS = 512, 1024  # X and Y
+QUERY_CHUNK, KEY_CHUNK = 512, 1024  # of a chunk
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask | None, alibi: Alibi | None) -> str:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask | None, alibi: Alibi | None) -> str:
     """Why this kernel does not serve a call; "" if it does. It serves every one."""
     return ""
 
@@ -33,9 +30,9 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask | None, alibi: Alibi | None
 def attend(q: Array, k: Array, v: Array, mask: Mask | None = None, alibi: Alibi | None = None) -> Array:
     """See `ops.attention.attend`."""
     tokens, length, width = q.shape[1], k.shape[1], q.shape[-1]
-    more = (-tokens % QUERIES, -length % KEYS)
+    more = (-tokens % QUERY_CHUNK, -length % KEY_CHUNK)
     if mask is None:
-        mask = Mask.of_keys(jnp.ones((1, length), bool))
+        mask = Mask.from_keys(jnp.ones((1, length), bool))
     padded = lambda x, count: jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
     grouped = padded(q * width**-0.5, more[0])
     grouped = grouped.reshape(*grouped.shape[:2], k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
@@ -52,7 +49,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Mask, alibi: Alibi | None) -> Ar
 
 def _forward(q: Array, k: Array, v: Array, mask: Mask, alibi: Alibi | None) -> tuple[Array, tuple[Any, ...]]:
     """The output [B, K, G, T, H] float32, and what the backward pass needs."""
-    by_key = (_split(k, KEYS, axis=2), _split(v, KEYS, axis=2), _key_side(mask, alibi))
+    by_key = (_split(k, KEY_CHUNK, axis=2), _split(v, KEY_CHUNK, axis=2), _key_side(mask, alibi))
 
     def of_queries(chunk: tuple[Array, Any]) -> tuple[Array, Array]:
         q, query_side = chunk
@@ -65,7 +62,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, alibi: Alibi | None) -> t
             # Where nothing is seen yet the top is -inf: without the bound, exp(-inf + inf) is NaN.
             bound = jnp.maximum(higher, jnp.finfo(jnp.float32).min)
             weights, fade = jnp.exp(logits - bound[..., None]), jnp.exp(top - bound)
-            seen = _product("BKGXY,BKYH->BKGXH", weights.astype(v.dtype), v)
+            seen = _product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
             return (higher, sums * fade + jnp.sum(weights, axis=-1), y * fade[..., None] + seen), None
 
         empty = (jnp.full(q.shape[:-1], -jnp.inf), jnp.zeros(q.shape[:-1]), jnp.zeros((*q.shape[:-1], v.shape[-1])))
@@ -74,7 +71,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, alibi: Alibi | None) -> t
         # Of a query that sees nothing, infinity: its weights are 0 in the backward pass too.
         return y / total[..., None], jnp.where(sums > 0, top + jnp.log(total), jnp.inf)
 
-    y, log_sums = jax.lax.map(of_queries, (_split(q, QUERIES, axis=3), _query_side(mask, alibi)))
+    y, log_sums = jax.lax.map(of_queries, (_split(q, QUERY_CHUNK, axis=3), _query_side(mask, alibi)))
     y, log_sums = _join(y, axis=3), _join(log_sums, axis=3)
     return y, (q, k, v, mask, alibi, y, log_sums)
 
@@ -82,7 +79,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, alibi: Alibi | None) -> t
 def _backward(kept: tuple[Any, ...], dy: Array) -> tuple[Array, Array, Array, None, None]:
     q, k, v, mask, alibi, y, log_sums = kept
     parts = (q, dy.astype(v.dtype), log_sums, jnp.sum(dy * y, axis=-1))
-    by_query = (*(_split(x, QUERIES, axis=3) for x in parts), _query_side(mask, alibi))
+    by_query = (*(_split(x, QUERY_CHUNK, axis=3) for x in parts), _query_side(mask, alibi))
 
     def of_keys(dq: Array, chunk: tuple[Array, Array, Any]) -> tuple[Array, tuple[Array, Array]]:
         k, v, key_side = chunk
@@ -91,15 +88,15 @@ def _backward(kept: tuple[Any, ...], dy: Array) -> tuple[Array, Array, Array, No
             dk, dv = carry
             dq, q, dy, log_sum, ones, query_side = chunk
             weights = jnp.exp(_logits(q, k, query_side, key_side, alibi) - log_sum[..., None])
-            dv = dv + _product("BKGXY,BKGXH->BKYH", weights.astype(v.dtype), dy)
-            dweights = _product("BKGXH,BKYH->BKGXY", dy, v)
+            dv = dv + _product("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), dy)
+            dweights = _product("BKGTH,BKSH->BKGTS", dy, v)
             dlogits = (weights * (dweights - ones[..., None])).astype(q.dtype)
-            return (dk + _product("BKGXY,BKGXH->BKYH", dlogits, q), dv), dq + _product("BKGXY,BKYH->BKGXH", dlogits, k)
+            return (dk + _product("BKGTS,BKGTH->BKSH", dlogits, q), dv), dq + _product("BKGTS,BKSH->BKGTH", dlogits, k)
 
         (dk, dv), dq = jax.lax.scan(add, (jnp.zeros(k.shape), jnp.zeros(v.shape)), (dq, *by_query))
         return dq, (dk, dv)
 
-    by_key = (_split(k, KEYS, axis=2), _split(v, KEYS, axis=2), _key_side(mask, alibi))
+    by_key = (_split(k, KEY_CHUNK, axis=2), _split(v, KEY_CHUNK, axis=2), _key_side(mask, alibi))
     dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(by_query[0].shape), by_key)
     return _join(dq, axis=3).astype(q.dtype), _join(dk, axis=2).astype(k.dtype), _join(dv, axis=2).astype(v.dtype), None, None
 
@@ -108,8 +105,8 @@ _attend.defvjp(_forward, _backward)
 
 
 def _logits(q: Array, k: Array, query_side: Any, key_side: Any, alibi: Alibi | None) -> Array:
-    """[B, K, G, X, Y] float32 of a chunk of queries and a chunk of keys; -inf where a key is not seen."""
-    logits = _product("BKGXH,BKYH->BKGXY", q, k)
+    """[B, K, G, T, S] float32 of a chunk of queries and a chunk of keys; -inf where a key is not seen."""
+    logits = _product("BKGTH,BKSH->BKGTS", q, k)
     if alibi is not None:
         here = dataclasses.replace(alibi, q_positions=query_side["q_positions"], k_positions=key_side["k_positions"])
         bias = here.dense()
@@ -120,21 +117,21 @@ def _logits(q: Array, k: Array, query_side: Any, key_side: Any, alibi: Alibi | N
 
 
 def _query_side(mask: Mask, alibi: Alibi | None) -> dict[str, Array]:
-    """What mask and bias know of the queries, by chunk: [I, B or 1, X] each."""
+    """What mask and bias know of the queries, by chunk: [chunks, B or 1, T] each."""
     known = {"first": mask.first, "last": mask.last, "q_segments": mask.q_segments}
     known |= {} if alibi is None else {"q_positions": alibi.q_positions}
-    return {name: _split(x, QUERIES, axis=1) for name, x in known.items() if x is not None}
+    return {name: _split(x, QUERY_CHUNK, axis=1) for name, x in known.items() if x is not None}
 
 
 def _key_side(mask: Mask, alibi: Alibi | None) -> dict[str, Array]:
-    """What mask and bias know of the keys, by chunk: [J, B or 1, Y] each."""
+    """What mask and bias know of the keys, by chunk: [chunks, B or 1, S] each."""
     known = {"places": mask.places, "k_segments": mask.k_segments}
     known |= {} if alibi is None else {"k_positions": alibi.k_positions}
-    return {name: _split(x, KEYS, axis=1) for name, x in known.items() if x is not None}
+    return {name: _split(x, KEY_CHUNK, axis=1) for name, x in known.items() if x is not None}
 
 
 def _split(x: Array, size: int, *, axis: int) -> Array:
-    """[..., I * X, ...] -> [I, ..., X, ...]."""
+    """[..., I * X, ...] -> [chunks, ..., T, ...]."""
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 

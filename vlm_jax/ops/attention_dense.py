@@ -1,7 +1,4 @@
-"""Attention by one softmax over all keys, in plain XLA: the logits [B, N, T, S] are made whole.
-
-Axis letters: B batch, T queries, S keys, N query heads, K key/value heads (N = K * G, G queries share a key), H head width.
-"""
+"""Attention by one softmax over all keys, in plain XLA: the logits [B, N, T, S] are made whole."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ Array = jax.Array
 MOST = 2048 * 2048  # logits of a head; training keeps them
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask | None, alibi: Alibi | None) -> str:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask | None, alibi: Alibi | None) -> str:
     """Why this kernel does not serve a call; "" if it does."""
     logits = q.shape[1] * k.shape[1]
     return f"{logits:,} logits a head are more than {MOST:,}" if logits > MOST else ""

@@ -1,7 +1,4 @@
-"""Which experts a token goes to, and the feed-forward of every token through its own: none is dropped.
-
-Axis letters: M tokens, E experts, C experts of a token, D width, F hidden width of an expert.
-"""
+"""Which experts a token goes to, and the feed-forward of every token through its own: none is dropped."""
 
 from __future__ import annotations
 
@@ -40,13 +37,13 @@ def mixture(
     Tokens are sorted by expert, so that each expert is one matrix product over the rows that are its own.
 
     Args:
-      x: [M, D].
-      weights, numbers: [M, C], of `route`.
+      x: [tokens, D].
+      weights, numbers: [tokens, chosen], of `route`.
       gate, up: [E, D, F].
       down: [E, F, D].
 
     Returns:
-      [M, D].
+      [tokens, D].
     """
     each = numbers.shape[1]
     flat = numbers.reshape(-1)
@@ -58,7 +55,7 @@ def mixture(
     y = jax.lax.ragged_dot(hidden, down, sizes)
     # Sorted back, a token's results lie together: a sum, where scattered additions have no order on a GPU.
     y = y[jnp.argsort(order)].reshape(*numbers.shape, -1)
-    return jnp.einsum("MCD,MC->MD", y, weights.astype(y.dtype))
+    return jnp.einsum("...ED,...E->...D", y, weights.astype(y.dtype))
 
 
 def load_balance(logits: Array, counted: Array, chosen: int) -> Array:

@@ -1,7 +1,4 @@
-"""Which query may see which key, from the positions and segments of the two.
-
-Axis letters: B batch, T queries, S keys, M image slots of a row, N heads.
-"""
+"""Which query may see which key, from the positions and segments of the two."""
 
 from __future__ import annotations
 
@@ -32,18 +29,18 @@ class Mask:
     k_segments: Array | None = None  # [B, S] int32; 0: padding, which nothing sees
 
     @classmethod
-    def of_keys(cls, seen: Array) -> Mask:
-        """Every query sees the same keys: `seen` [B or 1, S] bool."""
+    def from_keys(cls, visible: Array) -> Mask:
+        """Every query sees the same keys: `visible` [B or 1, S] bool."""
         zero = jnp.zeros((1, 1), jnp.int32)
-        return cls(places=jnp.where(seen, 0, 1), first=zero, last=zero)
+        return cls(places=jnp.where(visible, 0, 1), first=zero, last=zero)
 
     def dense(self) -> Array:
         """[B or 1, T or 1, S] bool."""
         places = self.places[:, None, :]
-        seen = (self.first[:, :, None] <= places) & (places <= self.last[:, :, None])
+        visible = (self.first[:, :, None] <= places) & (places <= self.last[:, :, None])
         if self.k_segments is None:
-            return seen
-        return seen & (self.q_segments[:, :, None] == self.k_segments[:, None, :]) & (self.k_segments[:, None, :] > 0)
+            return visible
+        return visible & (self.q_segments[:, :, None] == self.k_segments[:, None, :]) & (self.k_segments[:, None, :] > 0)
 
     def padded(self, tokens: int, queries: int, keys: int) -> Mask:
         """With so many more queries than T, and so many keys that nothing sees, behind the others.

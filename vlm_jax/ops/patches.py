@@ -1,7 +1,4 @@
-"""Images as patches, and position embeddings for other resolutions.
-
-Axis letters: B images, H x W pixels, P patches, D width.
-"""
+"""Images as patches, and position embeddings for other resolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ Array = jax.Array
 
 
 def patchify(images: Array, patch: int) -> Array:
-    """[B, H, W, 3] -> [B, P, patch * patch * 3], row-major; pixels of a patch in the order (row, column, channel).
+    """[B, height, width, 3] -> [B, P, patch * patch * 3], row-major; pixels of a patch in the order (row, column, channel).
 
     Raises:
       ValueError: a side is not a multiple of `patch`.

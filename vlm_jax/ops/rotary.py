@@ -1,7 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), in the half-split layout of LLaMA checkpoints.
-
-Axis letters: B batch, T tokens, N heads, H head width, R its part that is turned.
-"""
+"""Rotary position embedding (Su et al. 2021), in the half-split layout of LLaMA checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def rotary_angles(config: RopeConfig, head_width: int, positions: Array, segment
       positions, segments: [B, T] int32; no segments: a row is one sequence.
 
     Returns:
-      Two of [B, T, 1, R / 2] float32.
+      Two of [B, T, 1, Q / 2] float32.
     """
     inverse = inverse_frequencies(config, head_width)
     match config.scaling:
@@ -46,19 +43,19 @@ def rotary_angles(config: RopeConfig, head_width: int, positions: Array, segment
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + R/2]) of `x` [B, T, N, H] by their angles; the numbers from R on stay."""
+    """Turns the pairs (x[i], x[i + Q/2]) of `x` [B, T, N, H] by their angles; the numbers from Q on stay."""
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 def rotary_width(config: RopeConfig, head_width: int) -> int:
-    """R."""
+    """Q, the part of the head width that is rotated."""
     return int(head_width * config.share)
 
 
 def inverse_frequencies(config: RopeConfig, head_width: int) -> np.ndarray:
-    """[R / 2] float32, radians per position, after the scaling that is the same for every length."""
+    """[Q / 2] float32, radians per position, after the scaling that is the same for every length."""
     # Rounded to float32 step by step as transformers does it, so that the angles agree to the last bit.
     width = rotary_width(config, head_width)
     inverse = (1.0 / np.power(np.float32(config.base), _exponents(width))).astype(np.float32)
