@@ -47,13 +47,9 @@ def torch_side(both: Peers, theirs: dict[str, torch.Tensor], new: int) -> Callab
     return run
 
 
-def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
-    rows, vocabulary = batch.tokens.shape[0], both.config.language.vocab_size
-    params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), both.params)  # large stacks are taken apart and freed
-    prompts = dataclasses.replace(batch, targets=None, weights=None)
-    if both.config.vision is None:
-        prompts = dataclasses.replace(prompts, images=None, frames=None)
-    greedy = Sampling(
+def greedy(rows: int, new: int, *, vocabulary: int) -> tuple[RowSettings, Constraints]:
+    """Every row has so many new tokens: nothing ends it before."""
+    sampling = Sampling(
         temperature=np.zeros(rows, np.float32),
         top_k=np.zeros(rows, np.int32),
         top_p=np.ones(rows, np.float32),
@@ -61,8 +57,18 @@ def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
         seeds=np.zeros(rows, np.uint32),
     )
     stops = np.full((rows, STOPS, STOP_WIDTH), STOP_UNUSED, np.int32)
-    row_settings = RowSettings(sampling=greedy, limits=np.full(rows, new, np.int32), stops=stops)
-    constraints = Constraints(allowed=np.ones(vocabulary, bool), ends=np.full(1, STOP_UNUSED, np.int32), pad=np.int32(0))
+    settings = RowSettings(sampling=sampling, limits=np.full(rows, new, np.int32), stops=stops)
+    ends = np.full(1, STOP_UNUSED, np.int32)
+    return settings, Constraints(allowed=np.ones(vocabulary, bool), ends=ends, pad=np.int32(0))
+
+
+def our_side(both: Peers, batch: Batch, new: int) -> Callable[[], np.ndarray]:
+    rows, vocabulary = batch.tokens.shape[0], both.config.language.vocab_size
+    params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), both.params)  # large stacks are taken apart and freed
+    prompts = dataclasses.replace(batch, targets=None, weights=None)
+    if both.config.vision is None:
+        prompts = dataclasses.replace(prompts, images=None, frames=None)
+    row_settings, constraints = greedy(rows, new, vocabulary=vocabulary)
     programs = Programs(VisionLanguageModel(both.config), params, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     slots = bucket(prompts.tokens.shape[1] + new, SLOTS)
 

@@ -122,6 +122,8 @@ def _step(
 
 def _normalised_sharding(x: Array) -> Array:
     """With its sharding spelt as the outputs of a step have it: another spelling would compile the step again."""
+    if not isinstance(x.sharding, NamedSharding):
+        return x
     mesh, spec = x.sharding.mesh, []
     for entry in x.sharding.spec:
         axes = tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis and mesh.shape[axis] > 1)
