@@ -1,13 +1,16 @@
 """Attention rollout by hand, and maps of a whole answer."""
 
+import dataclasses
+
 import generation_helpers as tiny
 import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax.config import MlpProjectorConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
-from vlm_jax.generation.attention_map import attention_maps, group_words, rollout
+from vlm_jax.generation.attention_map import attention_maps, check_visible, group_words, rollout
 from vlm_jax.generation.attention_picture import against_even, blend
 
 
@@ -64,3 +67,12 @@ def test_colours_are_against_an_even_look():
     red, none, blue = (blend(picture, np.full((2, 2), level))[0, 0].astype(int) for level in (1.0, 0.0, -1.0))
     assert red[0] > red[2] + 80 and blue[2] > blue[0] + 80 and none.tolist() == [128] * 3
     assert blend(picture, None).max() < 64
+
+
+def test_a_connector_without_attention_is_refused_before_an_answer():
+    config = tiny.model_config()
+    generator = tiny.generator(
+        dataclasses.replace(config, connector=MlpProjectorConfig(width=32, activation="gelu", bias=True))
+    )
+    with pytest.raises(RequestError, match="need a connector that attends: an MLP projector"):
+        check_visible(generator, tiny.ask("what?", [tiny.picture(1)]))

@@ -86,6 +86,14 @@ def check_visible(generator: Generator, request: Request) -> None:
         raise RequestError("attention maps are drawn of gated cross-attention, and this model has none")
     if generator.processor.blind:
         raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
+    example = generator.model.example()[0]
+    encode = lambda params: generator.model.apply(
+        {"params": params}, example.images, example.frames, return_attention=True, method="encode_images"
+    )
+    try:
+        jax.eval_shape(encode, generator.programs.held)
+    except ValueError as error:  # before an answer is generated for nothing
+        raise RequestError(f"attention maps need a connector that attends: {error}") from error
 
 
 def attention_maps(generator: Generator, request: Request, answer: Answer) -> AttentionMaps:

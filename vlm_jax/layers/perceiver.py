@@ -86,7 +86,7 @@ class PerceiverResampler(nn.Module):
         """
         config = self.config
         if return_attention and config.per_frame:
-            raise ValueError("where the latents look is told of slots, and this resampler has latents for every frame")
+            raise ValueError("attention of latents is returned for whole media, and this resampler has latents for every frame")
         if config.projection is not None:
             wide = config.projection
             to = Mlp(self.width, wide.mlp_width, wide.activation, True, False, self.dtype, wide.width, name="projection")

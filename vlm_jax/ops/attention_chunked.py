@@ -131,7 +131,7 @@ def _key_side(mask: Mask, alibi: Alibi | None) -> dict[str, Array]:
 
 
 def _split(x: Array, size: int, *, axis: int) -> Array:
-    """[..., I * X, ...] -> [chunks, ..., T, ...]."""
+    """[..., chunks * T, ...] -> [chunks, ..., T, ...]."""
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 

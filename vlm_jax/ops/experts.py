@@ -17,7 +17,7 @@ def route(logits: Array, chosen: int) -> tuple[Array, Array]:
       logits: [..., E].
 
     Returns:
-      [..., C] float32 weights that add up to 1, and [..., C] int32 numbers of experts.
+      [..., chosen] float32 weights that add up to 1, and [..., chosen] int32 numbers of experts.
     """
     top, numbers = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), chosen)
     return top / jnp.sum(top, axis=-1, keepdims=True), numbers
@@ -64,7 +64,7 @@ def load_balance(logits: Array, counted: Array, chosen: int) -> Array:
     Args:
       logits: [L, B, T, E], what the routers of all layers say.
       counted: [B, T] bool, the tokens that count.
-      chosen: C.
+      chosen: experts of a token.
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     _, numbers = jax.lax.top_k(probabilities, chosen)
