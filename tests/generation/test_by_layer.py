@@ -13,7 +13,7 @@ from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.generation.attention_map import attention_maps
 from vlm_jax.generation.by_layer import Pieces, split_layers, stacked
-from vlm_jax.layers.block import piece
+from vlm_jax.layers.stack import piece
 
 
 def apart_and_whole(config, mesh=None):
@@ -40,7 +40,7 @@ def test_the_same_tokens_on_a_mesh():
 
 
 def test_as_many_programs_for_any_depth_and_each_layer_its_own_window(monkeypatch):
-    monkeypatch.setattr("vlm_jax.layers.decoder.UNROLL", 2)
+    monkeypatch.setattr("vlm_jax.layers.stack.UNROLL", 2)
     for windows in ((4, None), (4, None, 2, None, 4, 3)):
         config = tiny.model_config(layers=len(windows))
         config = dataclasses.replace(config, language=dataclasses.replace(config.language, window=windows))

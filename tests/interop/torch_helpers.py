@@ -19,7 +19,8 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import DecoderConfig, ModelConfig, VitConfig
 from vlm_jax.interop.engine import abstract_params, to_ours, to_published
 from vlm_jax.interop.table import Table
-from vlm_jax.layers.decoder import Cache, Decoder, InterleavedLayers
+from vlm_jax.layers.decoder import Cache, Decoder
+from vlm_jax.layers.stack import InterleavedLayers
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import Named
 

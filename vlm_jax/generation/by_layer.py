@@ -3,7 +3,7 @@
 In a scan over stacked layers XLA's CPU backend first copies a layer's matrices out of the stack. Training does not notice; a
 step for one token does little else than read them, and the copies halve the tokens a second. Layers held apart are read where
 they lie. But a program with all of them in it compiles the longer the deeper the model is, so a function is cut at its layers
-(`layers.block.piece`): what stands before them, a few layers, and what follows them are compiled, and the program of a few
+(`layers.stack.piece`): what stands before them, a few layers, and what follows them are compiled, and the program of a few
 layers runs as often as it takes. GPUs and TPUs keep the stack and the scan.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.layers.block import PIECE
+from vlm_jax.layers.stack import PIECE
 
 LEAST = 32 * 2**20  # bytes of language layers; smaller ones stay in the processor's cache, copied or not
 STACKS = (("language", "layers"), ("fusion", "layers"))  # what runs for every token

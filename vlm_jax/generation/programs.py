@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.batch import Batch
 from vlm_jax.generation import beam, decode
 from vlm_jax.generation.by_layer import Pieces, split_layers, stacked, worth_splitting
-from vlm_jax.layers.decoder import UNROLL
+from vlm_jax.layers.stack import UNROLL
 from vlm_jax.models.vlm import VisionLanguageModel
 
 Array = jax.Array

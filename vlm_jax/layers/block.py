@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -149,48 +149,3 @@ class Block(nn.Module):
         # Small at first, as DINOv2's: a deep stack begins near the identity.
         factor = self.param(name, named(nn.initializers.constant(0.1), "norm"), (self.config.width,))
         return y * factor.astype(y.dtype)
-
-
-def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Mapping[str, Any]:
-    """The parameters of `length` copies of `layer`, each with a leading `layers` axis, as one parameter of `parent`.
-
-    The tree does not depend on how the layers are run: scanned, grouped between other layers, or one by one. A caller may
-    also give the parameters as a tuple of layers; generation does, see `generation/by_layer.py`.
-
-    Args:
-      example: arguments of `layer.__call__`, of the right widths.
-    """
-    if parent.has_variable("params", name) and isinstance(parent.get_variable("params", name), tuple):
-        return parent.get_variable("params", name)
-
-    def init(key: Array) -> Any:
-        params = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
-        return nn.meta.add_axis(params, 0, {nn.meta.PARTITION_NAME: "layers"})
-
-    return parent.param(name, init)
-
-
-PIECE = "piece"  # the name of such a program in a jaxpr
-
-
-def piece(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` as a program of its own, where `generation/by_layer.py` cuts what is compiled; elsewhere it makes no difference."""
-
-    run = lambda *args: fn(*args)
-    run.__name__ = PIECE
-    return jax.jit(run)
-
-
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def rematerialised(fn: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`fn` under `jax.checkpoint` with the policy of `RunConfig.remat`."""
-    if remat == "none":
-        return fn
-    # Inside a scan common-subexpression elimination cannot undo the recomputation.
-    return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=False)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from vlm_jax.config import AlibiConfig, DecoderConfig, LearnedPositionsConfig, RopeConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.block import Block, piece, rematerialised, stacked
+from vlm_jax.layers.block import Block
 from vlm_jax.layers.linear import Linear, Norm
+from vlm_jax.layers.stack import InterleavedLayers, run_layers, stacked
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask, alibi_of, causal_mask
 from vlm_jax.ops.rotary import rotary_angles, rotate
@@ -60,16 +61,6 @@ class Cache:
 
 def _placed(x: Array) -> Array:
     return constrain(x, *("layers", "batch", "kv_heads", "length", "head")[-x.ndim :])
-
-
-@dataclasses.dataclass(frozen=True)
-class InterleavedLayers:
-    """Layers that run before language layers `i` with `i % every == offset`."""
-
-    every: int
-    offset: int
-    layers: Any  # a pytree with a leading axis L, or a tuple of L
-    apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
 
 
 class Output(NamedTuple):
@@ -185,7 +176,7 @@ class Decoder(nn.Module):
         one_by_one = isinstance(self.layers, tuple)
         stack = None if cache is None or one_by_one else (cache.keys, cache.values)
         own = tuple(zip(cache.keys, cache.values, strict=True)) if cache is not None and one_by_one else None
-        (x, stack), (kept, aux), collected = _run((x, stack), self.layers, own, layer, interleaved, self.remat)
+        (x, stack), (kept, aux), collected = run_layers((x, stack), self.layers, own, layer, interleaved, self.remat)
         if cache is not None or return_cache:
             keys, values = stack if stack is not None else (zip(*kept, strict=True) if one_by_one else kept)
             keys, values = (tuple(part) if one_by_one else part for part in (keys, values))
@@ -208,98 +199,3 @@ def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> C
         raise ValueError(f"window: {len(config.window)} windows for {config.layers} layers; expected one each")
     windows = jnp.asarray([jnp.iinfo(jnp.int32).max if window is None else window for window in config.window])
     return lambda index: causal_mask(*places, windows[index], prefix_end)
-
-
-# So many layers are compiled one after the other, in the body of a scanned group or as a piece: a loop in a loop copies weights
-# out of their stacks, and gradients into them, twice. More would let the compile time grow with depth.
-UNROLL = 8
-
-
-def _run(
-    carry: Any, layers: Any, own: Any, layer: Callable, interleaved: InterleavedLayers | None, remat: str
-) -> tuple[Any, Any, Any]:
-    """Scans `layer` over `layers`, and `interleaved` in its places.
-
-    The layers fall into groups of `interleaved.every`; whole groups are scanned, so that compile time does not grow with depth,
-    and the rest, fewer than a group, follows. Layers given as a tuple run one after the other.
-
-    Args:
-      own: of layers in a tuple, what each has of its own beside its parameters; None: nothing.
-
-    Returns:
-      the carry, what the layers gave beside it, [L, ...] or of a tuple one by one, and what those between collected, [L, ...].
-    """
-    if isinstance(layers, tuple):
-        return _run_each(carry, layers, own, layer, interleaved)
-    length = jax.tree.leaves(layers)[0].shape[0]
-    indexed = (jnp.arange(length), layers, None)
-    part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
-    scan = lambda carry, xs, unroll=1: jax.lax.scan(rematerialised(layer, remat), carry, xs, unroll=unroll)
-    if interleaved is None:
-        return *scan(carry, indexed), None
-    every, offset = interleaved.every, interleaved.offset
-    cross = rematerialised(interleaved.apply, remat)
-
-    def group(carry: Any, xs: Any, unroll: int = UNROLL) -> tuple[Any, Any]:
-        layers, one = xs
-        carry, before = scan(carry, part(layers, 0, offset), unroll) if offset else (carry, None)
-        x, collected = cross(carry[0], one)
-        carry, behind = scan((x, carry[1]), part(layers, offset, None), unroll)
-        return carry, (_joined([before, behind] if offset else [behind]), collected)
-
-    groups, rest = divmod(length, every)
-    given, collected = [], []
-    if groups:
-        grouped = jax.tree.map(lambda p: p.reshape(groups, every, *p.shape[1:]), part(indexed, 0, groups * every))
-        carry, (one, seen) = jax.lax.scan(group, carry, (grouped, part(interleaved.layers, 0, groups)))
-        given.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), one))
-        collected.append(seen)
-    if rest:
-        last = part(indexed, groups * every, None)
-        if offset < rest:
-            carry, (one, seen) = group(carry, (last, jax.tree.map(lambda p: p[groups], interleaved.layers)), unroll=1)
-            collected.append(jax.tree.map(lambda s: s[None], seen))
-        else:
-            carry, one = scan(carry, last)
-        given.append(one)
-    return carry, _joined(given), _joined(collected)
-
-
-def _joined(parts: list[Any]) -> Any:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) if parts else None
-
-
-def _run_each(
-    carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, interleaved: InterleavedLayers | None
-) -> tuple[Any, Any, Any]:
-    """`_run` without a scan, some layers at a time."""
-    kept, aux, collected = [], [], []
-
-    def several(carry: Any, some: tuple[Any, ...]) -> tuple[Any, Any]:
-        given = ([], [], [])
-        for index, params, mine, gated in some:
-            if gated is not None:
-                x, seen = interleaved.apply(carry[0], gated)
-                carry = (x, *carry[1:])
-                given[2].append(seen)
-            carry, of_layer = layer(carry, (index, params, mine))
-            for parts, part in zip(given, of_layer, strict=False):
-                parts.append(part)
-        return carry, given
-
-    every, offset = (1, None) if interleaved is None else (interleaved.every, interleaved.offset)
-    gated = [interleaved.layers[index // every] if index % every == offset else None for index in range(len(layers))]
-    table = list(zip(range(len(layers)), layers, own or (None,) * len(layers), gated, strict=True))
-    run, size = piece(several), _piece_size(len(layers), every)
-    for start in range(0, len(layers), size):
-        carry, given = run(carry, tuple(table[start : start + size]))
-        for parts, more in zip((kept, aux, collected), given, strict=True):
-            parts += more
-    stack = lambda parts: jax.tree.map(lambda *parts: jnp.stack(parts), *parts) if parts else None
-    return carry, (kept, stack(aux)), stack(collected)
-
-
-def _piece_size(layers: int, every: int) -> int:
-    """At most `UNROLL` layers: a multiple of `every` where that fits, and if possible one that leaves no smaller piece."""
-    sizes = [size for size in range(UNROLL, 0, -1) if size % every == 0] or [UNROLL]
-    return next((size for size in sizes if layers % size == 0 and 2 * size >= sizes[0]), sizes[0])

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from vlm_jax.config import DecoderConfig, GatedCrossAttentionConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.block import Attention, KeyValue, Mlp, stacked
-from vlm_jax.layers.decoder import InterleavedLayers
+from vlm_jax.layers.block import Attention, KeyValue, Mlp
 from vlm_jax.layers.linear import Norm
+from vlm_jax.layers.stack import InterleavedLayers, stacked
 from vlm_jax.ops.masks import Mask, media_mask
 from vlm_jax.sharding import constrain, named
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from vlm_jax.config import PerceiverConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.block import Attention, Mlp, stacked
+from vlm_jax.layers.block import Attention, Mlp
 from vlm_jax.layers.linear import Norm
+from vlm_jax.layers.stack import stacked
 from vlm_jax.ops.masks import Mask
 from vlm_jax.sharding import named
 

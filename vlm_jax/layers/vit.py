@@ -14,8 +14,9 @@ import numpy as np
 from vlm_jax.config import VitConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.attention_pool import AttentionPool
-from vlm_jax.layers.block import Block, rematerialised, stacked
+from vlm_jax.layers.block import Block
 from vlm_jax.layers.linear import Linear, Norm
+from vlm_jax.layers.stack import rematerialised, stacked
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask
 from vlm_jax.ops.patches import bucketed_positions, patch_mask, patchify, resize_positions
