@@ -8,7 +8,6 @@ gated layers are averaged with |tanh(gate)| as weights, and followed through the
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from vlm_jax.batch import Batch
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
+from vlm_jax.generation.attention_picture import AttentionMaps
 from vlm_jax.generation.request import Request
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.layout import Layout
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
     from vlm_jax.generation.generator import Answer, Generator
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionMaps:
-    """Where each word looked; only pictures that are there have a column."""
-
-    words: list[str]
-    maps: np.ndarray  # [words, columns, rows of patches, columns of patches]; a word's sum is 1, or 0 if it sees no image
-    pictures: np.ndarray  # [columns, side, side, 3] uint8, as the model saw them
-
-    def save(self, path: str | Path) -> None:
-        """Draws one panel a word and picture."""
-        from vlm_jax.generation.attention_picture import draw
-
-        draw(self, path)
 
 
 def rollout(weights: Array) -> Array:

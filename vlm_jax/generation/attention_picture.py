@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vlm_jax.generation.attention_map import AttentionMaps
-
 PANEL = 256  # pixels
 LEAST, MOST = 0.1, 3.0  # doublings of an even look that full colour stands for
 ACROSS = 6  # panels side by side, at least as many as there are pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Where each word looked; only pictures that are there have a column."""
+
+    words: list[str]
+    maps: np.ndarray  # [words, columns, rows of patches, columns of patches]; a word's sum is 1, or 0 if it sees no image
+    pictures: np.ndarray  # [columns, side, side, 3] uint8, as the model saw them
+
+    def save(self, path: str | Path) -> None:
+        """Draws one panel a word and picture."""
+        draw(self, path)
 
 
 def against_even(maps: np.ndarray) -> np.ndarray:
