@@ -132,7 +132,6 @@ def run(args: argparse.Namespace) -> None:
     from vlm_jax.generation.answer_file import answer_file, read_questions
     from vlm_jax.generation.request import Request, chat_file
     from vlm_jax.processing.conversation import Shot, from_prompt
-    from vlm_jax.processing.encoders import EncoderProcessor
     from vlm_jax.processing.pictures import picture_size
     from vlm_jax.progress import bytes_read
 
@@ -141,9 +140,9 @@ def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | {"stop": tuple(args.stop)}
     shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
     # What can be wrong is found before a large model is read.
-    checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles, args.pad_to_square)
-    encodes = isinstance(checkpoint.processor, EncoderProcessor)
-    if encodes and checkpoint.processor.length is None:
+    checkpoint = open_checkpoint(args.checkpoint, args.step, pickles=args.pickles, pad_to_square=args.pad_to_square)
+    encodes = not checkpoint.processor.answers
+    if encodes and not checkpoint.processor.has_text:
         raise ValueError(f"{args.checkpoint} gives features alone: vlm_jax.load({args.checkpoint!r}).features([...]) in Python")
     if encodes != (args.classes is not None):
         raise ValueError(
@@ -156,7 +155,8 @@ def run(args: argparse.Namespace) -> None:
             picture_size(image)
         runtime.prepare()
         with bytes_read("reading") as progress:
-            encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), progress=progress)
+            rows = min(args.batch, len(args.image))
+            encoder = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=rows, progress=progress)
         classify(encoder, args)
         return
     settings = checkpoint.processor.defaults.changed(**given)
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.processor.lay_out(request.turns, request.sizes, open=True)
     runtime.prepare()
     with bytes_read("reading") as progress:
-        vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, progress=progress)
+        vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)
         answer_file(vlm, args.input, questions, args.output, settings, progress)

@@ -21,7 +21,6 @@ from vlm_jax.api import open_checkpoint
 from vlm_jax.config import (
     DataConfig,
     JsonLinesConfig,
-    ModelConfig,
     OptimizerConfig,
     ParamRule,
     RunConfig,
@@ -35,7 +34,7 @@ def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
     # Of weights that are here, only the names and sizes are read; pickles of a hub repository are not fetched for that.
     found = open_checkpoint(checkpoint, pickles=Path(checkpoint).expanduser().exists())
     model = found.config
-    if not isinstance(model, ModelConfig):
+    if not found.processor.answers:
         raise ValueError(f"{checkpoint} is an encoder: it answers nothing, so it cannot be trained with this recipe")
     data = DataConfig(
         source=JsonLinesConfig(train="", eval=""),

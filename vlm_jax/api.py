@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from vlm_jax.config import MeshConfig
@@ -28,14 +30,12 @@ from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files.folder import is_published
 from vlm_jax.interop.published import open_published
-from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot, from_prompt
-from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.pictures import Picture
+from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
 from vlm_jax.training.processors import run_processor, write_template
-from vlm_jax.training.step import compute_dtype
 
 DTYPES = ("float32", "bfloat16")
 
@@ -53,7 +53,7 @@ class Vlm:
         devices it lies on.
     """
 
-    def __init__(self, checkpoint: Run | Checkpoint, generator: Generator) -> None:
+    def __init__(self, checkpoint: RunCheckpoint | Checkpoint, generator: Generator) -> None:
         self.checkpoint, self.generator = checkpoint, generator
         self.model, self.processor, self.mesh = generator.model, generator.processor, generator.mesh
 
@@ -140,10 +140,7 @@ def _listed(images: Any) -> list[Any]:
     return [images] if alone else list(images)
 
 
-Loaded = tuple[VisionLanguageModel, Any]  # a model, and its parameters on the mesh
-
-
-class Run:
+class RunCheckpoint:
     """A run of ours (the `--workdir` of train.py) whose configuration is read and whose weights are not yet.
 
     Attributes:
@@ -155,27 +152,53 @@ class Run:
         self.config = read_config(folder)
         self.processor = run_processor(self.config.data, folder)
 
-    def load(self, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
+    def load(
+        self, mesh: Mesh, dtype: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[nn.Module, Any]:
+        """The model, and its parameters on the mesh.
+
+        Args:
+          dtype: None: the run's own.
+          progress: not called: runs are read without one.
+        """
         compute = compute_dtype(dtype or self.config.dtype)
         run = load_run(self.folder, mesh, dtype=compute if compute != "float32" or dtype else None, step=self.step)
         self.step = run.step
         return module_of(run.config.model)(run.config.model, compute), run.params
 
+    def convert(self, folder: str | Path, mesh: Mesh) -> int:
+        """Writes the run's parameters in the format of the published checkpoint it was started from.
+
+        Raises:
+          RequestError: it was not started from one.
+        """
+        origin = self.folder / PUBLISHED
+        if not origin.is_dir():
+            raise RequestError(
+                f"{self.folder} was not started from a published checkpoint (config.init_from), so there is no published "
+                "configuration to export it under"
+            )
+        published = open_published(origin, pickles=self.config.pickles)
+        written = published.export(load_run(self.folder, mesh, step=self.step).params, folder)
+        write_template(self.config.data, Path(folder))
+        return written
+
 
 def open_checkpoint(
-    path: str | Path, step: int | None = None, pickles: bool = False, pad_to_square: bool = False
-) -> Run | Checkpoint:
+    path: str | Path, step: int | None = None, *, pickles: bool = False, pad_to_square: bool = False
+) -> RunCheckpoint | Checkpoint:
     """Reads everything of a checkpoint but its weights; for the arguments see `load`."""
     if is_published(path):
-        return open_published(path, pickles, pad_to_square)
+        return open_published(path, pickles=pickles, pad_to_square=pad_to_square)
     if pad_to_square:
         raise RequestError(f"{path} is a run of ours: its pictures are fitted as config.data.image_fit says")
-    return Run(Path(path).expanduser(), step)
+    return RunCheckpoint(Path(path).expanduser(), step)
 
 
 def load(
-    path: str | Path | Run | Checkpoint,
+    path: str | Path | RunCheckpoint | Checkpoint,
     mesh: str | None = None,
+    *,
     dtype: str | None = None,
     step: int | None = None,
     rows: int = 16,
@@ -203,21 +226,17 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    placed = parse_mesh(mesh)
-    checkpoint = open_checkpoint(path, step, pickles, pad_to_square) if isinstance(path, str | Path) else path
-    with jax.set_mesh(placed):
-        if isinstance(checkpoint, Run):
-            model, params = checkpoint.load(placed, dtype)
-        else:
-            compute = compute_dtype(dtype or "auto")
-            model = module_of(checkpoint.config)(checkpoint.config, compute)
-            params = checkpoint.load_params(placed, compute, progress)
-    if isinstance(checkpoint.processor, EncoderProcessor):
-        return Encoder(checkpoint, model, params, placed, rows)
-    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, placed, rows))
+    device_mesh = parse_mesh(mesh)
+    given = isinstance(path, str | Path)
+    checkpoint = open_checkpoint(path, step, pickles=pickles, pad_to_square=pad_to_square) if given else path
+    with jax.set_mesh(device_mesh):
+        model, params = checkpoint.load(device_mesh, dtype, progress=progress)
+    if not checkpoint.processor.answers:
+        return Encoder(checkpoint, model, params, mesh=device_mesh, rows=rows)
+    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows))
 
 
-def export(path: str | Path, folder: str | Path, step: int | None = None, mesh: str | None = None) -> int:
+def export(path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None) -> int:
     """Writes what was trained as a folder that transformers loads with `from_pretrained`.
 
     Args:
@@ -232,24 +251,13 @@ def export(path: str | Path, folder: str | Path, step: int | None = None, mesh: 
     Raises:
       ValueError: no checkpoint, one that transformers has no name for, or a folder that holds something already.
     """
-    placed = parse_mesh(mesh)
+    device_mesh = parse_mesh(mesh)
     checkpoint = open_checkpoint(path, step)
-    with jax.set_mesh(placed):
-        if not isinstance(checkpoint, Run):
-            return checkpoint.export(checkpoint.load_params(placed), folder)
-        origin = checkpoint.folder / PUBLISHED
-        if not origin.is_dir():
-            raise RequestError(
-                f"{path} was not started from a published checkpoint (config.init_from), so there is no published "
-                "configuration to export it under"
-            )
-        published = open_published(origin, checkpoint.config.pickles)
-        written = published.export(load_run(checkpoint.folder, placed, step=step).params, folder)
-        write_template(checkpoint.config.data, Path(folder))
-        return written
+    with jax.set_mesh(device_mesh):
+        return checkpoint.convert(folder, device_mesh)
 
 
-def parse_mesh(text: str | None) -> jax.sharding.Mesh:
+def parse_mesh(text: str | None) -> Mesh:
     """ "data=2,tensor=4" -> the mesh; None -> one device.
 
     Raises:

@@ -30,7 +30,7 @@ class Encoder:
       checkpoint: what it was loaded from; model, params, processor: its parts; mesh: the devices it lies on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, params: Any, mesh: Mesh, rows: int = 16) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, params: Any, *, mesh: Mesh, rows: int = 16) -> None:
         """
         Args:
           rows: so many images or texts are encoded at once.

@@ -87,7 +87,7 @@ def test_the_type_that_is_held_is_the_type_that_is_written(tmp_path):
     idefics_folder(tmp_path / "a")
     published = open_published(tmp_path / "a")
     vlm = vlm_jax.load(tmp_path / "a", dtype="bfloat16")
-    published.export(published.load_params(vlm.generator.mesh, "bfloat16"), tmp_path / "b")
+    published.export(published.load_params(vlm.generator.mesh, dtype="bfloat16"), tmp_path / "b")
     model = IdeficsForVisionText2Text.from_pretrained(tmp_path / "b")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="is not empty: export into a new folder"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, ClassVar
+
 from vlm_jax.config.connector import ConnectorConfig
 from vlm_jax.config.frozen import frozen
 from vlm_jax.config.fusion import FusionConfig
@@ -17,6 +20,12 @@ class ModelConfig:
     connector: ConnectorConfig | None
     fusion: FusionConfig | None
     language: LanguageConfig
+
+    answers: ClassVar[bool] = True
+
+    @property
+    def has_vision(self) -> bool:
+        return self.vision is not None
 
     @property
     def visual_width(self) -> int:
@@ -36,3 +45,11 @@ class ModelConfig:
     def visual_tokens(self, frames: int) -> int:
         """How many visual tokens there are of an image slot of so many frames of `vision.image_size`."""
         return self.connector.visual_tokens(frames, self.vision.frame_features)
+
+    def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:
+        """The same, with pixels normalised by this mean and standard deviation."""
+        return dataclasses.replace(self, vision=dataclasses.replace(self.vision, mean=mean, std=std))
+
+    def part(self, params: Any, name: str) -> Any:
+        """The parameters that start part `name` of another model; None: there are none."""
+        return params.get(name)

@@ -83,9 +83,9 @@ class OpenFlamingoFamily:
           PublishedError: the folder or one of the parts it names is missing, damaged, or of another kind.
         """
         settings = _settings(folder)
-        every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles)
+        every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles=pickles)
         vision, language = _vision_config(parts), read_config(parts["language"], LANGUAGE)
-        trained = Renamed(_trained(folder / settings["checkpoint"], pickles), lambda name: gated_name(name, every))
+        trained = Renamed(_trained(folder / settings["checkpoint"], pickles=pickles), lambda name: gated_name(name, every))
         tensors, embedding = trained.tensors, embedding_name(language)
         for name in (embedding, "perceiver.latents"):
             if name not in tensors:
@@ -159,13 +159,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _parts(folder: Path, settings: dict[str, Any], pickles: bool) -> dict[str, Path]:
+def _parts(folder: Path, settings: dict[str, Any], *, pickles: bool) -> dict[str, Path]:
     # A folder beside this one, any folder, or a hub name.
     beside = {name: folder / settings[name] for name in ("vision", "language")}
-    return {name: find(p if p.is_dir() else settings[name], pickles) for name, p in beside.items()}
+    return {name: find(p if p.is_dir() else settings[name], pickles=pickles) for name, p in beside.items()}
 
 
-def _trained(file: Path, pickles: bool) -> Source:
+def _trained(file: Path, *, pickles: bool) -> Source:
     if file.suffix == ".safetensors":
         return SafetensorsFiles([file])
     if not pickles:

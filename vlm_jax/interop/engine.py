@@ -56,6 +56,7 @@ def load_params(
     table: Table,
     boxed: Any,
     mesh: Mesh,
+    *,
     dtype: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:

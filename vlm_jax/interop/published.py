@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
+from vlm_jax.config import ModelConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
 from vlm_jax.interop.checkpoint import Checkpoint, Config
@@ -71,11 +71,10 @@ class Family:
             config = self.config_from_hf(hf_config)
         except ValueError as error:
             raise PublishedError(f"{folder / 'config.json'}: {error}") from error
-        answers = isinstance(config, ModelConfig)
-        wrapped = read_processor(folder, vision=not answers or config.vision is not None)
-        if not answers or config.vision is not None:
-            config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
-        settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
+        wrapped = read_processor(folder, vision=config.has_vision)
+        if config.has_vision:
+            config = config.with_pixels(**_pixels(getattr(wrapped, "image_processor", wrapped)))
+        settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if config.answers else ()
         processor = self.processor(config, hf_config, wrapped, *settings)
         if pad_to_square:
             background = tuple(int(255 * mean) for mean in config.vision.mean)
@@ -110,7 +109,7 @@ def register_language(*names: str, part: LanguageFamily) -> None:
     FAMILIES.add(*names)(alone)
 
 
-def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
+def open_published(name: str | Path, *, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
     """Finds (or fetches) a checkpoint and reads all of it but the weights.
 
     Args:
@@ -120,7 +119,7 @@ def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool 
     Raises:
       PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
     """
-    path = find(name, pickles)
+    path = find(name, pickles=pickles)
     family = FAMILIES[known_type(path, FAMILIES)] if path.is_dir() else None
     if pad_to_square and not (family and family.pads_to_square):
         raise PublishedError(f"{path}: only LLaVA-1.5 was evaluated with pictures padded to squares")
@@ -149,14 +148,6 @@ def _keep_files(folder: Path, target: Path) -> None:
     for file in folder.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
             shutil.copyfile(file, target / file.name)
-
-
-def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
-    """The configuration with this mean and deviation in its vision encoder."""
-    if isinstance(config, VitConfig):
-        return dataclasses.replace(config, **pixels)
-    part = {ModelConfig: "vision", DualEncoderConfig: "image", ImageTowerConfig: "encoder"}[type(config)]
-    return dataclasses.replace(config, **{part: _with_pixels(getattr(config, part), pixels)})
 
 
 def read_processor(folder: Path, *, vision: bool) -> Any:

@@ -25,12 +25,18 @@ class EncoderProcessor:
       wrapped: transformers' processor, or its picture processor alone.
     """
 
+    answers = False
+
     def __init__(self, wrapped: Any, length: int | None = None) -> None:
         """
         Args:
           length: how many tokens a text has; None: no texts.
         """
         self.wrapped, self.length = wrapped, length
+
+    @property
+    def has_text(self) -> bool:
+        return self.length is not None
 
     def pixels(self, images: Sequence[Picture]) -> np.ndarray:
         """[B, H, W, 3] uint8.
@@ -53,7 +59,7 @@ class EncoderProcessor:
         Raises:
           RequestError: this encoder reads no texts, or it is no list of them.
         """
-        if self.length is None:
+        if not self.has_text:
             raise RequestError("this checkpoint encodes images alone: it has no tower for texts")
         check_list("texts", texts)
         tokenizer = self.wrapped.tokenizer

@@ -75,6 +75,7 @@ class Processor(abc.ABC):
       ends: tokens that end an answer; pad_id: what fills up rows.
       defaults: the generation settings that a checkpoint asks for.
       blind: whether every picture is blanked, in a control experiment.
+      answers: whether the model generates text; `EncoderProcessor`'s do not.
     """
 
     tokenizer: Codec
@@ -83,6 +84,7 @@ class Processor(abc.ABC):
     pad_id: int
     defaults = Settings()
     blind = False
+    answers = True
 
     @property
     def media(self) -> MediaProcessor:

@@ -17,7 +17,6 @@ from vlm_jax.data.example import Source
 from vlm_jax.errors import DataError
 from vlm_jax.interop.files.folder import PACKAGE
 from vlm_jax.interop.published import open_processor, open_published
-from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.recipe import RecipeProcessor, texts_of
 from vlm_jax.processing.templates import named_template
@@ -35,8 +34,8 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
     """
     if config.processor:
         if not (folder / PROCESSOR).is_dir() and jax.process_index() == 0:
-            published = open_published(config.processor, pickles)
-            if isinstance(published.processor, EncoderProcessor):
+            published = open_published(config.processor, pickles=pickles)
+            if not published.processor.answers:
                 raise DataError(f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations")
             part = folder / f".{PROCESSOR}.part"
             published.keep_files(part)
@@ -112,7 +111,7 @@ def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
     inside = str(name).startswith(PACKAGE) or path.suffix == ".gguf"
     if inside or ((path / "config.json").is_file() and not (path / "tokenizer.json").is_file()):
         processor = open_published(name).processor
-        if isinstance(processor, EncoderProcessor):
+        if not processor.answers:
             raise TokenizerError(f"data.tokenizer={name}: this checkpoint writes no texts")
         return Tokenizer(processor.tokenizer.wrapped, end)
     return load_tokenizer(name, end)

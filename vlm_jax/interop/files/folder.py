@@ -22,7 +22,7 @@ FILES = (".gguf", ".onnx")
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
-def find(name: str | Path, pickles: bool = False, revision: str | None = None) -> Path:
+def find(name: str | Path, *, pickles: bool = False, revision: str | None = None) -> Path:
     """The folder of a checkpoint, or its GGUF or ONNX file.
 
     Args:
