@@ -5,11 +5,11 @@ alone) trained further on data of your own, and written back for PyTorch.
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
     python -c "import vlm_jax; vlm_jax.export('runs/tuned', 'tuned')"
 
-Behind the colon stands a folder that transformers saved, or the name of a hub repository. The vision encoder stays frozen. The
+After the colon comes a folder saved by transformers, or the name of a hub repository. The vision encoder stays frozen. The
 data's formats are those of `vlm_jax/data/sources/jsonl.py`.
 
 Conversations are written as the checkpoint's own chat template has them, or as a template named by `--config.data.template`
-(which is then exported too), pictures are what its own processor makes of them: what is trained is what is asked afterwards.
+(which is then exported too), and images are prepared by its own processor: training and inference use the same prompts.
 `python -m vlm_jax.show` prints an example as the model reads it. Weights in PyTorch pickles need `--config.pickles=True`.
 """
 

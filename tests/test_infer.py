@@ -86,7 +86,7 @@ def test_shots_come_before_the_question(run):
         (["--prompt=x", "--checkpoint={run}/data"], "holds no config.json"),
         ([], "give one of --prompt, --messages and --input"),
         (["--prompt=x", "--messages=a.json"], "give one of --prompt, --messages and --input"),
-        (["--messages=a.json", "--image=a.png"], "with --messages they stand in the file"),
+        (["--messages=a.json", "--image=a.png"], "with --messages, images belong in the file"),
         (["--messages=nowhere.json"], "--messages=nowhere.json: No such file"),
         (["--messages={run}/data/0.png"], "0.png: 'utf-8' codec can't decode"),
         (["--messages={run}/data/data.jsonl"], "data.jsonl:2: is not JSON: Extra data"),
@@ -213,7 +213,7 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(type(generator), "batches", interrupted)
         assert infer.main([*command, f"--output={parts}"]) == 130
-        assert "goes on from there" in capsys.readouterr().err
+        assert "run the same command again to resume" in capsys.readouterr().err
     assert len(read(parts)) == 2
     with parts.open("a") as file:
         file.write('{"line": 7, "id"')  # a line that a crash cut short

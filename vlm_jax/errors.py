@@ -1,4 +1,4 @@
-"""What a user is told: errors with one line that says what to change."""
+"""Errors for users: one line that says what to change."""
 
 from __future__ import annotations
 

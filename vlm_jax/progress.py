@@ -1,4 +1,4 @@
-"""Progress and time left of long work, where a person looks on."""
+"""Progress bars and times for the terminal."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""One training example as the model reads it: tokens, what is learned, where the visual tokens stand, what each token may see.
+"""Prints one training example as the model reads it: tokens, loss mask, visual tokens, cross-attention.
 
     python -m vlm_jax.show --config=configs/flamingo_easyvqa.py --example=7
     python -m vlm_jax.show --config=configs/finetune.py:FOLDER --config.data.source.train=mine.jsonl --image=tiles.png
 
-Green is learned, the rest is read. A prompt is what a prefix-LM reads both ways. `--json` prints one line for programs:
-`tokens`, `learned` (one boolean a token), `text`, and `ends`, the places after which the model learns to end although the text
-goes on.
+Green tokens have a loss, the others do not. In a prefix-LM, attention within the prompt is bidirectional. `--json` prints one
+line of JSON: `tokens`, `learned` (a boolean per token), `text`, and `ends`: positions after which the model learns to stop
+although the text continues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GAP, CAPTION = 6, 14  # pixels around a tile, and of the line above a picture's 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """An example with everything that is printed of it."""
+    """An example and everything that is printed about it."""
 
     example: Example
     processor: Processor
@@ -110,7 +110,7 @@ class Shown:
         console.print(table)
 
     def _pieces(self) -> list[tuple[str, str]]:
-        """The compact tokens as text, runs of one colour together."""
+        """The compact tokens as text, one piece per run of the same colour."""
         written, spread = self.written, self.processor.spread
         decoded = lambda end: self.processor.tokenizer.decode(written.tokens[:end].tolist())
         # A tokenizer may leave away the space a text begins with, so that a piece is what it adds.
@@ -136,10 +136,10 @@ class Shown:
         return pieces
 
     def _runs(self) -> list[tuple[int, int]]:
-        """Begins and ends of tokens that are alike."""
+        """Ranges of consecutive tokens with the same properties."""
         layout = self.layout
-        alike = np.stack([layout.visual != 0, layout.learned, layout.prefix, layout.media_last])
-        changes = np.flatnonzero((alike[:, 1:] != alike[:, :-1]).any(axis=0)) + 1
+        properties = np.stack([layout.visual != 0, layout.learned, layout.prefix, layout.media_last])
+        changes = np.flatnonzero((properties[:, 1:] != properties[:, :-1]).any(axis=0)) + 1
         bounds = [0, *changes.tolist(), len(layout.tokens)]
         return list(itertools.pairwise(bounds))
 
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "The recipe: a file in configs/.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "A run whose tokenizer or processor is used (default: as a new run would have it).")
+    flags.DEFINE_string("workdir", None, "A run whose tokenizer or processor is used (default: what a new run would use).")
     flags.DEFINE_enum("split", "train", ["train", "eval"], "Which of the two sets.")
     flags.DEFINE_integer("example", 0, "Which example, counted from 0.")
     flags.DEFINE_integer("conversation", 0, "Which of its conversations, counted from 0.")
@@ -217,6 +217,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at every start that PyTorch is not there
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences transformers' "PyTorch was not found"
     define_flags()
     app.run(main)

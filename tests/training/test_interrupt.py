@@ -55,6 +55,6 @@ def test_a_signal_is_heard_while_compiled_code_runs(armed):
     said = process.stderr.readline()
     process.wait(timeout=60)
     if armed:
-        assert said == "SIGINT: heard; the step is finished and saved first\n" and process.returncode == 7
+        assert said == "SIGINT: finishing and saving the current step first\n" and process.returncode == 7
     else:
-        assert said.startswith("SIGINT before the first step: the same command goes on") and process.returncode == 130
+        assert said.startswith("SIGINT before the first step; run the same command again") and process.returncode == 130

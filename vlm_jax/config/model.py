@@ -29,12 +29,12 @@ class ModelConfig:
 
     @property
     def visual_width(self) -> int:
-        """Of the visual tokens."""
+        """Width of the visual tokens."""
         return self.connector.visual_width(self.vision.width)
 
     @property
     def visual_tokens_in_sequence(self) -> int:
-        """How many visual tokens of a tile stand in the sequence; 0: the model has no vision, or reads by cross-attention."""
+        """Number of visual tokens of a tile in the sequence; 0: no vision, or cross-attention."""
         return self.visual_tokens(1) if self.fusion is not None and self.fusion.in_sequence else 0
 
     @property
@@ -43,7 +43,7 @@ class ModelConfig:
         return self.vision is not None and self.vision.reads_shapes
 
     def visual_tokens(self, frames: int) -> int:
-        """How many visual tokens there are of an image slot of so many frames of `vision.image_size`."""
+        """Number of visual tokens of an image slot with `frames` images of `vision.image_size`."""
         return self.connector.visual_tokens(frames, self.vision.frame_features)
 
     def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Registers: what a name, or the class of a configuration, stands for, in this package or in another one.
 
-Another package adds what it has by the same calls as this one, and names the module that makes them by an entry point::
+Another package registers its values by the same calls, in a module that it names by an entry point::
 
     [project.entry-points."vlm_jax.plugins"]
     my_parts = "my_package.parts"  # importing it registers what is in it
@@ -30,8 +30,8 @@ class Register(Generic[Value]):
     def __init__(self, what: str, *rooms: str) -> None:
         """
         Args:
-          what: the values are, for messages.
-          rooms: packages of which every module is imported, so that it can register what it has.
+          what: noun for error messages.
+          rooms: packages whose modules are all imported, so that they can register their values.
         """
         self.what, self._rooms = what, rooms
         self._known: dict[Hashable, Value] = {}
@@ -100,7 +100,7 @@ def load_plugins() -> None:
             raise RegisterError(f"the plugin {entry.name} ({entry.value}) cannot be imported: {error!r}") from error
 
 
-# By the class of the configuration; each is made from it and what `models/` gives it beside.
+# By the class of the configuration; constructed from it and arguments given by `models/`.
 MODULES: Register[type] = Register("a module for the configuration", "vlm_jax.layers", "vlm_jax.models")
 
 

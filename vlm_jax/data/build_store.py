@@ -1,4 +1,4 @@
-"""Makes a token store, in parallel, once for all processes of a machine; an interrupted one is gone on with."""
+"""Makes a token store, in parallel, once for all processes of a machine; an interrupted build is resumed."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class _Build:
                 yield self._taken(waiting)
         except concurrent.futures.process.BrokenProcessPool:
             raise DataError(
-                "a process that tokenises the data was killed (for want of memory?); the same command goes on from there"
+                "a process that tokenises the data was killed (out of memory?); run the same command again to resume"
             ) from None
         finally:
             # Whatever is still being tokenised is of no use any more.

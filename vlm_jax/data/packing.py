@@ -2,7 +2,7 @@
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
 whole. Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of
-every example is in exactly one row of an epoch, or in none if it has a share below 1 and the dice say so.
+every example is in exactly one row of an epoch; one with a share below 1 is included with that probability.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -26,7 +26,7 @@ from vlm_jax.data.store import Lengths, TokenStore, locked
 from vlm_jax.errors import DataError
 
 VERSION = 1  # of plans: those of another version are not read
-OPEN_ROWS = 32  # rows that first fit looks at; more fill slightly better and plan slower
+OPEN_ROWS = 32  # rows that first fit searches; more fill slightly better and plan slower
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
       tokens.bin ...      flat arrays, `FIELDS`
       meta.json           counts, what was left out and why, what it was made of; written last
       plans/              which sequence stands in which row, an epoch each (`packing.py`)
-    CACHE/KEY.part/       one that is being made; an interrupted one is gone on with
+    CACHE/KEY.part/       a store in the making; an interrupted build is resumed
     CACHE/KEY.lock        held by the process that makes it
 
 Axis letters: N conversations, E examples, C compact tokens of all conversations (`processing/layout.py`), M media of all
@@ -98,7 +98,7 @@ class TokenStore:
 
     @property
     def checksum(self) -> int:
-        """Of what the plans of its epochs depend on."""
+        """Checksum of what the plans of its epochs depend on."""
         arrays = (self.counts, self.lengths, self.example, self.slots)
         return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 

@@ -1,4 +1,4 @@
-"""A published checkpoint: what it was opened from makes no difference here."""
+"""A published checkpoint, whatever it was opened from: a folder, a GGUF or an ONNX file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Config(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint whose configuration is read and whose weights are not yet."""
+    """A published checkpoint, with its configuration read and its weights not yet."""
 
     path: Path
     config: Config

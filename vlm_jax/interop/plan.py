@@ -1,4 +1,4 @@
-"""A table held against the published names and our parameters: which of them make which, and everything that does not fit."""
+"""Matches a table with published names and model parameters, and collects every mismatch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ConversionError(ValueError):
 
 
 class Problems:
-    """What is wrong, gathered by kind so that one error can tell everything."""
+    """Mismatches by kind, reported together in one error."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = defaultdict(list)
@@ -63,7 +63,7 @@ class Resolved:
         return itertools.product(*(range(count) for count in self.counts))
 
     def shape_of(self, part: int) -> Shape:
-        """Of one published tensor."""
+        """Shape of one published tensor."""
         whole = self.axes.shape
         return (self.row.split[part], *whole[1:]) if self.row.split else whole
 

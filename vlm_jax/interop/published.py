@@ -24,8 +24,8 @@ from vlm_jax.processing.published import PublishedProcessor
 
 log = logging.getLogger(__name__)
 
-# Of generation_config.json, what changes answers and is not implemented, with the values that change nothing.
-UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
+# Unsupported settings of generation_config.json and their no-op values.
+UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "min_new_tokens": (None, 0),
@@ -110,14 +110,14 @@ def register_language(*names: str, part: LanguageFamily) -> None:
 
 
 def open_published(name: str | Path, *, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
-    """Finds (or fetches) a checkpoint and reads all of it but the weights.
+    """Finds (or fetches) a checkpoint and reads everything except its weights.
 
     Args:
       pickles: whether PyTorch's pickles may be read; nothing in them is executed.
-      pad_to_square: LLaVA-1.5 alone, see `PublishedMedia.background`.
+      pad_to_square: LLaVA-1.5 only, see `PublishedMedia.background`.
 
     Raises:
-      PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
+      PublishedError: it is missing or damaged; ValueError: an unsupported setting in its configuration.
     """
     path = find(name, pickles=pickles)
     family = FAMILIES[known_type(path, FAMILIES)] if path.is_dir() else None
@@ -138,7 +138,7 @@ def open_processor(folder: Path) -> Processor:
 
 
 def language_processor(tokenizer: Any) -> PublishedProcessor:
-    """Of transformers' tokenizer alone."""
+    """The processor of a language model, from transformers' tokenizer."""
     return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
 
 
@@ -201,7 +201,7 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     candidates = (said.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id)
     end = next((value for value in candidates if value is not None), None)
     ends = set(end) if isinstance(end, list) else {end} - {None}
-    ignored = [name for name in UNKNOWN_SETTINGS if said.get(name) not in UNKNOWN_SETTINGS[name]]
+    ignored = [name for name in UNSUPPORTED_SETTINGS if said.get(name) not in UNSUPPORTED_SETTINGS[name]]
     if ignored:
         log.warning("%s: %s: not implemented, answers may differ", path, ", ".join(f"{name}={said[name]}" for name in ignored))
     settings: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     if samples:
         settings = {"temperature": said.get("temperature") or 1.0, "top_k": said.get("top_k", 50) or 0}
         settings["top_p"] = said.get("top_p") or 1.0
-    # Beams that are sampled are not implemented: sampling it is then.
+    # Beam sampling is not supported; plain sampling is used instead.
     settings["beams"] = 1 if samples else said.get("num_beams") or 1
     settings["early_stopping"] = said.get("early_stopping") is True
     for name in ("max_new_tokens", "repetition_penalty", "length_penalty"):

@@ -155,7 +155,7 @@ def written_out(text: str, image_token: str, images: int) -> Conversation:
 
 
 def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation, Media]:
-    """The chat list that everybody writes -> turns and media.
+    """An OpenAI-style list of messages -> turns and media.
 
         [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
          {"role": "assistant", "content": "A cat."},
@@ -218,7 +218,7 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
 def _picture(where: str, found: Any) -> Picture:
     if not isinstance(found, Picture):
         raise RequestError(f"{where}: a picture is {_shown(found)}; expected a file's path, its bytes, a PIL image or an array")
-    if isinstance(found, str) and found.startswith("data:"):  # OpenAI's way to send a picture along
+    if isinstance(found, str) and found.startswith("data:"):  # OpenAI's inline images
         try:
             return base64.b64decode(found.partition("base64,")[2], validate=True)
         except ValueError:

@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 LEARNED = 1  # the model learns to say this token
-ENDS = 2  # it learns to end after this token, though the text goes on otherwise: the template writes no end token here
+ENDS = 2  # it learns to end after this token although the text continues: the template writes no end token here
 PROMPT = 4  # the token belongs to a prompt, which a prefix-LM reads both ways
 
 NEWLINE = -1  # in `places`: LLaVA-NeXT's newline token
@@ -120,7 +120,7 @@ def prefix_ends(flags: np.ndarray, positions: np.ndarray) -> np.ndarray:
     follows = np.append(prompt[1:] & (positions[1:] > 0), False) if len(flags) else prompt
     goes_on = prompt & follows & ((flags & ENDS) == 0)
     place = np.arange(len(flags))
-    # The next place, from here on, at which the block does not go on.
+    # The next place, from here on, at which the block ends.
     end = np.minimum.accumulate(np.where(goes_on, len(flags), place)[::-1])[::-1] if len(flags) else place
     return positions + (end - place).astype(np.int32)
 

@@ -115,6 +115,6 @@ class Processor(abc.ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Two processors of the same fingerprint write every conversation alike."""
+        """Two processors with the same fingerprint tokenise every conversation the same way."""
         parts = [VERSION, type(self).__name__, sorted(self.ends), repr(self.spread), *self.described()]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

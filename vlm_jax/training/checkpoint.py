@@ -104,7 +104,7 @@ def read_config(folder: str | Path) -> RunConfig:
 
 
 def claim(folder: Path, config: RunConfig) -> None:
-    """Writes the configuration of a new run, or holds that of an old one against `config`.
+    """Writes the configuration of a new run, or compares that of an old one with `config`.
 
     Raises:
       CheckpointError: the run was started with another configuration; the message shows the difference.
@@ -113,7 +113,7 @@ def claim(folder: Path, config: RunConfig) -> None:
     as_json = lambda config: json.loads(json.dumps(to_dict(config)))
     new = as_json(config)
     if path.exists():
-        # What an older version did not know yet has its default.
+        # Fields that an older version did not have are at their defaults.
         changed = differences(as_json(read_config(folder)), new)
         if changed:
             raise CheckpointError(
@@ -136,7 +136,7 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-          ranks: the metric of an evaluation that the best ones are greatest in.
+          ranks: evaluation metric that ranks checkpoints (higher is better).
         """
         self.folder = folder
         policies = [keep.LatestN(keep_last)]

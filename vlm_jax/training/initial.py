@@ -1,4 +1,4 @@
-"""What a run begins with: its newest checkpoint, another run's or a published checkpoint's parameters, or fresh ones."""
+"""The first state of a run: from its newest checkpoint, another run, published checkpoints, or initialised."""
 
 from __future__ import annotations
 

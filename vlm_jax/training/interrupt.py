@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: before the first step they end the start, afterwards they are a wish that the loop asks for.
+"""Ctrl-C and SIGTERM. Before the first step a signal exits at once; afterwards the loop finishes the step, saves and exits.
 
 Python runs its signal handlers between two of its own instructions, so that a compilation or a long step would keep a signal
 waiting. `heard` therefore listens beside the main thread, where the process is the trainer's own (train.py).
@@ -15,11 +15,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-PATIENCE_S = 1.0  # for the main thread to end a start by itself
+PATIENCE_S = 1.0  # how long the main thread may take to end a start
 
 _ARMED: Interrupt | None = None  # of the run whose steps have begun
-_SAID = threading.Event()  # the user was told that a start ends
-_ENDED = threading.Event()  # there were steps, and they are over
+_SAID = threading.Event()  # the message about the interrupted start was printed
+_ENDED = threading.Event()  # training steps were run, and are over
 
 
 class Interrupted(KeyboardInterrupt):
@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
     def __str__(self) -> str:
-        return f"{signal.Signals(self.signal).name} before the first step: the same command goes on from there"
+        return f"{signal.Signals(self.signal).name} before the first step; run the same command again to resume"
 
 
 class Interrupt:
@@ -58,7 +58,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def arm(self) -> None:
-        """From here on there are steps to be saved."""
+        """From now on the loop is asked to stop, so that it can save."""
         global _ARMED
         _ARMED = self
 
@@ -108,9 +108,9 @@ def _listen(read: int) -> None:
             continue
         name = signal.Signals(byte[0]).name
         if _ARMED is not None:
-            print(f"{name}: heard; the step is finished and saved first", file=sys.stderr, flush=True)
+            print(f"{name}: finishing and saving the current step first", file=sys.stderr, flush=True)
             continue
-        # All that a start leaves on disk appears whole or can be gone on with, so it may end anywhere.
+        # Everything that a start leaves on disk is complete or can be resumed, so it may end anywhere.
         time.sleep(PATIENCE_S)
         if _ARMED is None and not _ENDED.is_set():
             _say_so(byte[0])

@@ -95,7 +95,8 @@ class _Run:
         config = self.config
         flops, update = self._compile(state)
         done = f"resuming at step {start}" if start else "starting"
-        self.reporter.say(f"{done}, {config.steps - start} steps to go; Ctrl-C saves and leaves, the same command goes on")
+        todo = f"{config.steps - start} steps to go"
+        self.reporter.say(f"{done}, {todo}; Ctrl-C saves and exits; run the same command again to resume")
         data = TrainBatches(config, self.processor, self.source, start, jax.process_index(), jax.process_count())
         self.interrupt.arm()
         laps, metrics, step, saved = Laps(), {}, start, start
@@ -125,11 +126,11 @@ class _Run:
         self.checkpoints.wait()
         if step < config.steps:
             name = signal.Signals(self.interrupt.signal).name
-            self.reporter.say(f"{name}: saved step {step} of {config.steps}; the same command goes on from there")
+            self.reporter.say(f"{name}: saved step {step} of {config.steps}; run the same command again to resume")
         return Result(step, metrics, self.interrupt.signal if step < config.steps else None)
 
     def _compile(self, state: TrainState) -> tuple[int, Any]:
-        """Model FLOPs of an update, and the update compiled, so that the first progress line already tells the pace."""
+        """Model FLOPs of an update, and the update compiled, so that the first progress line already has the speed."""
         began = time.perf_counter()
         config, trainer = self.config, self.trainer
         batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))

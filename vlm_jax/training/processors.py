@@ -1,4 +1,4 @@
-"""The processor that a run is trained with, and that it is asked with afterwards: kept in its folder.
+"""The processor of a run, used in training and in inference: kept in its folder.
 
 RUN/processor/   of a published checkpoint (`config.data.processor`): tokenizer, chat template, picture processor
 RUN/tokenizer/   of a recipe: the tokenizer, as transformers saves it
@@ -23,7 +23,7 @@ from vlm_jax.processing.templates import named_template
 from vlm_jax.processing.tokenizer import EOC, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
 PROCESSOR, TOKENIZER = "processor", "tokenizer"
-TEMPLATE = "chat_template.jinja"  # where transformers looks for it
+TEMPLATE = "chat_template.jinja"  # the name that transformers reads
 
 
 def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles: bool = False) -> Processor:
@@ -52,7 +52,7 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
 
 
 def write_template(config: DataConfig, folder: Path) -> None:
-    """Puts a named chat template in the place of a checkpoint's own, wherever transformers looks for one.
+    """Replaces a checkpoint's chat template by a named one, in every file where transformers may read it.
 
     Raises:
       RequestError: there is no template of that name.

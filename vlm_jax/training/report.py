@@ -1,4 +1,4 @@
-"""What a run tells: a line on the terminal, a line a step in `metrics.jsonl`, the same in TensorBoard."""
+"""Run logging: a line on the terminal, a line per step in `metrics.jsonl`, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Reporter:
         if not self.active:
             return
         named = {f"{prefix}{name}": value for name, value in metrics.items()}
-        # NaN is no JSON; a step whose loss is not finite says null.
+        # JSON has no NaN; a loss that is not finite is written as null.
         clean = {name: value if math.isfinite(value) else None for name, value in named.items()}
         self.file.write(json.dumps({"step": step} | clean) + "\n")
 
@@ -76,7 +76,7 @@ class Reporter:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that will be done again, and a last line that a kill cut short."""
+    """Drops the lines of steps that will be repeated, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -92,7 +92,7 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 class Laps:
-    """Time since the last look, without what was spent within `pause` (evaluation, saving)."""
+    """Time since the last call of `lap`, without the time within `pause` (evaluation, saving)."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()

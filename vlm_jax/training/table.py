@@ -1,4 +1,4 @@
-"""What a run is made of, printed at its start: part, parameters, trained or frozen, type, rate, sharding, bytes a device."""
+"""The table printed at the start of a run: part, parameters, trained or frozen, type, rate, sharding, bytes per device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _bytes(count: float) -> str:
 
 
 def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
-    """The table, and a line for each kind of parameter that could not be sharded as the rules wish."""
+    """The table, and a line for each kind of parameter that could not be sharded as the rules specify."""
     config, mesh = trainer.config.optimizer, trainer.mesh
     state = trainer.abstract_state
     leaves = by_path(state.params)

