@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.example import Example, Source
-from vlm_jax.errors import DataError
+from vlm_jax.errors import DataError, counted
 from vlm_jax.processing.conversation import media_of
-from vlm_jax.processing.layout import ENDS, NEWLINE, Layout, Written
+from vlm_jax.processing.layout import ENDS, NEWLINE, Layout, TokenizedConversation
 from vlm_jax.processing.pictures import Size, picture_name, picture_size
 from vlm_jax.processing.processor import Processor
 
@@ -44,7 +44,7 @@ class Shown:
     processor: Processor
     sizes: list[Size]  # of all its media
     places: list[int]  # the media of the conversation, in the order of their places
-    written: Written
+    written: TokenizedConversation
     layout: Layout
 
     @classmethod
@@ -97,7 +97,7 @@ class Shown:
             tokens = sum(map(len, media.runs(size))) if media.tile_tokens else 0
             how = f"{tokens:,} visual tokens in the sequence" if tokens else "read by cross-attention"
             name = picture_name(medium[0]) + (f" and {len(medium) - 1} more frames" if len(medium) > 1 else "")
-            console.print(f"picture {number}: {name}, {size[0]}x{size[1]}, {_count(media.tiles(size), 'tile')}, {how}")
+            console.print(f"picture {number}: {name}, {size[0]}x{size[1]}, {counted(media.tiles(size), 'tile')}, {how}")
         table = Table("places", "tokens", "what", "learned", "prompt", "cross-attention to")
         for begin, end in self._runs():
             last = int(layout.media_last[begin])
@@ -153,7 +153,7 @@ class Shown:
         if not rows:
             raise DataError(f"--image: {self.example.id} has no picture")
         captions = [
-            f"picture {number}: {height}x{width}, {_count(len(tiles), 'tile')} of {tiles[0].shape[0]}x{tiles[0].shape[1]}"
+            f"picture {number}: {height}x{width}, {counted(len(tiles), 'tile')} of {tiles[0].shape[0]}x{tiles[0].shape[1]}"
             for number, (tiles, (height, width)) in enumerate(zip(rows, self.sizes, strict=True), 1)
         ]
         widths = [sum(tile.shape[1] + GAP for tile in tiles) + GAP for tiles in rows]
@@ -169,10 +169,6 @@ class Shown:
                 left += tile.shape[1] + GAP
             top += height
         canvas.save(path)
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.pipeline import tokens_of
 from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.data.store import FIELDS, OFFSETS, TokenStore
-from vlm_jax.data.tokenise import Tokeniser
+from vlm_jax.data.tokenise import DatasetTokenizer
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.recipe import RecipeProcessor
@@ -66,7 +66,7 @@ def test_what_is_kept_of_an_example(root):
 
 def test_a_second_opening_reads(root, monkeypatch, caplog):
     first = contents(store_of(source(root), **LEFT_OUT))
-    monkeypatch.setattr(Tokeniser, "chunk", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(DatasetTokenizer, "chunk", lambda *_, **__: pytest.fail("tokenised again"))
     caplog.clear()
     assert contents(store_of(source(root), **LEFT_OUT)) == first
     assert "2 of 14 examples are left out" in caplog.text  # it is said every time
@@ -144,8 +144,8 @@ def test_processes_make_the_same_bytes(root, monkeypatch):
     monkeypatch.setattr(build_store, "ALONE", 0)
     monkeypatch.setattr(build_store.os, "cpu_count", lambda: 2)
     here = []
-    chunk = Tokeniser.chunk
-    monkeypatch.setattr(Tokeniser, "chunk", lambda *args, **more: here.append(args) or chunk(*args, **more))
+    chunk = DatasetTokenizer.chunk
+    monkeypatch.setattr(DatasetTokenizer, "chunk", lambda *args, **more: here.append(args) or chunk(*args, **more))
     assert contents(store_of(source(root), **LEFT_OUT, cache_dir=str(root / "other"))) == whole
     assert not here
     with pytest.raises(DataError, match=r"x\.jsonl:5: has the keys \['no'\]"):  # the first, whoever finds one first

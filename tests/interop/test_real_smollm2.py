@@ -30,7 +30,7 @@ def path():
 def test_logits_and_tokens(path):
     read = open_gguf(path)
     model, params = VisionLanguageModel(read.config), read.load_params(mesh_of(1, 1, 1))
-    tokenizer = read.processor.tokenizer.wrapped
+    tokenizer = read.processor.tokenizer.hf_tokenizer
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in TEXTS:

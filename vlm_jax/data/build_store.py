@@ -23,7 +23,7 @@ import numpy as np
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
 from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, dtype_of, locked
-from vlm_jax.data.tokenise import Chunk, Tokeniser
+from vlm_jax.data.tokenise import Chunk, DatasetTokenizer
 from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.processing.processor import Processor
@@ -56,7 +56,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
         with locked(cache / f"{key}.lock", "another process tokenises the data"):
             made = not (cache / key / "meta.json").is_file()
             if made:
-                _Build(cache / key, Tokeniser(source, processor, config), skip=skip).run()
+                _Build(cache / key, DatasetTokenizer(source, processor, config), skip=skip).run()
     except OSError as error:
         where = error.filename or cache
         raise DataError(f"{where}: {error.strerror or error} (data.cache_dir={cache} is where the tokens are kept)") from error
@@ -85,14 +85,14 @@ def _report(store: TokenStore, *, made: bool) -> None:
 
 
 class _Build:
-    def __init__(self, target: Path, tokeniser: Tokeniser, *, skip: bool) -> None:
-        self.target, self.tokeniser, self.skip = target, tokeniser, skip
+    def __init__(self, target: Path, dataset_tokenizer: DatasetTokenizer, *, skip: bool) -> None:
+        self.target, self.dataset_tokenizer, self.skip = target, dataset_tokenizer, skip
         self.folder = target.with_name(f"{target.name}.part")
-        self.ids = "uint16" if tokeniser.processor.tokenizer.vocab_size <= 1 << 16 else "int32"
+        self.ids = "uint16" if dataset_tokenizer.processor.tokenizer.vocab_size <= 1 << 16 else "int32"
         self.state: dict[str, Any] = {"next": 0, "problems": 0, "shown": [], "dropped": 0, "seconds": 0.0, "bytes": {}}
 
     def run(self) -> None:
-        total = len(self.tokeniser.source)
+        total = len(self.dataset_tokenizer.source)
         self._resume()
         began = saved = reported = time.perf_counter()
         before = self.state["seconds"]
@@ -121,12 +121,12 @@ class _Build:
         count = min(len(os.sched_getaffinity(0)), len(ranges), MOST_PROCESSES)
         if count < 2 or len(ranges) <= ALONE:
             for indices in ranges:
-                yield indices, self.tokeniser.chunk(indices, skip=self.skip)
+                yield indices, self.dataset_tokenizer.chunk(indices, skip=self.skip)
             return
         context = multiprocessing.get_context("spawn")
         # By way of a file: what is handed to a starting process through its pipe can wait for ever where it dies.
         pickled = self.target.with_name(f"{self.target.name}.pickle")
-        pickled.write_bytes(pickle.dumps(self.tokeniser))
+        pickled.write_bytes(pickle.dumps(self.dataset_tokenizer))
         pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(pickled,))
         waiting: deque[tuple[range, concurrent.futures.Future]] = deque()
         try:
@@ -183,7 +183,7 @@ class _Build:
         for field, size in self.state["bytes"].items():
             with (self.folder / f"{field}.bin").open("r+b") as file:
                 file.truncate(size)
-        log.info("tokenising: going on at example %d of %d", self.state["next"], len(self.tokeniser.source))
+        log.info("tokenising: going on at example %d of %d", self.state["next"], len(self.dataset_tokenizer.source))
 
     def _finish(self) -> None:
         read = lambda field: np.fromfile(self.folder / f"{field}.bin", dtype_of(field, self.ids))
@@ -196,16 +196,16 @@ class _Build:
         (self.target / "state.json").unlink(missing_ok=True)
 
 
-_TOKENISER: Tokeniser | None = None
+_DATASET_TOKENIZER: DatasetTokenizer | None = None
 
 
 def _start(pickled: Path) -> None:
     """Runs first in a process that tokenises."""
-    global _TOKENISER
+    global _DATASET_TOKENIZER
     start_worker()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _TOKENISER = pickle.loads(pickled.read_bytes())
+    _DATASET_TOKENIZER = pickle.loads(pickled.read_bytes())
 
 
 def _tokenise(indices: range, skip: bool) -> Chunk:
-    return _TOKENISER.chunk(indices, skip=skip)
+    return _DATASET_TOKENIZER.chunk(indices, skip=skip)

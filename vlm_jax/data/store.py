@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.processing.layout import Written
+from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.pictures import Size
 
 log = logging.getLogger(__name__)
@@ -102,10 +102,10 @@ class TokenStore:
         arrays = (self.counts, self.lengths, self.example, self.slots)
         return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 
-    def written(self, index: int) -> Written:
+    def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""
         here = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Written(np.asarray(self.tokens[here], np.int32), np.asarray(self.flags[here]))
+        return TokenizedConversation(np.asarray(self.tokens[here], np.int32), np.asarray(self.flags[here]))
 
     def media_of(self, example: int) -> list[Size]:
         """The sizes of an example's media."""

@@ -15,7 +15,7 @@ from vlm_jax.config import DataConfig, SampleRule
 from vlm_jax.data.example import Example, Source
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.conversation import Conversation, media_of, plain_text
-from vlm_jax.processing.layout import Written
+from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.pictures import ImageError, Picture, Size, picture_size
 from vlm_jax.processing.processor import Processor
 
@@ -37,7 +37,7 @@ class Chunk:
         return cls({field: [] for field in FIELDS}, [])
 
 
-class Tokeniser:
+class DatasetTokenizer:
     """Tokenises the examples of a data set. It pickles: the worker processes get a copy."""
 
     def __init__(self, source: Source, processor: Processor, config: DataConfig) -> None:
@@ -108,7 +108,9 @@ class Tokeniser:
     def _size(self, picture: Picture) -> Size:
         return self._sizes(picture) if isinstance(picture, str) else picture_size(picture)
 
-    def _written(self, example: Example, turns: Conversation, sizes: list[Size]) -> tuple[Conversation, Written, int]:
+    def _written(
+        self, example: Example, turns: Conversation, sizes: list[Size]
+    ) -> tuple[Conversation, TokenizedConversation, int]:
         """The tokenised conversation and its length in a row, dropping last turns if too_long="drop_turns"."""
         drops = self.config.too_long == "drop_turns"
         while True:
@@ -130,7 +132,7 @@ class Tokeniser:
                 )
             turns = shorter
 
-    def _length(self, written: Written, sizes: list[Size]) -> int:
+    def _length(self, written: TokenizedConversation, sizes: list[Size]) -> int:
         """Places in a row: the last token is only a target."""
         length = len(written.tokens) - 1
         if self._in_sequence:
@@ -150,7 +152,7 @@ class Tokeniser:
                 f"{example.id}: an image slot of {most} frames, and a slot has data.frames={config.frames}. Raise it"
             )
 
-    def _add(self, out: Chunk, index: int, turns: Conversation, written: Written, length: int) -> None:
+    def _add(self, out: Chunk, index: int, turns: Conversation, written: TokenizedConversation, length: int) -> None:
         fields, media = out.fields, media_of(turns)
         fields["tokens"].append(written.tokens)
         fields["flags"].append(written.flags)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import VitConfig
-from vlm_jax.interop.encoders import first_token
 from vlm_jax.interop.hf_config import activation, plain_block, squares
+from vlm_jax.interop.published import class_token_family
 from vlm_jax.interop.register import FAMILIES
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, patches, query_key_value
 from vlm_jax.interop.table import Row, Table, row
@@ -93,4 +93,4 @@ def config_from_hf(config: Any) -> VitConfig:
     )
 
 
-FAMILIES.add("dinov2", "dinov2_with_registers")(first_token(config_from_hf, table, state_dict_table))
+FAMILIES.add("dinov2", "dinov2_with_registers")(class_token_family(config_from_hf, table, state_dict_table))

@@ -37,7 +37,7 @@ def open_onnx(path: Path) -> Checkpoint:
 
     def keep_files(folder: Path) -> None:
         hf_config.save_pretrained(folder)
-        processor.wrapped.save_pretrained(folder)
+        processor.hf_processor.save_pretrained(folder)
 
     return Checkpoint(
         path=path,

@@ -112,7 +112,7 @@ class Idefics2Media(PublishedMedia):
 class Idefics2Processor(PublishedProcessor):
     """Each crop of a picture is some `<image>` tokens between two `<fake_token_around_image>`."""
 
-    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, count: int) -> None:
+    def __init__(self, hf_processor: Any, ends: AbstractSet[int], defaults: Settings, count: int) -> None:
         """
         Args:
           count: visual tokens of a crop.
@@ -120,19 +120,19 @@ class Idefics2Processor(PublishedProcessor):
         Raises:
           PublishedError: the processor writes another number of `<image>` tokens.
         """
-        if wrapped.image_seq_len != count:
+        if hf_processor.image_seq_len != count:
             raise PublishedError(
-                f"image_seq_len={wrapped.image_seq_len} in the processor's config, and the model makes {count} visual tokens "
-                "of a picture (perceiver_config.resampler_n_latents): set it to that"
+                f"image_seq_len={hf_processor.image_seq_len} in the processor's config, and the model makes {count} visual "
+                "tokens of a picture (perceiver_config.resampler_n_latents): set it to that"
             )
-        crops = CROPS if wrapped.image_processor.do_image_splitting else 1
-        token, fake = wrapped.image_token, wrapped.fake_image_token
+        crops = CROPS if hf_processor.image_processor.do_image_splitting else 1
+        token, fake = hf_processor.image_token, hf_processor.fake_image_token
         self._written = f"{fake}{token}{fake}" * crops
         self._fake, self._behind = fake, re.compile(rf"{re.escape(fake)}(?=[^\s<])")
-        size = wrapped.image_processor.size
+        size = hf_processor.image_processor.size
         side = max(size.longest_edge or size.height, size.shortest_edge or size.width)
-        media = Idefics2Media(wrapped.image_processor, side, count, crops=crops)
-        super().__init__(wrapped, ends, defaults, media=media, image_token=token)
+        media = Idefics2Media(hf_processor.image_processor, side, count, crops=crops)
+        super().__init__(hf_processor, ends, defaults, media=media, image_token=token)
 
     def finished(self, text: str) -> str:
         # Neighbours share the token between them, and a word behind one begins as a word.

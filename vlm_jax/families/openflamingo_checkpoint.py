@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from vlm_jax.families.openflamingo import (
 )
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.folder import check_tokenizer, find, open_weights, read_config
+from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, open_weights, read_config
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
 from vlm_jax.interop.files.source import Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
@@ -63,13 +62,14 @@ class OpenFlamingoProcessor(PublishedProcessor):
 
     after_answer = after_text = END_OF_CHUNK
 
-    def __init__(self, wrapped: Wrapped, side: int) -> None:
-        tokenizer = wrapped.tokenizer
+    def __init__(self, hf_processor: Wrapped, side: int) -> None:
+        tokenizer = hf_processor.tokenizer
         tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK, IMAGE]})
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
         end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
-        super().__init__(wrapped, {end}, Settings(), media=PublishedMedia(wrapped.image_processor, side, 0), image_token=IMAGE)
+        media = PublishedMedia(hf_processor.image_processor, side, tile_tokens=0)
+        super().__init__(hf_processor, {end}, Settings(), media=media, image_token=IMAGE)
 
 
 class OpenFlamingoFamily:
@@ -135,11 +135,7 @@ def _keep_files(folder: Path, parts: dict[str, Path], target: Path) -> None:
     """Writes the settings, with the parts where they are now, and the processing of the two beside them."""
     target.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        kept = target / PROCESSING / name
-        kept.mkdir(parents=True, exist_ok=True)
-        for file in part.iterdir():
-            if file.suffix in (".json", ".model", ".txt") and ".index." not in file.name:
-                shutil.copyfile(file, kept / file.name)
+        copy_settings(part, target / PROCESSING / name)
     settings = json.loads((folder / "config.json").read_text())
     settings |= {name: str(part.resolve()) for name, part in parts.items()}
     settings["checkpoint"] = str((folder / settings["checkpoint"]).resolve())

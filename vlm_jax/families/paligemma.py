@@ -47,9 +47,9 @@ class PaliGemmaProcessor(PublishedProcessor):
 
     before_answer = "\n"
 
-    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, side: int, count: int) -> None:
-        media = PublishedMedia(wrapped.image_processor, side, count)
-        super().__init__(wrapped, ends, defaults, media=media, image_token=wrapped.image_token)
+    def __init__(self, hf_processor: Any, ends: AbstractSet[int], defaults: Settings, side: int, count: int) -> None:
+        media = PublishedMedia(hf_processor.image_processor, side, count)
+        super().__init__(hf_processor, ends, defaults, media=media, image_token=hf_processor.image_token)
 
     def untemplated(self, turns: Conversation) -> str:
         said = tuple(dataclasses.replace(turn, content=(Text(turn.text),)) for turn in turns)
@@ -57,7 +57,7 @@ class PaliGemmaProcessor(PublishedProcessor):
 
     def finished(self, text: str) -> str:
         pictures, token, prompt = text.rpartition(self.image_token)
-        return f"{pictures}{token}{self.tokenizer.wrapped.bos_token}{prompt}\n"
+        return f"{pictures}{token}{self.tokenizer.hf_tokenizer.bos_token}{prompt}\n"
 
 
 def _processor(config: ModelConfig, hf_config: Any, *rest: Any) -> PaliGemmaProcessor:

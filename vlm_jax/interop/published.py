@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import ModelConfig
+from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
 from vlm_jax.interop.checkpoint import Checkpoint, Config
-from vlm_jax.interop.files.folder import check_tokenizer, find, known_type, open_weights, read_config
+from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, known_type, open_weights, read_config
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.register import FAMILIES, FILES, LANGUAGE, LanguageFamily
 from vlm_jax.interop.table import Table
@@ -71,11 +70,11 @@ class Family:
             config = self.config_from_hf(hf_config)
         except ValueError as error:
             raise PublishedError(f"{folder / 'config.json'}: {error}") from error
-        wrapped = read_processor(folder, vision=config.has_vision)
+        hf_processor = read_processor(folder, vision=config.has_vision)
         if config.has_vision:
-            config = config.with_pixels(**_pixels(getattr(wrapped, "image_processor", wrapped)))
-        settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if config.answers else ()
-        processor = self.processor(config, hf_config, wrapped, *settings)
+            config = config.with_pixels(**_pixels(getattr(hf_processor, "image_processor", hf_processor)))
+        settings = _generation(folder, hf_config, getattr(hf_processor, "tokenizer", hf_processor)) if config.answers else ()
+        processor = self.processor(config, hf_config, hf_processor, *settings)
         if pad_to_square:
             background = tuple(int(255 * mean) for mean in config.vision.mean)
             media = dataclasses.replace(processor.media, background=background)
@@ -86,7 +85,7 @@ class Family:
             processor=processor,
             tables=(self.table(config, hf_config), *(table(config) for table in self.other_tables)),
             open_source=lambda: open_weights(folder, pickles),
-            keep_files=lambda target: _keep_files(folder, target),
+            keep_files=lambda target: copy_settings(folder, target),
         )
 
     def open_processor(self, folder: Path) -> Processor:
@@ -107,6 +106,37 @@ def register_language(*names: str, part: LanguageFamily) -> None:
     )
     LANGUAGE.add(*names)(part)
     FAMILIES.add(*names)(alone)
+
+
+def dual_encoder_family(
+    config_from_hf: Callable[[Any], DualEncoderConfig],
+    table: Callable[[DualEncoderConfig], Table],
+    *other_tables: Callable[[DualEncoderConfig], Table],
+) -> Family:
+    """An image encoder and a text encoder."""
+    processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor, config.text.encoder.max_positions)
+    return Family(config_from_hf, lambda config, hf: table(config), processor, other_tables)
+
+
+def image_tower_family(
+    config_from_hf: Callable[[Any], ImageTowerConfig],
+    table: Callable[[ImageTowerConfig], Table],
+    *other_tables: Callable[[ImageTowerConfig], Table],
+) -> Family:
+    """An image encoder alone."""
+    processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor)
+    return Family(config_from_hf, lambda config, hf: table(config), processor, other_tables)
+
+
+def class_token_family(config_from_hf: Callable[[Any], VitConfig], *tables: Callable[[VitConfig], Table]) -> Family:
+    """An image encoder whose class token stands for the image.
+
+    Args:
+      tables: of the encoder; the first is written.
+    """
+    under = lambda table: lambda config: table(config.encoder).under(ours="encoder/")
+    tower = lambda hf: ImageTowerConfig(encoder=config_from_hf(hf), pool="class_token")
+    return image_tower_family(tower, *map(under, tables))
 
 
 def open_published(name: str | Path, *, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
@@ -140,14 +170,6 @@ def open_processor(folder: Path) -> Processor:
 def language_processor(tokenizer: Any) -> PublishedProcessor:
     """The processor of a language model, from transformers' tokenizer."""
     return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
-
-
-def _keep_files(folder: Path, target: Path) -> None:
-    """Copies everything but the weights."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
-            shutil.copyfile(file, target / file.name)
 
 
 def read_processor(folder: Path, *, vision: bool) -> Any:

@@ -27,7 +27,7 @@ Runs = tuple[np.ndarray, ...]  # of a medium, for each `<image>` written for it,
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Written:
+class TokenizedConversation:
     """A conversation tokenised once, without the sizes of its pictures."""
 
     tokens: np.ndarray  # [C] int32
@@ -39,7 +39,7 @@ class Layout:
     """What the model reads of a conversation. All arrays are [T]."""
 
     tokens: np.ndarray  # int32
-    flags: np.ndarray  # uint8, as in `Written`
+    flags: np.ndarray  # uint8, as in `TokenizedConversation`
     # int32: the visual token that stands here, counted from 1 through the conversation's tiles; 0: text; NEWLINE
     visual: np.ndarray
     media_last: np.ndarray  # int32, the last medium the token may see by cross-attention, counted from 1; 0: none
@@ -61,7 +61,13 @@ class Layout:
 
 
 def spread(
-    written: Written, *, image_id: int, runs: list[Runs], tiles: list[int], tile_tokens: int, resets_at: int | None = None
+    written: TokenizedConversation,
+    *,
+    image_id: int,
+    runs: list[Runs],
+    tiles: list[int],
+    tile_tokens: int,
+    resets_at: int | None = None,
 ) -> Layout:
     """Puts the visual tokens into their places.
 

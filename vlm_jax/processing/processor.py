@@ -22,7 +22,7 @@ import numpy as np
 
 from vlm_jax.config.generation import Settings
 from vlm_jax.processing.conversation import Conversation
-from vlm_jax.processing.layout import Layout, Written, spread
+from vlm_jax.processing.layout import Layout, TokenizedConversation, spread
 from vlm_jax.processing.media import MediaProcessor
 from vlm_jax.processing.pictures import Size
 
@@ -52,7 +52,7 @@ class Spread:
     end_id: int  # the token that ends a learned answer
     resets_at: int | None = None  # a token after which no medium is seen until the next one
 
-    def __call__(self, written: Written, sizes: list[Size]) -> Layout:
+    def __call__(self, written: TokenizedConversation, sizes: list[Size]) -> Layout:
         """
         Args:
           sizes: of the conversation's media, in the order of their places.
@@ -91,7 +91,7 @@ class Processor(abc.ABC):
         return self.spread.media
 
     @abc.abstractmethod
-    def write(self, conversation: Conversation, *, open: bool = False) -> Written:
+    def write(self, conversation: Conversation, *, open: bool = False) -> TokenizedConversation:
         """The conversation tokenised once.
 
         Args:

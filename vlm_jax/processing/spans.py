@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, Written
+from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, TokenizedConversation
 
 Span = tuple[int, int]  # of characters: begin, end
 Encode = Callable[[str], tuple[list[int], list[Span]]]  # text -> ids, and the characters each stands for; nothing is added
@@ -54,7 +54,9 @@ class Marks:
         return plain, spans
 
 
-def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Span], ends: AbstractSet[int]) -> Written:
+def flagged(
+    text: str, ids: list[int], offsets: list[Span], *, answers: list[Span], ends: AbstractSet[int]
+) -> TokenizedConversation:
     """Tokens of a rendered text, with what is learned of them.
 
     An answer's tokens are those with a character of it: one that the tokenizer joined with the character before is learned too.
@@ -78,7 +80,7 @@ def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Spa
             flags[first : place + 1] = LEARNED
         elif first:
             flags[first - 1] |= ENDS
-    return Written(np.asarray(ids, np.int32), flags)
+    return TokenizedConversation(np.asarray(ids, np.int32), flags)
 
 
 def continued(encode: Encode, before: str, text: str) -> list[int]:
@@ -95,8 +97,8 @@ def continued(encode: Encode, before: str, text: str) -> list[int]:
     return encode(text)[0]
 
 
-def closed(prompt: Written, answer: list[int], end_id: int) -> Written:
+def closed(prompt: TokenizedConversation, answer: list[int], end_id: int) -> TokenizedConversation:
     """A prompt and the answer that is learned, with the token that ends it."""
     flags = np.full(len(answer) + 1, LEARNED, np.uint8)
     tokens = np.asarray([*answer, end_id], np.int32)
-    return Written(np.concatenate([prompt.tokens, tokens]), np.concatenate([prompt.flags, flags]))
+    return TokenizedConversation(np.concatenate([prompt.tokens, tokens]), np.concatenate([prompt.flags, flags]))

@@ -181,8 +181,7 @@ class Checkpoints:
             try:
                 return self._restore(trainer, step)
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-                cause = first_line(error)
-                logging.error("checkpoint %s is damaged (%s)", self.folder / "checkpoints" / str(step), cause[:300])
+                _log_damaged(self.folder, step, error)
                 self._set_aside(step)
         if steps:
             raise CheckpointError(f"all {len(steps)} checkpoints of {self.folder} are damaged; they are now in damaged/")
@@ -249,8 +248,7 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
             try:
                 params = _params_of(checkpoints, config, mesh, candidate)
             except Exception as error:
-                cause = first_line(error)
-                logging.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(candidate), cause[:300])
+                _log_damaged(folder, candidate, error)
                 continue
             if dtype is not None:
                 params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
@@ -258,6 +256,10 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
         raise CheckpointError(f"no checkpoint at {folder}: " + ("all are damaged" if steps else "none was saved yet"))
     finally:
         checkpoints.close()
+
+
+def _log_damaged(folder: Path, step: int, error: Exception) -> None:
+    logging.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(step), first_line(error)[:300])
 
 
 def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> Any:

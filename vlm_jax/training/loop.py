@@ -15,13 +15,14 @@ import numpy as np
 
 from vlm_jax.config import RunConfig
 from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_batches, tokens_of
+from vlm_jax.progress import human_rate, human_time
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints, claim
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.processors import build_processor
-from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
+from vlm_jax.training.report import Laps, Reporter
 from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
 from vlm_jax.training.table import print_table
 

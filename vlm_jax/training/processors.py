@@ -113,5 +113,5 @@ def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
         processor = open_published(name).processor
         if not processor.answers:
             raise TokenizerError(f"data.tokenizer={name}: this checkpoint writes no texts")
-        return Tokenizer(processor.tokenizer.wrapped, end)
+        return Tokenizer(processor.tokenizer.hf_tokenizer, end)
     return load_tokenizer(name, end)

@@ -15,19 +15,6 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 
-def human_time(seconds: float) -> str:
-    """75 -> "1:15", 7384 -> "2:03:04"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def human_rate(value: float, unit: str) -> str:
-    """1.5e10, "FLOP/s" -> "15.0 GFLOP/s"."""
-    power = min(int(math.log10(max(value, 1.0)) // 3), 5)
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
-
-
 class Reporter:
     """Writes on the first process, and is silent on the others.
 

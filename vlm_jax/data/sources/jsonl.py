@@ -39,7 +39,7 @@ import numpy as np
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
-from vlm_jax.data.jsonl_record import Bad, Record, shown
+from vlm_jax.data.jsonl_record import Record, RecordError, as_json
 from vlm_jax.errors import DataError
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
@@ -124,16 +124,16 @@ class JsonLinesSource(Source):
             raise DataError(f"{where}: is not JSON: {error}") from None
         try:
             return Record(where, record, self._picture).example()
-        except Bad as error:
+        except RecordError as error:
             raise DataError(f"{where}: {error}") from None
 
     def _picture(self, path: Any) -> str:
         if not isinstance(path, str) or not path:
-            raise Bad(f"a picture's path is {shown(path)}; expected a string")
+            raise RecordError(f"a picture's path is {as_json(path)}; expected a string")
         root = os.path.normpath(self._root)
         whole = os.path.normpath(os.path.join(root, path))
         if os.path.commonpath([os.path.abspath(root), os.path.abspath(whole)]) != os.path.abspath(root):
-            raise Bad(f"picture {path!r} is outside of {root}; set data.source.image_root to a folder above it")
+            raise RecordError(f"picture {path!r} is outside of {root}; set data.source.image_root to a folder above it")
         return whole
 
 

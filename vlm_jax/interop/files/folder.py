@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def model_type(folder: Path) -> str | None:
         return json.loads(path.read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def copy_settings(folder: Path, target: Path) -> None:
+    """Copies everything but the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
+            shutil.copyfile(file, target / file.name)
 
 
 def is_published(name: str | Path) -> bool:
