@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
         vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)
-        answer_file(vlm, args.input, questions, args.output, settings, progress)
+        answer_file(vlm, args.input, questions, output=args.output, settings=settings, progress=progress)
         return
     if args.attention:
         text, maps = vlm.attention_of(request, **given)

@@ -14,7 +14,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from vlm_jax.training.interrupt import heard
+from vlm_jax.training.interrupt import handle_signals
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences transformers' "PyTorch was not found"
 
@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
 
     runtime.prepare()
     if DISTRIBUTED.value or COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        jax.distributed.initialize(
+            coordinator_address=COORDINATOR.value, num_processes=PROCESSES.value, process_id=PROCESS.value
+        )
     # After the distributed start: the imports below may touch the devices.
     from vlm_jax.training.loop import NonFiniteLoss, train
 
@@ -55,5 +57,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with heard():
+    with handle_signals():
         app.run(main)

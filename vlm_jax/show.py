@@ -36,7 +36,7 @@ from vlm_jax.processing.processor import Processor
 GAP, CAPTION = 6, 14  # pixels around a tile, and of the line above a picture's tiles
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shown:
     """An example and everything that is printed about it."""
 
@@ -62,7 +62,14 @@ class Shown:
         sizes = [picture_size(medium[0]) for medium in example.media]
         written = processor.write(turns)
         places = media_of(turns)
-        return cls(example, processor, sizes, places, written, processor.spread(written, [sizes[place] for place in places]))
+        return cls(
+            example=example,
+            processor=processor,
+            sizes=sizes,
+            places=places,
+            written=written,
+            layout=processor.spread(written, [sizes[place] for place in places]),
+        )
 
     @property
     def as_json(self) -> str:

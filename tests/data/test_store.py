@@ -109,7 +109,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(root, monkeypatch, stop_a
     whole = contents(store_of(source(root), **LEFT_OUT))
     monkeypatch.setattr(build_store, "CHUNK", 2)
     monkeypatch.setattr(build_store, "SAVE_S", -1.0)
-    monkeypatch.setattr(build_store, "ALONE", 99)
+    monkeypatch.setattr(build_store, "MAX_CHUNKS_ALONE", 99)
     # A process that is killed closes no file: what is on disk at that moment is all there is.
     stopped = lambda: shutil.copytree(root / "interrupted", root / "killed")
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +141,7 @@ def test_a_build_that_is_stopped_by_a_bad_line_goes_on_once_it_is_mended(root, m
 def test_processes_make_the_same_bytes(root, monkeypatch):
     whole = contents(store_of(source(root), **LEFT_OUT))
     monkeypatch.setattr(build_store, "CHUNK", 2)
-    monkeypatch.setattr(build_store, "ALONE", 0)
+    monkeypatch.setattr(build_store, "MAX_CHUNKS_ALONE", 0)
     monkeypatch.setattr(build_store.os, "cpu_count", lambda: 2)
     here = []
     chunk = DatasetTokenizer.chunk

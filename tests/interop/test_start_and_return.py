@@ -177,7 +177,7 @@ def test_visual_tokens_in_packed_rows(tmp_path, family, words):
     data = dataclasses.replace(base.data, **own, visual_tokens=16, image_size=16, tokens=96)
     config = dataclasses.replace(base, model=published.config, data=data)
     source = build_source(data, "train")
-    with TrainBatches(config, build_processor(data, source, tmp_path / "processor"), source, 0, 0, 1) as batches:
+    with TrainBatches(config, build_processor(data, source, tmp_path / "processor"), source) as batches:
         batch = next(iter(batches))
     assert batch.segments.max() > 1 and (batch.visual > 16).any()
     vlm = load(folder)

@@ -72,7 +72,7 @@ class SmoothedConfig(ObjectiveConfig):
 class Smoothed(NextToken):
     """Cross-entropy with smoothed labels; checkpoints are ranked by how certain it is of right answers."""
 
-    ranks = "token_accuracy"
+    checkpoint_metric = "token_accuracy"
 
     def sums(self, model: nn.Module, params: Any, batch: Any, *, recompute: bool = True) -> Any:
         logits = model.apply({"params": params}, batch)

@@ -24,10 +24,10 @@ def test_before_the_first_step_a_signal_ends_the_start():
 def test_once_armed_the_first_is_remembered_and_a_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
-        interrupt.arm()
-        assert not interrupt.wanted(agree=True)
+        interrupt.defer_signals()
+        assert not interrupt.should_stop(agree=True)
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.wanted(agree=True) and interrupt.signal == signal.SIGINT
+        assert interrupt.should_stop(agree=True) and interrupt.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -38,10 +38,10 @@ def test_a_signal_is_heard_while_compiled_code_runs(armed):
     # A wait in C for a lock that is never released: Python cannot run its handlers meanwhile, as in a compilation.
     script = f"""
         import ctypes, sys
-        from vlm_jax.training.interrupt import Interrupt, heard
-        with heard(), Interrupt() as interrupt:
+        from vlm_jax.training.interrupt import Interrupt, handle_signals
+        with handle_signals(), Interrupt() as interrupt:
             if {armed}:
-                interrupt.arm()
+                interrupt.defer_signals()
             print("ready", flush=True)
             ctypes.CDLL(None).usleep(3_000_000)
             ctypes.CDLL(None).usleep(3_000_000)

@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 VERSION = 1  # of the files
 CHUNK = 512  # examples that are tokenised in one go
 MOST_PROCESSES = 16  # each holds a tokenizer
-ALONE = 8  # chunks that are not worth starting processes for
+MAX_CHUNKS_ALONE = 8  # chunks that are not worth starting processes for
 SAVE_S = 5.0  # seconds of work that an interruption may cost
-SHOWN = 5  # reasons of skipped examples that are reported
+MAX_REPORTED = 5  # reasons of skipped examples that are reported
 
 
 def token_store(config: DataConfig, processor: Processor, source: Source, *, skip: bool) -> TokenStore:
@@ -56,7 +56,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
         with locked(cache / f"{key}.lock", "another process tokenises the data"):
             made = not (cache / key / "meta.json").is_file()
             if made:
-                _Build(cache / key, DatasetTokenizer(source, processor, config), skip=skip).run()
+                _StoreBuilder(cache / key, DatasetTokenizer(source, processor, config), skip=skip).run()
     except OSError as error:
         where = error.filename or cache
         raise DataError(f"{where}: {error.strerror or error} (data.cache_dir={cache} is where the tokens are kept)") from error
@@ -84,7 +84,7 @@ def _report(store: TokenStore, *, made: bool) -> None:
         )  # fmt: skip
 
 
-class _Build:
+class _StoreBuilder:
     def __init__(self, target: Path, dataset_tokenizer: DatasetTokenizer, *, skip: bool) -> None:
         self.target, self.dataset_tokenizer, self.skip = target, dataset_tokenizer, skip
         self.folder = target.with_name(f"{target.name}.part")
@@ -119,7 +119,7 @@ class _Build:
     def _chunks(self, ranges: list[range]) -> Iterator[tuple[range, Chunk]]:
         """Chunks in their order."""
         count = min(len(os.sched_getaffinity(0)), len(ranges), MOST_PROCESSES)
-        if count < 2 or len(ranges) <= ALONE:
+        if count < 2 or len(ranges) <= MAX_CHUNKS_ALONE:
             for indices in ranges:
                 yield indices, self.dataset_tokenizer.chunk(indices, skip=self.skip)
             return
@@ -134,9 +134,9 @@ class _Build:
                 with sigint_blocked():
                     waiting.append((indices, pool.submit(_tokenise, indices, self.skip)))
                 if len(waiting) > 2 * count:
-                    yield self._taken(waiting)
+                    yield self._next_result(waiting)
             while waiting:
-                yield self._taken(waiting)
+                yield self._next_result(waiting)
         except concurrent.futures.process.BrokenProcessPool:
             raise DataError(
                 "a process that tokenises the data was killed (out of memory?); run the same command again to resume"
@@ -149,7 +149,7 @@ class _Build:
             pickled.unlink(missing_ok=True)
 
     @staticmethod
-    def _taken(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
+    def _next_result(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
         indices, future = waiting.popleft()
         while not concurrent.futures.wait([future], timeout=0.2).done:  # in short waits: a signal is heard between them
             pass
@@ -161,7 +161,7 @@ class _Build:
             joined = np.concatenate(values) if values and isinstance(values[0], np.ndarray) else np.asarray(values)
             files[field].write(joined.astype(dtype).tobytes())
         self.state["problems"] += len(chunk.problems)
-        self.state["shown"] = (self.state["shown"] + chunk.problems)[:SHOWN]
+        self.state["shown"] = (self.state["shown"] + chunk.problems)[:MAX_REPORTED]
         self.state["dropped"] += chunk.dropped
 
     def _save(self, files: dict[str, Any]) -> None:

@@ -105,7 +105,7 @@ def text_encoder(config: Any) -> DecoderConfig:
 def vision_table(config: VitConfig) -> Table:
     """Names of the vision tower, without a prefix <-> the paths of a `Vit`."""
     entries = (
-        *patches("embeddings.patch_embedding", config.patch_size, config.patch_bias),
+        *patches("embeddings.patch_embedding", config.patch_size, bias=config.patch_bias),
         row("embeddings.position_embedding.weight", "position_embedding", "T D -> T D"),
         *attention(config.block),
         *norms_and_mlp(config.block),

@@ -48,8 +48,8 @@ def _table(config: VitConfig, attention: tuple[str, ...], gated: tuple[Row, ...]
     entries = (
         row("embeddings.cls_token", "class_embedding", "() () D -> D"),
         row("embeddings.position_embeddings", "position_embedding", "() T D -> T D"),
-        *patches("embeddings.patch_embeddings.projection", config.patch_size, config.patch_bias),
-        *(r for name, ours in query_key for r in linear(f"{LAYER}{name}", ours, TO_HEADS, config.block.qkv_bias)),
+        *patches("embeddings.patch_embeddings.projection", config.patch_size, bias=config.patch_bias),
+        *(r for name, ours in query_key for r in linear(f"{LAYER}{name}", ours, TO_HEADS, bias=config.block.qkv_bias)),
         *linear(f"{LAYER}{attention[-1]}", "layers/attention/out", FROM_HEADS),
         *(gated if config.block.gated_mlp else plain),
         *norm(f"{LAYER}norm1", "layers/attention_norm"),

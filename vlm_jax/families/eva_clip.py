@@ -22,8 +22,8 @@ def rows(config: VitConfig) -> Table:
     entries = (
         row("embeddings.class_embedding", "class_embedding", "() () D -> D"),
         row("embeddings.position_embedding", "position_embedding", "() T D -> T D"),
-        *patches("embeddings.patch_embedding", config.patch_size, config.patch_bias),
-        *linear(f"{LAYER}self_attn.qkv", query_key_value("layers/attention"), FUSED, config.block.qkv_bias),
+        *patches("embeddings.patch_embedding", config.patch_size, bias=config.patch_bias),
+        *linear(f"{LAYER}self_attn.qkv", query_key_value("layers/attention"), FUSED, bias=config.block.qkv_bias),
         *linear(f"{LAYER}self_attn.projection", "layers/attention/out", FROM_HEADS),
         *norms_and_mlp(config.block),
     )

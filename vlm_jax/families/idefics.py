@@ -166,9 +166,9 @@ class IdeficsProcessor(PublishedProcessor):
         # A checkpoint that was trained on dialogues has a mark between one text and the next.
         self._between = UTTERANCE_END if UTTERANCE_END in hf_processor.tokenizer.all_special_tokens else ""
 
-    def untemplated(self, turns: Conversation) -> str:
+    def render_without_template(self, turns: Conversation) -> str:
         if not any(turn.role == "text" for turn in turns):
-            return super().untemplated(turns)
+            return super().render_without_template(turns)
         text, before = "", None
         for part in (part for turn in turns for part in turn.content):
             if isinstance(part, Text) and isinstance(before, Text):
@@ -177,7 +177,7 @@ class IdeficsProcessor(PublishedProcessor):
             before = part
         return text
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         out, neighbours = self.tokenizer.hf_tokenizer.bos_token, False
         for number, piece in enumerate(text.split(IMAGE)):
             if number:

@@ -78,16 +78,16 @@ def _connector() -> Table:
     return Table(
         (
             row(f"{RESAMPLER}latents", "connector/latents", "R D -> R D"),
-            *(r for name, path in heads for r in linear(f"{LAYER}self_attn.{name}_proj", path, TO_HEADS, False)),
-            *linear(f"{LAYER}self_attn.o_proj", f"{attention}/out", FROM_HEADS, False),
-            *(r for name, path in norms for r in norm(name, path, False)),
+            *(r for name, path in heads for r in linear(f"{LAYER}self_attn.{name}_proj", path, TO_HEADS, bias=False)),
+            *linear(f"{LAYER}self_attn.o_proj", f"{attention}/out", FROM_HEADS, bias=False),
+            *(r for name, path in norms for r in norm(name, path, bias=False)),
             *(
                 r
                 for name, path in mlps
                 for side in ("gate", "up")
-                for r in linear(f"{name}{side}_proj", f"{path}/{side}", UP, False)
+                for r in linear(f"{name}{side}_proj", f"{path}/{side}", UP, bias=False)
             ),
-            *(r for name, path in mlps for r in linear(f"{name}down_proj", f"{path}/down", DOWN, False)),
+            *(r for name, path in mlps for r in linear(f"{name}down_proj", f"{path}/down", DOWN, bias=False)),
         )
     )
 
@@ -134,7 +134,7 @@ class Idefics2Processor(PublishedProcessor):
         media = Idefics2Media(hf_processor.image_processor, side, count, crops=crops)
         super().__init__(hf_processor, ends, defaults, media=media, image_token=token)
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         # Neighbours share the token between them, and a word behind one begins as a word.
         text = text.replace(self.image_token, self._written).replace(self._fake * 2, self._fake)
         return self._behind.sub(f"{self._fake} ", text)

@@ -22,7 +22,7 @@ GATED = "gated.{}."
 
 
 def config_from_parts(
-    vision: Any, language: Any, every: int, vocabulary: int, latents: int = LATENTS, depth: int = DEPTH
+    vision: Any, language: Any, *, every: int, vocabulary: int, latents: int = LATENTS, depth: int = DEPTH
 ) -> ModelConfig:
     """transformers' configurations of the parts -> ours.
 

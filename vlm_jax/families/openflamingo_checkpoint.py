@@ -94,7 +94,8 @@ class OpenFlamingoFamily:
                 )
         depth = len({name.split(".")[2] for name in tensors if name.startswith("perceiver.layers.")})
         latents = tensors["perceiver.latents"].shape[0]
-        config = config_from_parts(vision, language, every, tensors[embedding].shape[0], latents, depth)
+        vocabulary = tensors[embedding].shape[0]
+        config = config_from_parts(vision, language, every=every, vocabulary=vocabulary, latents=latents, depth=depth)
         layers = language_layers(language)
 
         def source() -> Joined:

@@ -51,11 +51,11 @@ class PaliGemmaProcessor(PublishedProcessor):
         media = PublishedMedia(hf_processor.image_processor, side, count)
         super().__init__(hf_processor, ends, defaults, media=media, image_token=hf_processor.image_token)
 
-    def untemplated(self, turns: Conversation) -> str:
+    def render_without_template(self, turns: Conversation) -> str:
         said = tuple(dataclasses.replace(turn, content=(Text(turn.text),)) for turn in turns)
-        return self.image_token * len(media_of(turns)) + super().untemplated(said)
+        return self.image_token * len(media_of(turns)) + super().render_without_template(said)
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         pictures, token, prompt = text.rpartition(self.image_token)
         return f"{pictures}{token}{self.tokenizer.hf_tokenizer.bos_token}{prompt}\n"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vlm_jax.interop.files.source import Source, Tensor
-from vlm_jax.interop.table import Axes, Index, Row, Shape, Table, axes_of, pattern, written
+from vlm_jax.interop.table import Axes, Index, Row, Shape, Table, axes_of, pattern, published_name
 
 CHUNK = 64 << 20  # bytes of two copies that are compared at a time
 
@@ -173,7 +173,7 @@ def plan(table: Table, source: Source, shapes: Mapping[str, Shape]) -> dict[str,
             for part, template in enumerate(one.row.published):
                 name = by_place.get((part, numbers))
                 if name is None:
-                    problems.add(MISSING, f"{written(template, numbers)} (for {', '.join(one.row.ours)})")
+                    problems.add(MISSING, f"{published_name(template, numbers)} (for {', '.join(one.row.ours)})")
                 elif tensors[name].shape != one.shape_of(part):
                     problems.add(SHAPE, f"{name}: found {tensors[name].shape}, expected {one.shape_of(part)}")
                 else:

@@ -96,7 +96,7 @@ def pattern(name: str) -> re.Pattern[str]:
     return re.compile("".join(map(regex, re.split(r"(\[.*?\]|\{\})", name))))
 
 
-def written(name: str, numbers: Shape) -> str:
+def published_name(name: str, numbers: Shape) -> str:
     """A published name of a row as it is written for a layer (and an expert)."""
     return re.sub(r"\[.*?\]", lambda part: _alternatives(part[0])[0], name).format(*numbers)
 

@@ -110,11 +110,11 @@ class Processor(abc.ABC):
         return np.ones(vocabulary, bool)
 
     @abc.abstractmethod
-    def described(self) -> list[Any]:
+    def fingerprint_parts(self) -> list[Any]:
         """All that its tokens and layouts depend on."""
 
     @property
     def fingerprint(self) -> str:
         """Two processors with the same fingerprint tokenise every conversation the same way."""
-        parts = [VERSION, type(self).__name__, sorted(self.ends), repr(self.spread), *self.described()]
+        parts = [VERSION, type(self).__name__, sorted(self.ends), repr(self.spread), *self.fingerprint_parts()]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

@@ -17,7 +17,7 @@ from vlm_jax.processing.conversation import Conversation, Text, Turn, media_of
 from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.media import FittedMedia, MediaProcessor
 from vlm_jax.processing.processor import Processor, Spread
-from vlm_jax.processing.spans import Marks, Span, closed, continued, flagged
+from vlm_jax.processing.spans import Marks, Span, append_answer, flag_tokens, tokenize_continuation
 from vlm_jax.processing.templates import render
 
 
@@ -94,11 +94,13 @@ class PublishedProcessor(Processor):
         prompt = self.rendered(conversation[:-1] if last else conversation, ask=open or last is not None)
         answers, said, end_id = self._answers(conversation, prompt, last=last)
         ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
-        written = flagged(prompt, ids, offsets, answers=answers, ends=self.ends)
+        written = flag_tokens(prompt, ids, offsets, answers=answers, ends=self.ends)
         self._check_pictures(written, prompt, conversation)
         if last is None:
             return written
-        return closed(written, continued(self.tokenizer.encode_offsets, prompt, said) if last.text else [], end_id)
+        return append_answer(
+            written, tokenize_continuation(self.tokenizer.encode_offsets, prompt, said) if last.text else [], end_id
+        )
 
     def rendered(self, turns: Conversation, *, ask: bool) -> str:
         """The text that is tokenised, as transformers' processor makes it; one image token for each run of visual tokens.
@@ -110,10 +112,10 @@ class PublishedProcessor(Processor):
             special = self.tokenizer.hf_tokenizer.special_tokens_map
             text = render(self.template, [self._message(turn) for turn in turns], ask=ask, special=special)
         else:
-            text = self.untemplated(turns)
-        return self.finished(text)
+            text = self.render_without_template(turns)
+        return self.postprocess_prompt(text)
 
-    def untemplated(self, turns: Conversation) -> str:
+    def render_without_template(self, turns: Conversation) -> str:
         """What a base model reads."""
         text = ""
         for number, turn in enumerate(turns):
@@ -124,7 +126,7 @@ class PublishedProcessor(Processor):
                 text += said + (self.after_text if turn.learn and number + 1 < len(turns) else "")
         return text
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         """What transformers' processor of this family does with the text before it is tokenised."""
         return text
 
@@ -136,7 +138,7 @@ class PublishedProcessor(Processor):
         begin = self.tokenizer.hf_tokenizer.bos_token
         return not (begin and text.startswith(begin)) and (self.has_vision or not self._templated(turns))
 
-    def described(self) -> list[Any]:
+    def fingerprint_parts(self) -> list[Any]:
         tokenizer = self.tokenizer.hf_tokenizer
         return [
             tokenizer.backend_tokenizer.to_str(),
@@ -162,9 +164,9 @@ class PublishedProcessor(Processor):
             return [], "", self.spread.end_id
         before = prompt if last else self.rendered(conversation[: answered[-1]], ask=True)
         for changed in (lambda text: text, str.strip):  # templates may strip what is said
-            marks = Marks.outside(turn.text for turn in conversation)
-            turns = tuple(_with_text(turn, marks.around(changed(turn.text))) if turn.learn else turn for turn in conversation)
-            plain, spans = marks.taken_out(self.rendered(turns, ask=last is None))
+            marks = Marks.unused_in(turn.text for turn in conversation)
+            turns = tuple(_with_text(turn, marks.wrap(changed(turn.text))) if turn.learn else turn for turn in conversation)
+            plain, spans = marks.strip(self.rendered(turns, ask=last is None))
             same = plain.startswith(prompt) if last else plain == prompt
             if last and last.text != last.text.strip():
                 same = same and plain == self.rendered(conversation, ask=False)

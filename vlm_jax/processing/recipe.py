@@ -21,7 +21,7 @@ from vlm_jax.processing.conversation import Conversation, Medium, Text, Turn
 from vlm_jax.processing.layout import LEARNED, PROMPT, TokenizedConversation
 from vlm_jax.processing.media import FittedMedia
 from vlm_jax.processing.processor import Processor, Spread
-from vlm_jax.processing.spans import CONTEXT, continued
+from vlm_jax.processing.spans import CONTEXT, tokenize_continuation
 from vlm_jax.processing.tokenizer import Tokenizer
 
 KNOWN_TEXTS = 2048  # whose tokens are remembered
@@ -38,7 +38,7 @@ class RecipeProcessor(Processor):
         self.ends = {tokenizer.eoc_id, tokenizer.eos_id}
         # Questions and answers of a data set are often the same.
         self._encode = functools.lru_cache(KNOWN_TEXTS)(tokenizer.encode_offsets)
-        self._continued = functools.lru_cache(KNOWN_TEXTS)(functools.partial(continued, tokenizer.encode_offsets))
+        self._continued = functools.lru_cache(KNOWN_TEXTS)(functools.partial(tokenize_continuation, tokenizer.encode_offsets))
 
     def __reduce__(self) -> Any:
         return type(self), (self.tokenizer, self.data)
@@ -83,7 +83,7 @@ class RecipeProcessor(Processor):
         allowed[sorted({tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - self.ends)] = False
         return allowed
 
-    def described(self) -> list[Any]:
+    def fingerprint_parts(self) -> list[Any]:
         return [self.tokenizer.serialised, self.data.prompt, self.data.answer]
 
 

@@ -32,15 +32,15 @@ class Marks:
     end: str
 
     @classmethod
-    def outside(cls, texts: Iterable[str]) -> Marks:
+    def unused_in(cls, texts: Iterable[str]) -> Marks:
         used = {letter for text in texts for letter in text if "\ue000" <= letter <= "\uf8ff"}
         free = (chr(code) for code in PRIVATE if chr(code) not in used)
         return cls(next(free), next(free))
 
-    def around(self, text: str) -> str:
+    def wrap(self, text: str) -> str:
         return f"{self.begin}{text}{self.end}"
 
-    def taken_out(self, text: str) -> tuple[str, list[Span]]:
+    def strip(self, text: str) -> tuple[str, list[Span]]:
         """The text without the marks, and the spans between them."""
         spans, plain, begin = [], "", None
         for piece in re.split(f"([{self.begin}{self.end}])", text):
@@ -54,7 +54,7 @@ class Marks:
         return plain, spans
 
 
-def flagged(
+def flag_tokens(
     text: str, ids: list[int], offsets: list[Span], *, answers: list[Span], ends: AbstractSet[int]
 ) -> TokenizedConversation:
     """Tokens of a rendered text, with what is learned of them.
@@ -83,7 +83,7 @@ def flagged(
     return TokenizedConversation(np.asarray(ids, np.int32), flags)
 
 
-def continued(encode: Encode, before: str, text: str) -> list[int]:
+def tokenize_continuation(encode: Encode, before: str, text: str) -> list[int]:
     """The ids of a text that follows another one, whose own ids stay as they are.
 
     Tokenised by itself it could begin otherwise: LLaMA's tokenizer puts a space in front of every text. So it is tokenised
@@ -97,7 +97,7 @@ def continued(encode: Encode, before: str, text: str) -> list[int]:
     return encode(text)[0]
 
 
-def closed(prompt: TokenizedConversation, answer: list[int], end_id: int) -> TokenizedConversation:
+def append_answer(prompt: TokenizedConversation, answer: list[int], end_id: int) -> TokenizedConversation:
     """A prompt and the answer that is learned, with the token that ends it."""
     flags = np.full(len(answer) + 1, LEARNED, np.uint8)
     tokens = np.asarray([*answer, end_id], np.int32)

@@ -33,7 +33,7 @@ from vlm_jax.training.step import Trainer, TrainState
 PUBLISHED = "published"
 
 # What may change between a start and its continuation: nothing that changes the numbers.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "mesh",
     "remat",
     "log_every",
@@ -70,12 +70,12 @@ def fingerprint(tree: Any) -> jax.Array:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: old -> new` for every leaf that differs, those in `FREE` left out."""
+    """`name: old -> new` for every leaf that differs, those in `MAY_CHANGE_ON_RESUME` left out."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
-        if name in FREE or before == after:
+        if name in MAY_CHANGE_ON_RESUME or before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{name}.")
@@ -103,7 +103,7 @@ def read_config(folder: str | Path) -> RunConfig:
         ) from error
 
 
-def claim(folder: Path, config: RunConfig) -> None:
+def write_or_check_config(folder: Path, config: RunConfig) -> None:
     """Writes the configuration of a new run, or compares that of an old one with `config`.
 
     Raises:
@@ -227,7 +227,7 @@ class LoadedRun:
     step: int
 
 
-def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None = None) -> LoadedRun:
+def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | None = None) -> LoadedRun:
     """The parameters of a run, for inference or as a start.
 
     Args:

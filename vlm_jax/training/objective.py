@@ -18,12 +18,12 @@ class Objective(Protocol):
     """What is learned from a batch.
 
     Attributes:
-      ranks: evaluation metric that ranks checkpoints (higher is better).
-      examples: metric that counts the examples of a batch, for the reported speed.
+      checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).
+      examples_metric: metric that counts the examples of a batch, for the reported speed.
     """
 
-    ranks: str
-    examples: str
+    checkpoint_metric: str
+    examples_metric: str
 
     def weight(self, batch: Batch) -> Array:
         """[] float32, at least 1: what the summed loss of the whole batch is divided by."""

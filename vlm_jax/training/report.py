@@ -29,7 +29,7 @@ class Reporter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _forget_after(self.path, first_step)
+        _truncate_metrics(self.path, first_step)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
@@ -62,7 +62,7 @@ class Reporter:
             self.board.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of steps that will be repeated, and an incomplete last line."""
     if not path.exists():
         return
@@ -78,13 +78,13 @@ def _forget_after(path: Path, step: int) -> None:
     part.replace(path)
 
 
-class Laps:
+class StepTimer:
     """Time since the last call of `lap`, without the time within `pause` (evaluation, saving)."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
 
-    def lap(self) -> float:
+    def elapsed(self) -> float:
         """Seconds of the lap that ends now."""
         now = time.perf_counter()
         seconds, self.began = now - self.began, now

@@ -20,7 +20,7 @@ def _ways(spec: Any, mesh: Any) -> tuple[str, int]:
     return "*".join(sorted(axes)) or "replicated", math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _fate(rule: ParamRule) -> str:
+def _status(rule: ParamRule) -> str:
     if rule.frozen:
         return "frozen"
     return f"rows {rule.rows_from}.. trained" if rule.rows_from else "trained"
@@ -46,7 +46,7 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
         lay, ways = _ways(placement.spec, mesh)
         rate = 0.0 if rule.frozen else rule.lr * config.lr
         decay = 0.0 if rule.frozen else rule.decay * config.weight_decay
-        row = rows[(path.split("/")[0], _fate(rule), str(leaf.dtype), rate, decay)]
+        row = rows[(path.split("/")[0], _status(rule), str(leaf.dtype), rate, decay)]
         size = math.prod(leaf.shape)
         row["count"] += size
         # Parameters, and for trained ones the gradient and Adam's two moments.

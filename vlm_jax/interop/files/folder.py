@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_jax.errors import first_line
 from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.packages import locate, part_of
+from vlm_jax.interop.files.packages import locate, packaged_weights
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
@@ -34,7 +34,7 @@ def find(name: str | Path, *, pickles: bool = False, revision: str | None = None
       PublishedError: there is no such folder, and no repository that can be fetched now.
     """
     if str(name).startswith(PACKAGE):
-        return locate(part_of(str(name).removeprefix(PACKAGE)))
+        return locate(packaged_weights(str(name).removeprefix(PACKAGE)))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix not in FILES:
         raise PublishedError(f"{path} is a file: name the checkpoint's folder, or one of the kinds {', '.join(FILES)}")
