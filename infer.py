@@ -1,4 +1,4 @@
-"""Asks a trained model about pictures: one question, or a file of them."""
+"""Asks a trained model questions about images: a single one, or a file of them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlm_jax import Encoder
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells at every start that PyTorch is not there
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences transformers' "PyTorch was not found"
 
 EXAMPLES = """
-one question about one picture:
+one question about one image:
   infer.py --checkpoint=runs/flamingo --image=a.png --prompt="what color is the shape?"
 
-several pictures, each where the prompt says <image> (without it they all come first):
+several images, each where the prompt says <image> (without <image> they all come first):
   infer.py --checkpoint=runs/flamingo --image=a.png --image=b.png --prompt="is <image> larger than <image>?"
 
-solved examples before the question (few-shot); "-" in the place of the picture for an example without:
+solved examples before the question (few-shot); "-" instead of an image for an example without one:
   infer.py --checkpoint=runs/flamingo --shot c.png "what color is the shape?" red --image=a.png --prompt="what color is it?"
 
-where the model looked for every word of its answer:
+the attention over the image for each word of the answer:
   infer.py --checkpoint=runs/flamingo --image=a.png --prompt="what color is the shape?" --attention=looks.png
 
-a file of questions; the same command, given again, goes on where it stopped:
+a file of questions; run the same command again to resume:
   infer.py --checkpoint=runs/flamingo --input=questions.jsonl --output=answers.jsonl
 
   a line of the input:   {"id": "7", "prompt": "what color is it?", "image": "a.png"}
@@ -35,19 +35,19 @@ a file of questions; the same command, given again, goes on where it stopped:
                          or "messages": a chat as below; paths are relative to the file
   a line of the output:  {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue"}
 
-a chat of several turns, in the form that everybody writes; paths of pictures are relative to the file:
+a chat of several turns, as an OpenAI-style list of messages; image paths are relative to the file:
   infer.py --checkpoint=runs/flamingo --messages=chat.json
 
   [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what color is it?"}]},
    {"role": "assistant", "content": "blue"}, {"role": "user", "content": "what shape?"}]
 
-a published checkpoint, as transformers saved it or by its name on the hub:
-  infer.py --checkpoint=llava-hf/llava-1.5-7b-hf --image=a.png --prompt="What is in this picture?"
+a published checkpoint: a folder saved by transformers, or a name on the hub:
+  infer.py --checkpoint=llava-hf/llava-1.5-7b-hf --image=a.png --prompt="What is in this image?"
 
-which of some names fits a picture best, by CLIP or SigLIP:
+zero-shot classification with CLIP or SigLIP:
   infer.py --checkpoint=openai/clip-vit-base-patch32 --image=a.png --classes="cat,dog,red bicycle"
 
-a model spread over eight devices:
+a model sharded over eight devices:
   infer.py --checkpoint=runs/large --mesh=tensor=8 --dtype=bfloat16 --image=a.png --prompt="what is this?"
 """
 
@@ -60,61 +60,62 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    sources = "the --workdir of a run of train.py, a folder that transformers saved, or the name of a hub repository"
+    sources = "the --workdir of a run of train.py, a folder saved by transformers, or the name of a hub repository"
     add("--checkpoint", required=True, metavar="PATH", help=sources)
     add("--step", type=int, help="which checkpoint of a run (default: the newest)")
-    add("--prompt", help="the question; the literal <image> places a picture")
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
-    add("--messages", type=Path, metavar="FILE.json", help="a chat of several turns to go on with")
+    add("--prompt", help="the question; <image> in it marks the place of an image")
+    add("--image", action="append", default=[], metavar="FILE", help="an image; repeat it for several")
+    add("--messages", type=Path, metavar="FILE.json", help="a chat of several turns to continue")
     shot = ("IMAGE", "QUESTION", "ANSWER")
     add("--shot", action="append", default=[], nargs=3, metavar=shot, help="a solved example; repeat it for several")
-    add("--classes", metavar="NAMES", help="names with commas between them: how well each fits the picture (CLIP, SigLIP)")
-    add("--template", default="a photo of a {}.", help="what is said of the picture, {} for a name (default: %(default)r)")
-    add("--input", type=Path, metavar="FILE.jsonl", help="many questions, one a line")
-    add("--output", type=Path, metavar="FILE.jsonl", help="their answers; lines that are there already are not asked again")
-    add("--batch", type=int, default=16, metavar="N", help="at most so many questions at once (default: %(default)s)")
-    add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the checkpoint's, or 64)")
-    warm = "0: always the likeliest token; 1: as the model has it (default: the checkpoint's, or 0)"
+    add("--classes", metavar="NAMES", help="comma-separated class names for zero-shot classification (CLIP, SigLIP)")
+    add("--template", default="a photo of a {}.", help="prompt; {} is replaced by the class name (default: %(default)r)")
+    add("--input", type=Path, metavar="FILE.jsonl", help="a file of questions, one per line")
+    add("--output", type=Path, metavar="FILE.jsonl", help="a file for the answers; questions that have one there are skipped")
+    add("--batch", type=int, default=16, metavar="N", help="maximum questions answered at once (default: %(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="maximum tokens generated (default: the checkpoint's, or 64)")
+    warm = "0: greedy; 1: sample from the model's distribution (default: the checkpoint's, or 0)"
     add("--temperature", type=float, help=warm)
-    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: the checkpoint's, or all)")
-    add("--top-p", type=float, metavar="P", help="sample from the likeliest that together reach P (default: likewise)")
-    penalty = "above 1: what was said already, also in the prompt, is less likely (default: the checkpoint's, or 1)"
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (default: the checkpoint's, or all)")
+    nucleus = "sample from the most likely tokens with total probability P (default: the checkpoint's, or 1)"
+    add("--top-p", type=float, metavar="P", help=nucleus)
+    penalty = "above 1 penalises tokens already in the prompt or the answer (default: the checkpoint's, or 1)"
     add("--repetition-penalty", type=float, metavar="P", help=penalty)
     add("--beams", type=int, metavar="N", help="beam search with N beams (default: the checkpoint's, or 1)")
-    lengths = "of beams: above 0 prefers longer answers, 0 counts log-probabilities alone (default: the checkpoint's, or 1)"
+    lengths = "beam search: above 0 prefers longer answers, 0 ranks by log-probability alone (default: the checkpoint's, or 1)"
     add("--length-penalty", type=float, metavar="P", help=lengths)
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeat it for several")
-    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed for sampling (default: %(default)s)")
     add("--stream", action=argparse.BooleanOptionalAction, help="print words as they come (default: on a terminal)")
-    add("--attention", type=Path, metavar="OUT.png", help="draw where the model looked for every word of the answer")
+    add("--attention", type=Path, metavar="OUT.png", help="draw the attention over the image for each word of the answer")
     add("--mesh", metavar="AXES", help='devices, as in "tensor=8" or "data=2,tensor=4" (default: one device)')
     add("--pickles", action="store_true", help="read PyTorch's .bin files where there are no safetensors; nothing is executed")
-    add("--pad-to-square", action="store_true", help="of LLaVA-1.5: pad pictures to squares first, as its authors evaluated it")
-    add("--dtype", choices=("float32", "bfloat16"), help="of parameters and computation (default: the run's)")
+    add("--pad-to-square", action="store_true", help="LLaVA-1.5 only: pad images to squares first, as its authors evaluated it")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of parameters and computation (default: the run's)")
     args = parser.parse_args(argv)
     if sum(given is not None for given in (args.prompt, args.messages, args.input, args.classes)) != 1:
         parser.error("give one of --prompt, --messages and --input, or --classes for CLIP and SigLIP")
     if args.classes is not None and not args.image:
-        parser.error("--classes are for an --image")
+        parser.error("--classes needs an --image")
     if args.classes is not None and not all(name.strip() for name in args.classes.split(",")):
-        parser.error(f"--classes={args.classes!r}: expected names with commas between them")
+        parser.error(f"--classes={args.classes!r}: expected comma-separated names")
     if args.classes is not None and (args.attention or args.shot or args.stop or args.stream):
-        parser.error("--attention, --shot, --stop and --stream are for a --prompt")
+        parser.error("--attention, --shot, --stop and --stream need a --prompt")
     if args.classes is not None and "{}" not in args.template:
-        parser.error(f"--template={args.template!r} has no {{}}, the place of a name")
+        parser.error(f"--template={args.template!r} has no {{}}, which is replaced by the class name")
     if (args.input is None) != (args.output is None):
         parser.error("--input and --output go together")
     if args.input and (args.image or args.shot or args.attention or args.stream):
-        parser.error("--image, --shot, --attention and --stream are for one --prompt; with --input they stand in its lines")
+        parser.error("--image, --shot, --attention and --stream need a --prompt; with --input, images belong in its lines")
     if args.messages and (args.image or args.shot):
-        parser.error("--image and --shot are for a --prompt; with --messages they stand in the file")
+        parser.error("--image and --shot need a --prompt; with --messages, images belong in the file")
     if args.batch < 1:
         parser.error(f"--batch={args.batch}: expected 1 or more")
     return args
 
 
 def classify(encoder: Encoder, args: argparse.Namespace) -> None:
-    """Prints the probability of every class, the likeliest first."""
+    """Prints the probability of every class, the most likely first."""
     names = [name.strip() for name in args.classes.split(",")]
     for image, chances in zip(args.image, encoder.classify(args.image, names, args.template), strict=True):
         if len(args.image) > 1:
@@ -132,7 +133,6 @@ def run(args: argparse.Namespace) -> None:
     from vlm_jax.generation.answer_file import answer_file, read_questions
     from vlm_jax.generation.request import Request, chat_file
     from vlm_jax.processing.conversation import Shot, from_prompt
-    from vlm_jax.processing.encoders import EncoderProcessor
     from vlm_jax.processing.pictures import picture_size
     from vlm_jax.progress import bytes_read
 
@@ -140,23 +140,24 @@ def run(args: argparse.Namespace) -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "length_penalty", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | {"stop": tuple(args.stop)}
     shots = [Shot([] if image == "-" else [image], question, answer) for image, question, answer in args.shot]
-    # What can be wrong is found before a large model is read.
-    checkpoint = open_checkpoint(args.checkpoint, args.step, args.pickles, args.pad_to_square)
-    encodes = isinstance(checkpoint.processor, EncoderProcessor)
-    if encodes and checkpoint.processor.length is None:
-        raise ValueError(f"{args.checkpoint} gives features alone: vlm_jax.load({args.checkpoint!r}).features([...]) in Python")
+    # Errors in the request are found before a large model is read.
+    checkpoint = open_checkpoint(args.checkpoint, args.step, pickles=args.pickles, pad_to_square=args.pad_to_square)
+    encodes = not checkpoint.processor.answers
+    if encodes and not checkpoint.processor.has_text:
+        raise ValueError(f"{args.checkpoint} has no text encoder; use vlm_jax.load({args.checkpoint!r}).features([...])")
     if encodes != (args.classes is not None):
         raise ValueError(
-            f"{args.checkpoint} answers no questions: it is an encoder, ask it with --classes"
+            f"{args.checkpoint} is an image-text encoder: use --classes"
             if encodes
-            else f"{args.checkpoint} answers questions: --classes are for CLIP and SigLIP"
+            else f"{args.checkpoint} answers questions; --classes is for CLIP and SigLIP"
         )
     if encodes:
         for image in args.image:
             picture_size(image)
         runtime.prepare()
         with bytes_read("reading") as progress:
-            encoder = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=min(args.batch, len(args.image)), progress=progress)
+            rows = min(args.batch, len(args.image))
+            encoder = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=rows, progress=progress)
         classify(encoder, args)
         return
     settings = checkpoint.processor.defaults.changed(**given)
@@ -167,10 +168,10 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.processor.lay_out(request.turns, request.sizes, open=True)
     runtime.prepare()
     with bytes_read("reading") as progress:
-        vlm = vlm_jax.load(checkpoint, args.mesh, args.dtype, rows=args.batch, progress=progress)
+        vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)
-        answer_file(vlm, args.input, questions, args.output, settings, progress)
+        answer_file(vlm, args.input, questions, output=args.output, settings=settings, progress=progress)
         return
     if args.attention:
         text, maps = vlm.attention_of(request, **given)
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except KeyboardInterrupt:
-        again = "; the same command goes on from there" if args.input else ""
+        again = "; run the same command again to resume" if args.input else ""
         print(f"infer.py: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.close()
         return 141
     except (ValueError, OSError) as error:
-        # Every error a user can cause is one of these, and says what to do.
+        # Every error that a user can cause is one of these, and its message says what to do.
         print(f"infer.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -3,7 +3,7 @@
     python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/a
     python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/b --config.optimizer.lr=3e-4 --config.mesh.tensor=8
 
-Every leaf of the recipe can be overridden. The same command, given again, resumes from the newest checkpoint of `workdir`.
+Every leaf of the recipe can be overridden. Run the same command again to resume from the newest checkpoint of `workdir`.
 """
 
 import logging
@@ -14,23 +14,23 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from vlm_jax.training.interrupt import heard
+from vlm_jax.training.interrupt import handle_signals
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at every start that PyTorch is not there
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences transformers' "PyTorch was not found"
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: a file in configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and metrics.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; a TPU pod, SLURM and MPI tell the rest.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not tell it.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, likewise.")
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, likewise.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's checkpoints and metrics.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train in several processes; detected on TPU pods, SLURM and MPI.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Coordinator address, host:port, if it cannot be detected.")
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, if it cannot be detected.")
+PROCESS = flags.DEFINE_integer("process", None, "Index of this process, if it cannot be detected.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         sys.exit(f"train.py: unknown arguments {argv[1:]}; see --help")
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it writes
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every file it writes
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     import jax
 
@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
 
     runtime.prepare()
     if DISTRIBUTED.value or COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        jax.distributed.initialize(
+            coordinator_address=COORDINATOR.value, num_processes=PROCESSES.value, process_id=PROCESS.value
+        )
     # After the distributed start: the imports below may touch the devices.
     from vlm_jax.training.loop import NonFiniteLoss, train
 
@@ -55,5 +57,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with heard():
+    with handle_signals():
         app.run(main)

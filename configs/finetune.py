@@ -5,11 +5,11 @@ alone) trained further on data of your own, and written back for PyTorch.
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
     python -c "import vlm_jax; vlm_jax.export('runs/tuned', 'tuned')"
 
-Behind the colon stands a folder that transformers saved, or the name of a hub repository. The vision encoder stays frozen. The
+After the colon comes a folder saved by transformers, or the name of a hub repository. The vision encoder stays frozen. The
 data's formats are those of `vlm_jax/data/sources/jsonl.py`.
 
 Conversations are written as the checkpoint's own chat template has them, or as a template named by `--config.data.template`
-(which is then exported too), pictures are what its own processor makes of them: what is trained is what is asked afterwards.
+(which is then exported too), and images are prepared by its own processor: training and inference use the same prompts.
 `python -m vlm_jax.show` prints an example as the model reads it. Weights in PyTorch pickles need `--config.pickles=True`.
 """
 
@@ -21,7 +21,6 @@ from vlm_jax.api import open_checkpoint
 from vlm_jax.config import (
     DataConfig,
     JsonLinesConfig,
-    ModelConfig,
     OptimizerConfig,
     ParamRule,
     RunConfig,
@@ -35,7 +34,7 @@ def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
     # Of weights that are here, only the names and sizes are read; pickles of a hub repository are not fetched for that.
     found = open_checkpoint(checkpoint, pickles=Path(checkpoint).expanduser().exists())
     model = found.config
-    if not isinstance(model, ModelConfig):
+    if not found.processor.answers:
         raise ValueError(f"{checkpoint} is an encoder: it answers nothing, so it cannot be trained with this recipe")
     data = DataConfig(
         source=JsonLinesConfig(train="", eval=""),

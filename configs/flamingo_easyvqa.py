@@ -3,7 +3,7 @@
     python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/flamingo
     python infer.py --checkpoint=runs/flamingo --image=docs/blue_triangle.png --prompt="what is the blue shape?"
 
-The control experiment, which sees grey instead of every picture:
+The control experiment, with every image blanked:
 
     python train.py --config=configs/flamingo_easyvqa.py --workdir=runs/blank --config.data.blank_images=True
 """
@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=0.05,
         rules=(
             ParamRule(pattern="gate$", lr=10.0, decay=0.0),  # one number each, closed at first
-            ParamRule(pattern="^connector", lr=0.3, decay=0.0),  # steadier than what it reads and what reads it
+            ParamRule(pattern="^connector", lr=0.3, decay=0.0),  # slower than the encoder before it and the layers after it
             ParamRule(pattern="(scale|bias|embedding)$", decay=0.0),
         ),
     )

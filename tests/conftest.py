@@ -63,12 +63,12 @@ def run(tmp_path_factory) -> Path:
 
     from tests.tiny import mesh_of, tiny_run, write_data
     from vlm_jax.processing.tokenizer import train_tokenizer
-    from vlm_jax.training.checkpoint import Checkpoints, claim
+    from vlm_jax.training.checkpoint import Checkpoints, write_or_check_config
     from vlm_jax.training.step import Trainer
 
     folder = tmp_path_factory.mktemp("runs") / "a"
     config, mesh = tiny_run(), mesh_of(1, 1, 1)
-    claim(folder, config)
+    write_or_check_config(folder, config)
     train_tokenizer(["which colour? red green blue"] * 9, config.data.vocab_size).save(folder / "tokenizer")
     with jax.set_mesh(mesh):
         state = Trainer(config, mesh).init()

@@ -157,7 +157,7 @@ def test_one_stop_string_needs_no_list(vlm):
 
 def test_answer_takes_requests(vlm):
     for wrong in (["hi"], "hi", ["hi", vlm.request("hi")]):
-        with pytest.raises(RequestError, match=r"takes requests, and 'hi' is none: vlm\.request\('hi'\) makes one"):
+        with pytest.raises(RequestError, match=r"expects Request objects, got 'hi'; build one with vlm\.request\('hi'\)"):
             vlm.answer(wrong)
     request = vlm.request("which?")
     assert vlm.answer(request, max_new_tokens=NEW) == vlm.answer([request], max_new_tokens=NEW)

@@ -47,7 +47,7 @@ def succeeds(capsys, *argv: str) -> str:
 def test_an_answer_is_what_generate_gives(capsys, run):
     picture = str(run / "data" / "1.png")
     asked = (f"--checkpoint={run}", f"--image={picture}", "--prompt=which colour?", NEW)
-    expected = vlm_jax.load(str(run), None, None, None, 16).generate("which colour?", [picture], max_new_tokens=8)
+    expected = vlm_jax.load(str(run), rows=16).generate("which colour?", [picture], max_new_tokens=8)
     assert expected
     assert succeeds(capsys, *asked) == expected + "\n"
     assert succeeds(capsys, *asked, "--stream") == expected + "\n"
@@ -61,7 +61,7 @@ def test_attention_draws_a_picture(capsys, run, tmp_path):
 
 
 def test_shots_come_before_the_question(run):
-    vlm = load(str(run), None, None, None, 16)
+    vlm = load(str(run), rows=16)
     picture = run / "data" / "1.png"
     request = vlm.request("which?", [picture], [([picture], "what?", "red"), ([], "and?", "blue")])
     tokens = vlm.generator.prompt(request, 0, api.Settings()).layout.tokens
@@ -86,7 +86,7 @@ def test_shots_come_before_the_question(run):
         (["--prompt=x", "--checkpoint={run}/data"], "holds no config.json"),
         ([], "give one of --prompt, --messages and --input"),
         (["--prompt=x", "--messages=a.json"], "give one of --prompt, --messages and --input"),
-        (["--messages=a.json", "--image=a.png"], "with --messages they stand in the file"),
+        (["--messages=a.json", "--image=a.png"], "with --messages, images belong in the file"),
         (["--messages=nowhere.json"], "--messages=nowhere.json: No such file"),
         (["--messages={run}/data/0.png"], "0.png: 'utf-8' codec can't decode"),
         (["--messages={run}/data/data.jsonl"], "data.jsonl:2: is not JSON: Extra data"),
@@ -161,7 +161,7 @@ def test_a_chat_in_a_file(capsys, run, tmp_path):
     turns = [content(said("which colour?"), image("0.png")), {"role": "assistant", "content": "red"}]
     (chats / "a.json").write_text(json.dumps([*turns, content(image("1.png"), said("and é?"))]))
     picture = lambda number: str(run / "data" / f"{number}.png")
-    vlm = load(str(run), None, None, None, 16)
+    vlm = load(str(run), rows=16)
     shots = [([picture(0)], "which colour?", "red")]
     expected = vlm.generate("and é?", [picture(1)], shots, max_new_tokens=8)
     command = (f"--checkpoint={run}", NEW)
@@ -202,7 +202,7 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
     assert sorted(expected) == [1, 3, 5, 7, 9]
     assert expected[5]["id"] == 5 and expected[1]["id"] == "a" and expected[3]["prompt"].startswith("how many")
 
-    generator = load(str(run), None, None, None, 2).generator
+    generator = load(str(run), rows=2).generator
     batches, seen = type(generator).batches, []
 
     def interrupted(self, *args):
@@ -213,7 +213,7 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(type(generator), "batches", interrupted)
         assert infer.main([*command, f"--output={parts}"]) == 130
-        assert "goes on from there" in capsys.readouterr().err
+        assert "run the same command again to resume" in capsys.readouterr().err
     assert len(read(parts)) == 2
     with parts.open("a") as file:
         file.write('{"line": 7, "id"')  # a line that a crash cut short

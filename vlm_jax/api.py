@@ -1,4 +1,4 @@
-"""What a user touches: load a run, ask it.
+"""The Python API: load a checkpoint, ask it.
 
 import vlm_jax
 
@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from vlm_jax.config import MeshConfig
@@ -28,32 +30,30 @@ from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files.folder import is_published
 from vlm_jax.interop.published import open_published
-from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot, from_prompt
-from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.pictures import Picture
+from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
 from vlm_jax.training.processors import run_processor, write_template
-from vlm_jax.training.step import compute_dtype
 
 DTYPES = ("float32", "bfloat16")
 
 
 class Vlm:
-    """A model that answers questions about pictures.
+    """A model that answers questions about images.
 
-    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8, a list of them or one alone; a list in
-    the place of one is a video. They stand before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
+    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8: one, or a list of them; a list inside
+    the list is a video. They come before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
     (images, question, answer) triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p,
-    repetition_penalty, beams, length_penalty, early_stopping, stop, seed; what is not given is the checkpoint's own.
+    repetition_penalty, beams, length_penalty, early_stopping, stop, seed; the defaults are the checkpoint's own.
 
     Attributes:
       checkpoint: what it was loaded from; generator: for batches of `Request`s; model, params, processor: its parts; mesh: the
-        devices it lies on.
+        devices.
     """
 
-    def __init__(self, checkpoint: Run | Checkpoint, generator: Generator) -> None:
+    def __init__(self, checkpoint: RunCheckpoint | Checkpoint, generator: Generator) -> None:
         self.checkpoint, self.generator = checkpoint, generator
         self.model, self.processor, self.mesh = generator.model, generator.processor, generator.mesh
 
@@ -70,12 +70,12 @@ class Vlm:
         """The answer.
 
         Raises:
-          RequestError: what was asked does not fit the model; ImageError: a picture cannot be read.
+          RequestError: the request does not fit the model; ImageError: an image cannot be read.
         """
         return self.answer([self.request(prompt, images, examples)], **settings)[0].text
 
     def chat(self, messages: Sequence[dict[str, Any]], **settings: Any) -> str:
-        """What the assistant says next in a chat of any number of turns.
+        """The assistant's next turn in a chat.
 
             question = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]
             vlm.chat([{"role": "user", "content": question},
@@ -86,7 +86,7 @@ class Vlm:
           messages: `processing/conversation.py` describes them.
 
         Raises:
-          RequestError: a wrong message, or a chat that the checkpoint's template refuses; ImageError: a picture cannot be read.
+          RequestError: a malformed message, or a chat that the template refuses; ImageError: an image cannot be read.
         """
         return self.answer([chat_request(messages)], **settings)[0].text
 
@@ -94,27 +94,27 @@ class Vlm:
         """The answers to many requests, with tokens, log-probabilities and why each ended.
 
         Raises:
-          RequestError: something else than requests, or one that does not fit; ImageError: a picture cannot be read.
+          RequestError: not a list of requests, or one that does not fit the model; ImageError: an image cannot be read.
         """
         given = [requests] if isinstance(requests, str | Request) else list(requests)
         wrong = [f"{one!r:.60}" for one in given if not isinstance(one, Request)]
         if wrong:
             raise RequestError(
-                f"answer() takes requests, and {wrong[0]} is none: vlm.request({wrong[0]}) makes one; vlm.generate(...) and "
-                "vlm.chat(...) answer a single question"
+                f"answer() expects Request objects, got {wrong[0]}; build one with vlm.request({wrong[0]}), or ask a "
+                "single question with vlm.generate(...) or vlm.chat(...)"
             )
         return self.generator.generate(given, self.settings(**settings))
 
     def stream(
         self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), **settings: Any
     ) -> Iterator[str]:
-        """The answer piece by piece, while it is generated."""
+        """Yields the answer piece by piece as it is generated."""
         yield from self.generator.stream(self.request(prompt, images, examples), self.settings(**settings))
 
     def attention(
         self, prompt: str, images: Sequence[Picture], examples: Sequence[Any] = (), **settings: Any
     ) -> tuple[str, AttentionMaps]:
-        """The answer, and where in the pictures the model looked for every word of it; `.save("out.png")` draws it."""
+        """The answer, and the attention over the images for each word of it; `.save("out.png")` draws it."""
         return self.attention_of(self.request(prompt, images, examples), **settings)
 
     def attention_of(self, request: Request, **settings: Any) -> tuple[str, AttentionMaps]:
@@ -133,18 +133,15 @@ class Vlm:
 
 
 def _listed(images: Any) -> list[Any]:
-    """One picture is a list of one."""
+    """A single image as a list."""
     if images is None:
         return []
     alone = isinstance(images, str | Path | bytes | np.ndarray | Image.Image)
     return [images] if alone else list(images)
 
 
-Loaded = tuple[VisionLanguageModel, Any]  # a model, and its parameters on the mesh
-
-
-class Run:
-    """A run of ours (the `--workdir` of train.py) whose configuration is read and whose weights are not yet.
+class RunCheckpoint:
+    """A run of train.py (its `--workdir`), with its configuration read and its weights not yet.
 
     Attributes:
       config: of the run.
@@ -155,27 +152,53 @@ class Run:
         self.config = read_config(folder)
         self.processor = run_processor(self.config.data, folder)
 
-    def load(self, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
+    def load(
+        self, mesh: Mesh, dtype: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[nn.Module, Any]:
+        """The model, and its parameters on the mesh.
+
+        Args:
+          dtype: None: the run's own.
+          progress: not called: runs are read without one.
+        """
         compute = compute_dtype(dtype or self.config.dtype)
         run = load_run(self.folder, mesh, dtype=compute if compute != "float32" or dtype else None, step=self.step)
         self.step = run.step
         return module_of(run.config.model)(run.config.model, compute), run.params
 
+    def convert(self, folder: str | Path, mesh: Mesh) -> int:
+        """Writes the run's parameters in the format of the published checkpoint it was started from.
+
+        Raises:
+          RequestError: it was not started from one.
+        """
+        origin = self.folder / PUBLISHED
+        if not origin.is_dir():
+            raise RequestError(
+                f"{self.folder} was not started from a published checkpoint (config.init_from), so there is no published "
+                "configuration to export it under"
+            )
+        published = open_published(origin, pickles=self.config.pickles)
+        written = published.export(load_run(self.folder, mesh, step=self.step).params, folder)
+        write_template(self.config.data, Path(folder))
+        return written
+
 
 def open_checkpoint(
-    path: str | Path, step: int | None = None, pickles: bool = False, pad_to_square: bool = False
-) -> Run | Checkpoint:
-    """Reads everything of a checkpoint but its weights; for the arguments see `load`."""
+    path: str | Path, step: int | None = None, *, pickles: bool = False, pad_to_square: bool = False
+) -> RunCheckpoint | Checkpoint:
+    """Reads everything in a checkpoint except its weights; for the arguments see `load`."""
     if is_published(path):
-        return open_published(path, pickles, pad_to_square)
+        return open_published(path, pickles=pickles, pad_to_square=pad_to_square)
     if pad_to_square:
-        raise RequestError(f"{path} is a run of ours: its pictures are fitted as config.data.image_fit says")
-    return Run(Path(path).expanduser(), step)
+        raise RequestError(f"{path} is a run of train.py: its images are fitted as config.data.image_fit says")
+    return RunCheckpoint(Path(path).expanduser(), step)
 
 
 def load(
-    path: str | Path | Run | Checkpoint,
+    path: str | Path | RunCheckpoint | Checkpoint,
     mesh: str | None = None,
+    *,
     dtype: str | None = None,
     step: int | None = None,
     rows: int = 16,
@@ -183,73 +206,58 @@ def load(
     pad_to_square: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Vlm | Encoder:
-    """Reads a run of ours (the `--workdir` of train.py) or a published checkpoint.
+    """Reads a run of train.py (its `--workdir`) or a published checkpoint.
 
-    What answers is a `Vlm`; CLIP, SigLIP and image encoders are an `Encoder`.
+    A model that answers questions is a `Vlm`; CLIP, SigLIP and image encoders are an `Encoder`.
 
     Args:
-      path: a run's folder; a folder that transformers saved, or the cache folder of a hub repository; or the repository's
-        name, "llava-hf/llava-1.5-7b-hf". What `open_checkpoint` gave is gone on with.
-      mesh: how to spread the model over the devices, "tensor=8" or "data=2,tensor=4"; None: the first device alone.
-      dtype: "float32" or "bfloat16"; None: the run's own, or bfloat16 on GPU and TPU where nobody chose.
+      path: a run's folder; a folder saved by transformers, or the cache folder of a hub repository; or the repository's
+        name, "llava-hf/llava-1.5-7b-hf"; or the result of `open_checkpoint`.
+      mesh: how to shard the model over the devices, "tensor=8" or "data=2,tensor=4"; None: only the first device.
+      dtype: "float32" or "bfloat16"; None: the run's own, or bfloat16 on GPU and TPU if it does not say.
       step: which checkpoint of a run; None: the newest.
-      rows: at most so many requests are answered at once.
+      rows: maximum number of requests answered at once.
       pickles: whether PyTorch's `.bin` files may be read; nothing in them is executed.
-      pad_to_square: of LLaVA-1.5: pictures are padded to squares first, as its authors evaluated it. transformers does not.
-      progress: called with the bytes read so far and in all, of a published checkpoint.
+      pad_to_square: LLaVA-1.5 only: images are padded to squares first, as its authors evaluated it; transformers does not.
+      progress: called with the bytes read so far and in total, for a published checkpoint.
 
     Raises:
-      ValueError: no checkpoint, a damaged one, or a mesh or dtype that cannot be; the message says which.
+      ValueError: no checkpoint, a damaged one, or an invalid mesh or dtype; the message says which.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    placed = parse_mesh(mesh)
-    checkpoint = open_checkpoint(path, step, pickles, pad_to_square) if isinstance(path, str | Path) else path
-    with jax.set_mesh(placed):
-        if isinstance(checkpoint, Run):
-            model, params = checkpoint.load(placed, dtype)
-        else:
-            compute = compute_dtype(dtype or "auto")
-            model = module_of(checkpoint.config)(checkpoint.config, compute)
-            params = checkpoint.load_params(placed, compute, progress)
-    if isinstance(checkpoint.processor, EncoderProcessor):
-        return Encoder(checkpoint, model, params, placed, rows)
-    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, placed, rows))
+    device_mesh = parse_mesh(mesh)
+    given = isinstance(path, str | Path)
+    checkpoint = open_checkpoint(path, step, pickles=pickles, pad_to_square=pad_to_square) if given else path
+    with jax.set_mesh(device_mesh):
+        model, params = checkpoint.load(device_mesh, dtype, progress=progress)
+    if not checkpoint.processor.answers:
+        return Encoder(checkpoint, model, params, mesh=device_mesh, rows=rows)
+    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows))
 
 
-def export(path: str | Path, folder: str | Path, step: int | None = None, mesh: str | None = None) -> int:
-    """Writes what was trained as a folder that transformers loads with `from_pretrained`.
+def export(path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None) -> int:
+    """Writes a trained model as a folder that transformers loads with `from_pretrained`.
 
     Args:
-      path: a run that was started from a published checkpoint (`config.init_from`), or such a checkpoint itself.
+      path: a run started from a published checkpoint (`config.init_from`), or such a checkpoint itself.
       folder: a new one.
       step: which checkpoint of the run; None: the newest.
-      mesh: as in `load`, for a model that one device cannot hold.
+      mesh: as in `load`, for a model too large for one device.
 
     Returns:
       the bytes of the weights.
 
     Raises:
-      ValueError: no checkpoint, one that transformers has no name for, or a folder that holds something already.
+      ValueError: no checkpoint, one without a transformers format, or a folder that is not empty.
     """
-    placed = parse_mesh(mesh)
+    device_mesh = parse_mesh(mesh)
     checkpoint = open_checkpoint(path, step)
-    with jax.set_mesh(placed):
-        if not isinstance(checkpoint, Run):
-            return checkpoint.export(checkpoint.load_params(placed), folder)
-        origin = checkpoint.folder / PUBLISHED
-        if not origin.is_dir():
-            raise RequestError(
-                f"{path} was not started from a published checkpoint (config.init_from), so there is no published "
-                "configuration to export it under"
-            )
-        published = open_published(origin, checkpoint.config.pickles)
-        written = published.export(load_run(checkpoint.folder, placed, step=step).params, folder)
-        write_template(checkpoint.config.data, Path(folder))
-        return written
+    with jax.set_mesh(device_mesh):
+        return checkpoint.convert(folder, device_mesh)
 
 
-def parse_mesh(text: str | None) -> jax.sharding.Mesh:
+def parse_mesh(text: str | None) -> Mesh:
     """ "data=2,tensor=4" -> the mesh; None -> one device.
 
     Raises:

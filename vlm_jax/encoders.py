@@ -1,4 +1,4 @@
-"""What a user touches of CLIP, SigLIP and image encoders: pictures and texts in, vectors out.
+"""The Python API of CLIP, SigLIP and image encoders: images and texts in, vectors out.
 
 Axis letters: B images, C texts, S features of an image, D width of the features, E width of the embeddings.
 """
@@ -27,13 +27,13 @@ class Encoder:
     Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8.
 
     Attributes:
-      checkpoint: what it was loaded from; model, params, processor: its parts; mesh: the devices it lies on.
+      checkpoint: what it was loaded from; model, params, processor: its parts; mesh: the devices.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, params: Any, mesh: Mesh, rows: int = 16) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, params: Any, *, mesh: Mesh, rows: int = 16) -> None:
         """
         Args:
-          rows: so many images or texts are encoded at once.
+          rows: number of images or texts encoded at once.
         """
         self.checkpoint, self.model, self.params, self.processor = checkpoint, model, params, checkpoint.processor
         self.mesh = mesh
@@ -42,7 +42,7 @@ class Encoder:
         self._apply = jax.jit(lambda method, params, *x: model.apply({"params": params}, *x, method=method), static_argnums=0)
 
     def features(self, images: Sequence[Picture]) -> np.ndarray:
-        """What a language model would read: [B, S, D], the class token first where there is one.
+        """The features that a language model would read: [B, S, D], with the class token first, if there is one.
 
         Raises:
           ImageError: a picture cannot be read.
@@ -70,7 +70,7 @@ class Encoder:
 
         Args:
           names: of the C classes.
-          template: what is said of an image; `{}` is the place of the name.
+          template: `{}` is replaced by the class name.
 
         Returns:
           [B, C] float32, the probability of every class for every image. With CLIP an image is one of the classes, and a row's
@@ -86,7 +86,7 @@ class Encoder:
             return np.asarray(self._apply("probabilities", self.params, images, texts))
 
     def _encode(self, method: str, inputs: np.ndarray) -> np.ndarray:
-        """Some rows at a time; the last ones are filled up, so that there is one program."""
+        """Encodes `rows` inputs at a time; the last batch is padded, so that everything runs in one compiled program."""
         count = len(inputs)
         inputs = np.concatenate([inputs, np.repeat(inputs[-1:], -count % self.rows, axis=0)])
         outputs = []

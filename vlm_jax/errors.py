@@ -1,6 +1,8 @@
-"""What a user is told: errors with one line that says what to change."""
+"""Errors for users: one line that says what to change."""
 
 from __future__ import annotations
+
+MAX_SHOWN = 60  # characters of a wrong value
 
 
 class RequestError(ValueError):
@@ -14,3 +16,13 @@ class DataError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def abbreviated(text: str) -> str:
+    """The text, or its beginning if it is long."""
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def counted(number: int, name: str) -> str:
+    """1, "tile" -> "1 tile"; 2, "tile" -> "2 tiles"."""
+    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -1,8 +1,9 @@
-"""Progress and time left of long work, where a person looks on."""
+"""Progress bars and times for the terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -17,3 +18,16 @@ def bytes_read(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def human_time(seconds: float) -> str:
+    """75 -> "1:15", 7384 -> "2:03:04"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def human_rate(value: float, unit: str) -> str:
+    """1.5e10, "FLOP/s" -> "15.0 GFLOP/s"."""
+    power = min(int(math.log10(max(value, 1.0)) // 3), 5)
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"

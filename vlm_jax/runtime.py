@@ -1,10 +1,12 @@
-"""How the scripts set JAX up, before it looks for devices."""
+"""JAX's settings, made before it looks for devices, and the dtype of the computation."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 CACHE = "~/.cache/vlm_jax/compiled"
 
@@ -26,3 +28,10 @@ def prepare(cache: str | None = None) -> None:
 def synchronous_cpu() -> None:
     """On a CPU a program runs in its caller; otherwise it occupies one of the threads that its matrix products share."""
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def compute_dtype(name: str) -> Any:
+    """`RunConfig.dtype` -> a dtype: bfloat16 by itself on GPU and TPU; on CPU it is emulated and slow."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)

@@ -1,11 +1,11 @@
-"""One training example as the model reads it: tokens, what is learned, where the visual tokens stand, what each token may see.
+"""Prints one training example as the model reads it: tokens, loss mask, visual tokens, cross-attention.
 
     python -m vlm_jax.show --config=configs/flamingo_easyvqa.py --example=7
     python -m vlm_jax.show --config=configs/finetune.py:FOLDER --config.data.source.train=mine.jsonl --image=tiles.png
 
-Green is learned, the rest is read. A prompt is what a prefix-LM reads both ways. `--json` prints one line for programs:
-`tokens`, `learned` (one boolean a token), `text`, and `ends`, the places after which the model learns to end although the text
-goes on.
+Green tokens have a loss, the others do not. In a prefix-LM, attention within the prompt is bidirectional. `--json` prints one
+line of JSON: `tokens`, `learned` (a boolean per token), `text`, and `ends`: positions after which the model learns to stop
+although the text continues.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from PIL import Image, ImageDraw
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.example import Example, Source
-from vlm_jax.errors import DataError
+from vlm_jax.errors import DataError, counted
 from vlm_jax.processing.conversation import media_of
-from vlm_jax.processing.layout import ENDS, NEWLINE, Layout, Written
+from vlm_jax.processing.layout import ENDS, NEWLINE, Layout, TokenizedConversation
 from vlm_jax.processing.pictures import Size, picture_name, picture_size
 from vlm_jax.processing.processor import Processor
 
 GAP, CAPTION = 6, 14  # pixels around a tile, and of the line above a picture's tiles
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shown:
-    """An example with everything that is printed of it."""
+    """An example and everything that is printed about it."""
 
     example: Example
     processor: Processor
     sizes: list[Size]  # of all its media
     places: list[int]  # the media of the conversation, in the order of their places
-    written: Written
+    written: TokenizedConversation
     layout: Layout
 
     @classmethod
@@ -62,7 +62,14 @@ class Shown:
         sizes = [picture_size(medium[0]) for medium in example.media]
         written = processor.write(turns)
         places = media_of(turns)
-        return cls(example, processor, sizes, places, written, processor.spread(written, [sizes[place] for place in places]))
+        return cls(
+            example=example,
+            processor=processor,
+            sizes=sizes,
+            places=places,
+            written=written,
+            layout=processor.spread(written, [sizes[place] for place in places]),
+        )
 
     @property
     def as_json(self) -> str:
@@ -97,7 +104,7 @@ class Shown:
             tokens = sum(map(len, media.runs(size))) if media.tile_tokens else 0
             how = f"{tokens:,} visual tokens in the sequence" if tokens else "read by cross-attention"
             name = picture_name(medium[0]) + (f" and {len(medium) - 1} more frames" if len(medium) > 1 else "")
-            console.print(f"picture {number}: {name}, {size[0]}x{size[1]}, {_count(media.tiles(size), 'tile')}, {how}")
+            console.print(f"picture {number}: {name}, {size[0]}x{size[1]}, {counted(media.tiles(size), 'tile')}, {how}")
         table = Table("places", "tokens", "what", "learned", "prompt", "cross-attention to")
         for begin, end in self._runs():
             last = int(layout.media_last[begin])
@@ -110,7 +117,7 @@ class Shown:
         console.print(table)
 
     def _pieces(self) -> list[tuple[str, str]]:
-        """The compact tokens as text, runs of one colour together."""
+        """The compact tokens as text, one piece per run of the same colour."""
         written, spread = self.written, self.processor.spread
         decoded = lambda end: self.processor.tokenizer.decode(written.tokens[:end].tolist())
         # A tokenizer may leave away the space a text begins with, so that a piece is what it adds.
@@ -136,10 +143,10 @@ class Shown:
         return pieces
 
     def _runs(self) -> list[tuple[int, int]]:
-        """Begins and ends of tokens that are alike."""
+        """Ranges of consecutive tokens with the same properties."""
         layout = self.layout
-        alike = np.stack([layout.visual != 0, layout.learned, layout.prefix, layout.media_last])
-        changes = np.flatnonzero((alike[:, 1:] != alike[:, :-1]).any(axis=0)) + 1
+        properties = np.stack([layout.visual != 0, layout.learned, layout.prefix, layout.media_last])
+        changes = np.flatnonzero((properties[:, 1:] != properties[:, :-1]).any(axis=0)) + 1
         bounds = [0, *changes.tolist(), len(layout.tokens)]
         return list(itertools.pairwise(bounds))
 
@@ -153,7 +160,7 @@ class Shown:
         if not rows:
             raise DataError(f"--image: {self.example.id} has no picture")
         captions = [
-            f"picture {number}: {height}x{width}, {_count(len(tiles), 'tile')} of {tiles[0].shape[0]}x{tiles[0].shape[1]}"
+            f"picture {number}: {height}x{width}, {counted(len(tiles), 'tile')} of {tiles[0].shape[0]}x{tiles[0].shape[1]}"
             for number, (tiles, (height, width)) in enumerate(zip(rows, self.sizes, strict=True), 1)
         ]
         widths = [sum(tile.shape[1] + GAP for tile in tiles) + GAP for tiles in rows]
@@ -169,10 +176,6 @@ class Shown:
                 left += tile.shape[1] + GAP
             top += height
         canvas.save(path)
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def main(argv: list[str]) -> int:
@@ -207,7 +210,7 @@ def main(argv: list[str]) -> int:
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "The recipe: a file in configs/.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "A run whose tokenizer or processor is used (default: as a new run would have it).")
+    flags.DEFINE_string("workdir", None, "A run whose tokenizer or processor is used (default: what a new run would use).")
     flags.DEFINE_enum("split", "train", ["train", "eval"], "Which of the two sets.")
     flags.DEFINE_integer("example", 0, "Which example, counted from 0.")
     flags.DEFINE_integer("conversation", 0, "Which of its conversations, counted from 0.")
@@ -217,6 +220,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at every start that PyTorch is not there
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences transformers' "PyTorch was not found"
     define_flags()
     app.run(main)

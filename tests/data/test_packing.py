@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import packing
-from vlm_jax.data.packing import Lengths, PackedRows, mix, plan_epoch
+from vlm_jax.data.packing import Lengths, PackedRows, hash_uint64, plan_epoch
 
 GOLDEN_MIX = [2249669389545321065, 2372969240919814197, 7954767119727130297]
 GOLDEN_ROW = [[1, 0], [16, 13], [2], [19, 18]]
@@ -38,7 +38,7 @@ def check(plan, lengths, tokens, images, per_image):
 @pytest.mark.parametrize(("tokens", "images"), [(30, 3), (64, 4), (500, 8)])
 def test_every_sequence_once_and_never_too_much(shuffle, per_image, tokens, images):
     lengths = lengths_of(200)
-    check(plan_epoch(lengths, tokens, images, per_image, 5, 2, shuffle), lengths, tokens, images, per_image)
+    check(plan_epoch(lengths, tokens, images, per_image, 5, 2, shuffle=shuffle), lengths, tokens, images, per_image)
 
 
 def test_sequences_of_an_example_stay_together_if_they_may():
@@ -77,13 +77,13 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 def test_the_shuffle_is_for_ever():
     # What resuming relies on, whatever the release of NumPy.
-    assert mix(1, 2, np.arange(3)).tolist() == GOLDEN_MIX
+    assert hash_uint64(1, 2, np.arange(3)).tolist() == GOLDEN_MIX
     plan = plan_epoch(lengths_of(5), 64, 4, 2, seed=3, epoch=1)
     assert as_lists(plan)[0] == GOLDEN_ROW
 
 
 def test_hashes_are_uniform():
-    values = mix(0, 0, 2, np.arange(10_000)).astype(np.float64) / 2**64
+    values = hash_uint64(0, 0, 2, np.arange(10_000)).astype(np.float64) / 2**64
     assert len(np.unique(values)) == 10_000
     assert abs(values.mean() - 0.5) < 0.02 and abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.04
 

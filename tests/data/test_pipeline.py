@@ -20,7 +20,9 @@ replace = dataclasses.replace
 
 
 def train(data: DataConfig, steps=6, seed=0, start=0, index=0, count=1) -> list[Batch]:
-    with TrainBatches(run_config(data, steps, seed), *parts(data), start, index, count) as batches:
+    with TrainBatches(
+        run_config(data, steps, seed), *parts(data), start=start, process_index=index, process_count=count
+    ) as batches:
         return list(batches)
 
 
@@ -186,7 +188,10 @@ def test_blank_images(jsonl_config):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_an_evaluation_is_whole_and_padded(jsonl_config, count):
-    shares = [list(eval_batches(jsonl_config, *parts(jsonl_config), index, count)) for index in range(count)]
+    shares = [
+        list(eval_batches(jsonl_config, *parts(jsonl_config), process_index=index, process_count=count))
+        for index in range(count)
+    ]
     assert len({len(share) for share in shares}) == 1
     assert all(batch.tokens.shape == (4 // count, 160) for share in shares for batch in share)
     tokens = [s["tokens"].tobytes() for share in shares for batch in share for s in segments_of(batch)]

@@ -18,7 +18,7 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.pipeline import tokens_of
 from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.data.store import FIELDS, OFFSETS, TokenStore
-from vlm_jax.data.tokenise import Tokeniser
+from vlm_jax.data.tokenise import DatasetTokenizer
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.recipe import RecipeProcessor
@@ -66,7 +66,7 @@ def test_what_is_kept_of_an_example(root):
 
 def test_a_second_opening_reads(root, monkeypatch, caplog):
     first = contents(store_of(source(root), **LEFT_OUT))
-    monkeypatch.setattr(Tokeniser, "chunk", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(DatasetTokenizer, "chunk", lambda *_, **__: pytest.fail("tokenised again"))
     caplog.clear()
     assert contents(store_of(source(root), **LEFT_OUT)) == first
     assert "2 of 14 examples are left out" in caplog.text  # it is said every time
@@ -109,7 +109,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(root, monkeypatch, stop_a
     whole = contents(store_of(source(root), **LEFT_OUT))
     monkeypatch.setattr(build_store, "CHUNK", 2)
     monkeypatch.setattr(build_store, "SAVE_S", -1.0)
-    monkeypatch.setattr(build_store, "ALONE", 99)
+    monkeypatch.setattr(build_store, "MAX_CHUNKS_ALONE", 99)
     # A process that is killed closes no file: what is on disk at that moment is all there is.
     stopped = lambda: shutil.copytree(root / "interrupted", root / "killed")
     with pytest.raises(KeyboardInterrupt):
@@ -141,11 +141,11 @@ def test_a_build_that_is_stopped_by_a_bad_line_goes_on_once_it_is_mended(root, m
 def test_processes_make_the_same_bytes(root, monkeypatch):
     whole = contents(store_of(source(root), **LEFT_OUT))
     monkeypatch.setattr(build_store, "CHUNK", 2)
-    monkeypatch.setattr(build_store, "ALONE", 0)
+    monkeypatch.setattr(build_store, "MAX_CHUNKS_ALONE", 0)
     monkeypatch.setattr(build_store.os, "cpu_count", lambda: 2)
     here = []
-    chunk = Tokeniser.chunk
-    monkeypatch.setattr(Tokeniser, "chunk", lambda *args, **more: here.append(args) or chunk(*args, **more))
+    chunk = DatasetTokenizer.chunk
+    monkeypatch.setattr(DatasetTokenizer, "chunk", lambda *args, **more: here.append(args) or chunk(*args, **more))
     assert contents(store_of(source(root), **LEFT_OUT, cache_dir=str(root / "other"))) == whole
     assert not here
     with pytest.raises(DataError, match=r"x\.jsonl:5: has the keys \['no'\]"):  # the first, whoever finds one first

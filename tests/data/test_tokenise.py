@@ -9,7 +9,7 @@ from data_helpers import picture, store_of, text_of, tokenised_with, write_lines
 from vlm_jax.data import tokenise
 from vlm_jax.data.example import Example
 from vlm_jax.data.sources.jsonl import JsonLinesSource
-from vlm_jax.data.tokenise import Tokeniser
+from vlm_jax.data.tokenise import DatasetTokenizer
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, Turn, assistant, user
 from vlm_jax.processing.layout import LEARNED
@@ -62,7 +62,7 @@ def test_last_turns_are_dropped_counted_and_reported(root, caplog):
 
 def test_an_answer_goes_with_its_question(root):
     said = [user(Text("q")), assistant("aaa"), user(Text("q")), user(Text("q")), assistant("aaa")]
-    made = Tokeniser([example(said)], *tokeniser_args(tokens=TWO_TURNS, too_long="drop_turns"))
+    made = DatasetTokenizer([example(said)], *tokeniser_args(tokens=TWO_TURNS, too_long="drop_turns"))
     chunk = made.chunk(range(1), skip=False)
     assert chunk.dropped == 3 and chunk.fields["lengths"] == [ONE_TURN]
 
@@ -138,13 +138,13 @@ def tokeniser_args(**changes):
 def test_images_out_of_order(places):
     pixels = np.zeros((8, 8, 3), np.uint8)
     said = [Turn("text", (Medium(place),)) for place in places] + [Turn("text", (Text("A"),), learn=True)]
-    made = Tokeniser([example(said, [(pixels,)] * 3)], *tokeniser_args())
+    made = DatasetTokenizer([example(said, [(pixels,)] * 3)], *tokeniser_args())
     (problem,) = made.chunk(range(1), skip=True).problems
     assert problem == f"x.jsonl:3: its media are used in the order {list(places)}; expected consecutive ones"
 
 
 def test_an_example_without_text():
-    (problem,) = Tokeniser([example([])], *tokeniser_args()).chunk(range(1), skip=True).problems
+    (problem,) = DatasetTokenizer([example([])], *tokeniser_args()).chunk(range(1), skip=True).problems
     assert problem == "x.jsonl:3: has no text"
 
 
@@ -152,7 +152,7 @@ def test_an_example_that_is_left_out_leaves_no_trace(root):
     """Of two conversations of which the second is too long, the first is not kept either."""
     short, long = (user(Text("q")), assistant("aaa")), (user(Text("q")), assistant("a" * 99))
     both = dataclasses.replace(example(short), conversations=(short, long))
-    made = Tokeniser([both, example(short)], *tokeniser_args(tokens=ONE_TURN))
+    made = DatasetTokenizer([both, example(short)], *tokeniser_args(tokens=ONE_TURN))
     chunk = made.chunk(range(2), skip=True)
     assert len(chunk.problems) == 1 and chunk.fields["example"] == [1] and chunk.fields["slots"] == [0, 0]
     stopped = made.chunk(range(2), skip=False)

@@ -74,7 +74,7 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 
 
 def load(folder: Path, mesh: str | None = None, **settings: Any) -> Vlm | Encoder:
-    return vlm_jax.load(folder, mesh, "float32", **settings)
+    return vlm_jax.load(folder, mesh, dtype="float32", **settings)
 
 
 def verbatim(vlm: Vlm, text: str, images: Sequence[Image.Image] = ()) -> Request:

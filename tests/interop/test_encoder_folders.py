@@ -172,7 +172,7 @@ def test_infer_says_which_name_fits(tmp_path, capsys):
         expected += f"{file}\n" + "".join(f"{row[place]:7.2%}  {NAMES[place]}\n" for place in order)
     assert capsys.readouterr().out == expected
     assert infer.main([f"--checkpoint={tmp_path}", f"--image={files[0]}", "--prompt=what is it?"]) == 2
-    assert "it is an encoder, ask it with --classes" in capsys.readouterr().err
+    assert "is an image-text encoder: use --classes" in capsys.readouterr().err
 
 
 PICTURES = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

@@ -6,7 +6,7 @@ import pytest
 
 from vlm_jax.interop.engine import to_ours, to_published
 from vlm_jax.interop.plan import ConversionError
-from vlm_jax.interop.table import Copy, Table, row, written
+from vlm_jax.interop.table import Copy, Table, published_name, row
 
 TABLE = Table(
     (
@@ -128,4 +128,4 @@ def test_a_copy_is_compared_under_an_optional_prefix_too():
 
 
 def test_written_names():
-    assert written("[model.]layers.{}.qkv", (7,)) == "layers.7.qkv"
+    assert published_name("[model.]layers.{}.qkv", (7,)) == "layers.7.qkv"

@@ -109,7 +109,7 @@ def test_tokens_and_chat_of_transformers_from_the_same_file(tmp_path, kind):
     if kind.endswith("without_begin"):
         fields |= {"tokenizer.ggml.add_bos_token": False}
     write_gguf(tmp_path / "a.gguf", llama_of(len(fields["tokenizer.ggml.tokens"])), fields, (Type.F16,))
-    ours = open_gguf(tmp_path / "a.gguf").processor.tokenizer.wrapped
+    ours = open_gguf(tmp_path / "a.gguf").processor.tokenizer.hf_tokenizer
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
     assert ours.get_vocab() == theirs.get_vocab()
     for text in [*TEXTS, "a<think>b", "safe afro", "", " "]:  # in "afe" and "afro" the order of merges tells

@@ -58,7 +58,7 @@ def test_features_and_the_way_to_a_folder(tmp_path):
     encoder = load(file)
     image = picture(1, 300, 280)
     with torch.no_grad():
-        pixels = encoder.processor.wrapped([image], return_tensors="pt")["pixel_values"]
+        pixels = encoder.processor.hf_processor([image], return_tensors="pt")["pixel_values"]
         theirs = model(pixel_values=pixels)
     compare(encoder.features([image]), theirs.last_hidden_state)
     compare(encoder.embed_images([image]), theirs.pooler_output)
@@ -96,5 +96,7 @@ def test_the_real_one_equals_onnxruntime():
     graph.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     images = [picture(seed, 260, 300) for seed in range(2)]
-    (theirs,) = session.run([output], {"input_image": encoder.processor.wrapped(images, return_tensors="np")["pixel_values"]})
+    (theirs,) = session.run(
+        [output], {"input_image": encoder.processor.hf_processor(images, return_tensors="np")["pixel_values"]}
+    )
     compare(encoder.features(images), torch.tensor(theirs))

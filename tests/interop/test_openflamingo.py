@@ -156,7 +156,7 @@ def test_what_is_missing_is_named(tmp_path):
 def test_end_of_chunk_ends_an_answer(tmp_path):
     made(tmp_path, neox, 2)
     vlm = vlm_jax.load(tmp_path, dtype="float32", pickles=True)
-    words = vlm.processor.tokenizer.wrapped
+    words = vlm.processor.tokenizer.hf_tokenizer
     assert vlm.processor.ends == {words.convert_tokens_to_ids("<|endofchunk|>")}
     assert vlm.settings() == Settings()
 

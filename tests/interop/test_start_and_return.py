@@ -87,7 +87,7 @@ def test_the_type_that_is_held_is_the_type_that_is_written(tmp_path):
     idefics_folder(tmp_path / "a")
     published = open_published(tmp_path / "a")
     vlm = vlm_jax.load(tmp_path / "a", dtype="bfloat16")
-    published.export(published.load_params(vlm.generator.mesh, "bfloat16"), tmp_path / "b")
+    published.export(published.load_params(vlm.generator.mesh, dtype="bfloat16"), tmp_path / "b")
     model = IdeficsForVisionText2Text.from_pretrained(tmp_path / "b")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="is not empty: export into a new folder"):
@@ -177,7 +177,7 @@ def test_visual_tokens_in_packed_rows(tmp_path, family, words):
     data = dataclasses.replace(base.data, **own, visual_tokens=16, image_size=16, tokens=96)
     config = dataclasses.replace(base, model=published.config, data=data)
     source = build_source(data, "train")
-    with TrainBatches(config, build_processor(data, source, tmp_path / "processor"), source, 0, 0, 1) as batches:
+    with TrainBatches(config, build_processor(data, source, tmp_path / "processor"), source) as batches:
         batch = next(iter(batches))
     assert batch.segments.max() > 1 and (batch.visual > 16).any()
     vlm = load(folder)

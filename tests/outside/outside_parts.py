@@ -72,7 +72,7 @@ class SmoothedConfig(ObjectiveConfig):
 class Smoothed(NextToken):
     """Cross-entropy with smoothed labels; checkpoints are ranked by how certain it is of right answers."""
 
-    ranks = "token_accuracy"
+    checkpoint_metric = "token_accuracy"
 
     def sums(self, model: nn.Module, params: Any, batch: Any, *, recompute: bool = True) -> Any:
         logits = model.apply({"params": params}, batch)
@@ -134,9 +134,9 @@ def table(config: ModelConfig, hf_config: Any) -> Table:
     return llava.towers(config, hf_config) + Table((row("pairs.weight", "connector/map/kernel", "W D -> D W"),))
 
 
-def processor(config: ModelConfig, hf_config: Any, wrapped: Any, *rest: Any) -> PublishedProcessor:
-    media = PublishedMedia(wrapped.image_processor, config.vision.image_size, config.visual_tokens_in_sequence)
-    return PublishedProcessor(wrapped, *rest, media=media, image_token=wrapped.image_token)
+def processor(config: ModelConfig, hf_config: Any, hf_processor: Any, *rest: Any) -> PublishedProcessor:
+    media = PublishedMedia(hf_processor.image_processor, config.vision.image_size, config.visual_tokens_in_sequence)
+    return PublishedProcessor(hf_processor, *rest, media=media, image_token=hf_processor.image_token)
 
 
 FAMILIES.add(OutsideConfig.model_type)(Family(config_from_hf, table, processor))

@@ -3,13 +3,24 @@
 import numpy as np
 import pytest
 
-from vlm_jax.processing.layout import ENDS, LEARNED, NEWLINE, PROMPT, Layout, Written, prefix_ends, spread, targets_of, visible
+from vlm_jax.processing.layout import (
+    ENDS,
+    LEARNED,
+    NEWLINE,
+    PROMPT,
+    Layout,
+    TokenizedConversation,
+    prefix_ends,
+    spread,
+    targets_of,
+    visible,
+)
 
 IMAGE, END, RESET = 3, 2, 4
 
 
-def written(*tokens: int, flags: list[int] | None = None) -> Written:
-    return Written(np.array(tokens, np.int32), np.array(flags or [PROMPT] * len(tokens), np.uint8))
+def written(*tokens: int, flags: list[int] | None = None) -> TokenizedConversation:
+    return TokenizedConversation(np.array(tokens, np.int32), np.array(flags or [PROMPT] * len(tokens), np.uint8))
 
 
 def last_seen(tokens: list[int], resets_at: int | None = None) -> list[int]:

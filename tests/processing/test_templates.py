@@ -44,7 +44,7 @@ def test_golden_texts(processor, name):
 def test_answers_and_their_ends_are_learned(processor, name):
     processor.template = named_template(name)
     if name == "chatml":  # its end token is one of the checkpoints that use it
-        wrapped = processor.tokenizer.wrapped
+        wrapped = processor.tokenizer.hf_tokenizer
         wrapped.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
         processor.ends = {wrapped.convert_tokens_to_ids("<|im_end|>")}
     whole, prompt = processor.write(CHAT), processor.write(CHAT[:-1], open=True)

@@ -11,11 +11,11 @@ from vlm_jax.config_dict import to_dict
 from vlm_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
-    claim,
     differences,
     fingerprint,
     load_run,
     read_config,
+    write_or_check_config,
 )
 from vlm_jax.training.step import Trainer
 
@@ -25,7 +25,7 @@ def saved(tmp_path_factory):
     """A run's folder with checkpoints 1, 2, 3 of states that differ, saved on fsdp=2 x tensor=2."""
     folder = tmp_path_factory.mktemp("run")
     run = tiny_run()
-    claim(folder, run)
+    write_or_check_config(folder, run)
     mesh = mesh_of(1, 2, 2)
     with jax.set_mesh(mesh):
         trainer = Trainer(run, mesh)
@@ -118,7 +118,7 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
 def test_load_run_gives_the_parameters_alone_in_the_wished_type(saved):
     mesh = mesh_of(1, 1, 2)
     with jax.set_mesh(mesh):
-        run = load_run(saved[0], mesh, jnp.bfloat16)
+        run = load_run(saved[0], mesh, dtype=jnp.bfloat16)
     assert run.step == 3 and run.config == tiny_run()
     expected = saved[1].trained["language"]["embedding"].astype(jnp.bfloat16)
     np.testing.assert_array_equal(run.params["language"]["embedding"], expected)

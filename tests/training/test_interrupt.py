@@ -24,10 +24,10 @@ def test_before_the_first_step_a_signal_ends_the_start():
 def test_once_armed_the_first_is_remembered_and_a_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
-        interrupt.arm()
-        assert not interrupt.wanted(agree=True)
+        interrupt.defer_signals()
+        assert not interrupt.should_stop(agree=True)
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.wanted(agree=True) and interrupt.signal == signal.SIGINT
+        assert interrupt.should_stop(agree=True) and interrupt.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -38,10 +38,10 @@ def test_a_signal_is_heard_while_compiled_code_runs(armed):
     # A wait in C for a lock that is never released: Python cannot run its handlers meanwhile, as in a compilation.
     script = f"""
         import ctypes, sys
-        from vlm_jax.training.interrupt import Interrupt, heard
-        with heard(), Interrupt() as interrupt:
+        from vlm_jax.training.interrupt import Interrupt, handle_signals
+        with handle_signals(), Interrupt() as interrupt:
             if {armed}:
-                interrupt.arm()
+                interrupt.defer_signals()
             print("ready", flush=True)
             ctypes.CDLL(None).usleep(3_000_000)
             ctypes.CDLL(None).usleep(3_000_000)
@@ -55,6 +55,6 @@ def test_a_signal_is_heard_while_compiled_code_runs(armed):
     said = process.stderr.readline()
     process.wait(timeout=60)
     if armed:
-        assert said == "SIGINT: heard; the step is finished and saved first\n" and process.returncode == 7
+        assert said == "SIGINT: finishing and saving the current step first\n" and process.returncode == 7
     else:
-        assert said.startswith("SIGINT before the first step: the same command goes on") and process.returncode == 130
+        assert said.startswith("SIGINT before the first step; run the same command again") and process.returncode == 130

@@ -49,4 +49,4 @@ class BlockConfig:
     shared_norm: bool = False  # and the same norm of it (Phi)
     experts: ExpertsConfig | None = None  # Mixtral
     layer_scale: bool = False  # a learned factor for what each half adds (Touvron et al. 2021; DINOv2)
-    query_init: float = 1.0  # times LeCun's deviation: above 1, attention from scratch is choosy from its first step
+    query_init: float = 1.0  # times LeCun's standard deviation: above 1, untrained attention starts out peaked

@@ -13,11 +13,11 @@ class ConnectorConfig(Kinds):
     """A connector: the features of a picture -> visual tokens."""
 
     def visual_width(self, features_width: int) -> int:
-        """Of the visual tokens."""
+        """Width of the visual tokens."""
         raise NotImplementedError
 
     def visual_tokens(self, frames: int, features: int) -> int:
-        """How many there are of a slot of `frames` frames of `features` features."""
+        """Number of visual tokens of a slot with `frames` images of `features` features each."""
         raise NotImplementedError
 
 

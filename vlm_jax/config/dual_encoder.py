@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, ClassVar, Literal
 
 from vlm_jax.config.frozen import frozen
 from vlm_jax.config.language import DecoderConfig
@@ -17,6 +18,17 @@ class ImageTowerConfig:
     encoder: VitConfig
     pool: Literal["class_token", "attention"]  # attention: a learned query reads the features (Zhai et al. 2022)
     projection: int | None = None  # the width of a linear map of the vector; None: there is none
+
+    answers: ClassVar[bool] = False
+    has_vision: ClassVar[bool] = True
+
+    def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageTowerConfig:
+        """See `ModelConfig.with_pixels`."""
+        return dataclasses.replace(self, encoder=dataclasses.replace(self.encoder, mean=mean, std=std))
+
+    def part(self, params: Any, name: str) -> Any:
+        """See `ModelConfig.part`; the image encoder is `vision`."""
+        return params["encoder"] if name == "vision" else None
 
 
 @frozen
@@ -41,3 +53,14 @@ class DualEncoderConfig:
     loss: Literal["softmax", "sigmoid"]
     logit_scale: float  # what the learned logarithm of the scale starts with
     logit_bias: float | None = None  # likewise of the bias; None: there is none
+
+    answers: ClassVar[bool] = False
+    has_vision: ClassVar[bool] = True
+
+    def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> DualEncoderConfig:
+        """See `ModelConfig.with_pixels`."""
+        return dataclasses.replace(self, image=self.image.with_pixels(mean, std))
+
+    def part(self, params: Any, name: str) -> Any:
+        """See `ModelConfig.part`; the image encoder is `vision`."""
+        return self.image.part(params["image"], name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_jax.errors import RequestError
 
-# What other libraries call these settings, and what says the same here.
+# Names of these settings in other libraries, and ours.
 OTHER_NAMES = {
     "num_beams": "beams",
     "do_sample": "temperature: 0 is greedy, above 0 samples",
@@ -30,13 +30,13 @@ class Settings:
     """
 
     max_new_tokens: int = 64
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach p
-    repetition_penalty: float = 1.0  # above 1: tokens that were there already, also in the prompt, are less likely
-    beams: int = 1  # above 1: beam search, which is deterministic and knows no stop strings
-    length_penalty: float = 1.0  # of beams: an answer counts with its log-probability / its length to this power
-    early_stopping: bool = False  # of beams: end as soon as that many answers are finished
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # sample from the k most likely tokens; 0: all
+    top_p: float = 1.0  # sample from the most likely tokens with total probability p
+    repetition_penalty: float = 1.0  # above 1 penalises tokens already in the prompt or the answer
+    beams: int = 1  # above 1: beam search, which is deterministic and does not support stop strings
+    length_penalty: float = 1.0  # beam search: an answer's score is its log-probability / its length to this power
+    early_stopping: bool = False  # beam search: end as soon as that many answers are finished
     stop: tuple[str, ...] = ()
     seed: int = 0
 
@@ -68,7 +68,7 @@ class Settings:
         """These settings with some changed.
 
         Raises:
-          RequestError: one that there is not, with the name of the right one; or a value that cannot be.
+          RequestError: an unknown setting (with the closest name), or an invalid value.
         """
         known = [field.name for field in dataclasses.fields(self)]
         for name, value in changes.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, ClassVar
+
 from vlm_jax.config.connector import ConnectorConfig
 from vlm_jax.config.frozen import frozen
 from vlm_jax.config.fusion import FusionConfig
@@ -18,14 +21,20 @@ class ModelConfig:
     fusion: FusionConfig | None
     language: LanguageConfig
 
+    answers: ClassVar[bool] = True
+
+    @property
+    def has_vision(self) -> bool:
+        return self.vision is not None
+
     @property
     def visual_width(self) -> int:
-        """Of the visual tokens."""
+        """Width of the visual tokens."""
         return self.connector.visual_width(self.vision.width)
 
     @property
     def visual_tokens_in_sequence(self) -> int:
-        """How many visual tokens of a tile stand in the sequence; 0: the model has no vision, or reads by cross-attention."""
+        """Number of visual tokens of a tile in the sequence; 0: no vision, or cross-attention."""
         return self.visual_tokens(1) if self.fusion is not None and self.fusion.in_sequence else 0
 
     @property
@@ -34,5 +43,13 @@ class ModelConfig:
         return self.vision is not None and self.vision.reads_shapes
 
     def visual_tokens(self, frames: int) -> int:
-        """How many visual tokens there are of an image slot of so many frames of `vision.image_size`."""
+        """Number of visual tokens of an image slot with `frames` images of `vision.image_size`."""
         return self.connector.visual_tokens(frames, self.vision.frame_features)
+
+    def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:
+        """The same, with pixels normalised by this mean and standard deviation."""
+        return dataclasses.replace(self, vision=dataclasses.replace(self.vision, mean=mean, std=std))
+
+    def part(self, params: Any, name: str) -> Any:
+        """The parameters that start part `name` of another model; None: there are none."""
+        return params.get(name)

@@ -1,6 +1,6 @@
 """Registers: what a name, or the class of a configuration, stands for, in this package or in another one.
 
-Another package adds what it has by the same calls as this one, and names the module that makes them by an entry point::
+Another package registers its values by the same calls, in a module that it names by an entry point::
 
     [project.entry-points."vlm_jax.plugins"]
     my_parts = "my_package.parts"  # importing it registers what is in it
@@ -25,15 +25,15 @@ class RegisterError(ValueError):
 
 
 class Register(Generic[Value]):
-    """Values by name, read from `rooms` and the plugins when the first name is looked up."""
+    """Values by name, read from `packages` and the plugins when the first name is looked up."""
 
-    def __init__(self, what: str, *rooms: str) -> None:
+    def __init__(self, what: str, *packages: str) -> None:
         """
         Args:
-          what: the values are, for messages.
-          rooms: packages of which every module is imported, so that it can register what it has.
+          what: noun for error messages.
+          packages: those whose modules are all imported, so that they can register their values.
         """
-        self.what, self._rooms = what, rooms
+        self.what, self._packages = what, packages
         self._known: dict[Hashable, Value] = {}
 
     def add(self, *names: Hashable) -> Callable[[Value], Value]:
@@ -70,8 +70,8 @@ class Register(Generic[Value]):
         return iter(tuple(self._known))
 
     def _read(self) -> None:
-        for room in self._rooms:
-            _import_room(room)
+        for package in self._packages:
+            _import_modules(package)
         load_plugins()
 
 
@@ -80,10 +80,9 @@ def _said(name: Hashable) -> str:
 
 
 @functools.cache
-def _import_room(room: str) -> None:
-    package = importlib.import_module(room)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{room}.{module.name}")
+def _import_modules(package: str) -> None:
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 @functools.cache
@@ -100,7 +99,7 @@ def load_plugins() -> None:
             raise RegisterError(f"the plugin {entry.name} ({entry.value}) cannot be imported: {error!r}") from error
 
 
-# By the class of the configuration; each is made from it and what `models/` gives it beside.
+# By the class of the configuration; constructed from it and arguments given by `models/`.
 MODULES: Register[type] = Register("a module for the configuration", "vlm_jax.layers", "vlm_jax.models")
 
 

@@ -34,8 +34,8 @@ class VitConfig(VisionConfig):
     patch_bias: bool = False
     pre_norm: bool = True  # before the first block; CLIP alone
     feature_layer: int = -1  # which hidden state leaves: -1 the last, -2 the one before (LLaVA), 0 the embeddings
-    # After the last block, applied to the features; OpenFlamingo and LLaVA take them before it. "held": a published
-    # checkpoint's, which no feature is made of.
+    # After the last block; OpenFlamingo and LLaVA take the features before it. "held": loaded and exported, but not applied to
+    # the features.
     post_norm: Literal["none", "held", "applied"] = "applied"
     mask_token: bool = False  # DINOv2's, for masked pretraining; held
     pooling_head: bool = False  # SigLIP's, where a language model reads the features before it; held

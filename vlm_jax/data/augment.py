@@ -14,7 +14,7 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     """Flips, shifts and recolours at random, as far as `config` says.
 
     Args:
-      image: [S, S, C] uint8; C is 3, or 3 F for F frames to be changed alike.
+      image: [S, S, C] uint8; C is 3, or 3 F for F frames with the same augmentation.
 
     Returns:
       [S, S, C] uint8; a new array unless nothing was done.

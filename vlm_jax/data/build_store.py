@@ -1,4 +1,4 @@
-"""Makes a token store, in parallel, once for all processes of a machine; an interrupted one is gone on with."""
+"""Makes a token store, in parallel, once for all processes of a machine; an interrupted build is resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import numpy as np
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
 from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, dtype_of, locked
-from vlm_jax.data.tokenise import Chunk, Tokeniser
+from vlm_jax.data.tokenise import Chunk, DatasetTokenizer
 from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.processing.processor import Processor
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 VERSION = 1  # of the files
 CHUNK = 512  # examples that are tokenised in one go
 MOST_PROCESSES = 16  # each holds a tokenizer
-ALONE = 8  # chunks that are not worth starting processes for
+MAX_CHUNKS_ALONE = 8  # chunks that are not worth starting processes for
 SAVE_S = 5.0  # seconds of work that an interruption may cost
-SHOWN = 5  # reasons of skipped examples that are reported
+MAX_REPORTED = 5  # reasons of skipped examples that are reported
 
 
 def token_store(config: DataConfig, processor: Processor, source: Source, *, skip: bool) -> TokenStore:
@@ -56,7 +56,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
         with locked(cache / f"{key}.lock", "another process tokenises the data"):
             made = not (cache / key / "meta.json").is_file()
             if made:
-                _Build(cache / key, Tokeniser(source, processor, config), skip=skip).run()
+                _StoreBuilder(cache / key, DatasetTokenizer(source, processor, config), skip=skip).run()
     except OSError as error:
         where = error.filename or cache
         raise DataError(f"{where}: {error.strerror or error} (data.cache_dir={cache} is where the tokens are kept)") from error
@@ -84,15 +84,15 @@ def _report(store: TokenStore, *, made: bool) -> None:
         )  # fmt: skip
 
 
-class _Build:
-    def __init__(self, target: Path, tokeniser: Tokeniser, *, skip: bool) -> None:
-        self.target, self.tokeniser, self.skip = target, tokeniser, skip
+class _StoreBuilder:
+    def __init__(self, target: Path, dataset_tokenizer: DatasetTokenizer, *, skip: bool) -> None:
+        self.target, self.dataset_tokenizer, self.skip = target, dataset_tokenizer, skip
         self.folder = target.with_name(f"{target.name}.part")
-        self.ids = "uint16" if tokeniser.processor.tokenizer.vocab_size <= 1 << 16 else "int32"
+        self.ids = "uint16" if dataset_tokenizer.processor.tokenizer.vocab_size <= 1 << 16 else "int32"
         self.state: dict[str, Any] = {"next": 0, "problems": 0, "shown": [], "dropped": 0, "seconds": 0.0, "bytes": {}}
 
     def run(self) -> None:
-        total = len(self.tokeniser.source)
+        total = len(self.dataset_tokenizer.source)
         self._resume()
         began = saved = reported = time.perf_counter()
         before = self.state["seconds"]
@@ -119,14 +119,14 @@ class _Build:
     def _chunks(self, ranges: list[range]) -> Iterator[tuple[range, Chunk]]:
         """Chunks in their order."""
         count = min(len(os.sched_getaffinity(0)), len(ranges), MOST_PROCESSES)
-        if count < 2 or len(ranges) <= ALONE:
+        if count < 2 or len(ranges) <= MAX_CHUNKS_ALONE:
             for indices in ranges:
-                yield indices, self.tokeniser.chunk(indices, skip=self.skip)
+                yield indices, self.dataset_tokenizer.chunk(indices, skip=self.skip)
             return
         context = multiprocessing.get_context("spawn")
         # By way of a file: what is handed to a starting process through its pipe can wait for ever where it dies.
         pickled = self.target.with_name(f"{self.target.name}.pickle")
-        pickled.write_bytes(pickle.dumps(self.tokeniser))
+        pickled.write_bytes(pickle.dumps(self.dataset_tokenizer))
         pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(pickled,))
         waiting: deque[tuple[range, concurrent.futures.Future]] = deque()
         try:
@@ -134,12 +134,12 @@ class _Build:
                 with sigint_blocked():
                     waiting.append((indices, pool.submit(_tokenise, indices, self.skip)))
                 if len(waiting) > 2 * count:
-                    yield self._taken(waiting)
+                    yield self._next_result(waiting)
             while waiting:
-                yield self._taken(waiting)
+                yield self._next_result(waiting)
         except concurrent.futures.process.BrokenProcessPool:
             raise DataError(
-                "a process that tokenises the data was killed (for want of memory?); the same command goes on from there"
+                "a process that tokenises the data was killed (out of memory?); run the same command again to resume"
             ) from None
         finally:
             # Whatever is still being tokenised is of no use any more.
@@ -149,7 +149,7 @@ class _Build:
             pickled.unlink(missing_ok=True)
 
     @staticmethod
-    def _taken(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
+    def _next_result(waiting: deque[tuple[range, concurrent.futures.Future]]) -> tuple[range, Chunk]:
         indices, future = waiting.popleft()
         while not concurrent.futures.wait([future], timeout=0.2).done:  # in short waits: a signal is heard between them
             pass
@@ -161,7 +161,7 @@ class _Build:
             joined = np.concatenate(values) if values and isinstance(values[0], np.ndarray) else np.asarray(values)
             files[field].write(joined.astype(dtype).tobytes())
         self.state["problems"] += len(chunk.problems)
-        self.state["shown"] = (self.state["shown"] + chunk.problems)[:SHOWN]
+        self.state["shown"] = (self.state["shown"] + chunk.problems)[:MAX_REPORTED]
         self.state["dropped"] += chunk.dropped
 
     def _save(self, files: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ class _Build:
         for field, size in self.state["bytes"].items():
             with (self.folder / f"{field}.bin").open("r+b") as file:
                 file.truncate(size)
-        log.info("tokenising: going on at example %d of %d", self.state["next"], len(self.tokeniser.source))
+        log.info("tokenising: going on at example %d of %d", self.state["next"], len(self.dataset_tokenizer.source))
 
     def _finish(self) -> None:
         read = lambda field: np.fromfile(self.folder / f"{field}.bin", dtype_of(field, self.ids))
@@ -196,16 +196,16 @@ class _Build:
         (self.target / "state.json").unlink(missing_ok=True)
 
 
-_TOKENISER: Tokeniser | None = None
+_DATASET_TOKENIZER: DatasetTokenizer | None = None
 
 
 def _start(pickled: Path) -> None:
     """Runs first in a process that tokenises."""
-    global _TOKENISER
+    global _DATASET_TOKENIZER
     start_worker()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _TOKENISER = pickle.loads(pickled.read_bytes())
+    _DATASET_TOKENIZER = pickle.loads(pickled.read_bytes())
 
 
 def _tokenise(indices: range, skip: bool) -> Chunk:
-    return _TOKENISER.chunk(indices, skip=skip)
+    return _DATASET_TOKENIZER.chunk(indices, skip=skip)

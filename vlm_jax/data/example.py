@@ -1,4 +1,4 @@
-"""What every source gives: some media, and the conversations that speak of them, before any pixel is decoded or text tokenised.
+"""What every source gives: media and the conversations about them, before any pixel is decoded or text tokenised.
 
 An easy-VQA picture with its questions is one example with a conversation a question::
 
@@ -48,10 +48,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def check(self, conversations: int) -> None:
-        """Whether so many conversations are all there should be; where that is not known, any number is.
+        """Checks the number of conversations, if the source knows it.
 
         Raises:
-          DataError: they are not.
+          DataError: some are missing.
         """
 
 

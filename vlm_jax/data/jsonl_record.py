@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.data.example import Example
-from vlm_jax.errors import RequestError
+from vlm_jax.errors import RequestError, abbreviated
 from vlm_jax.processing.conversation import (
     MARKER,
     Medium,
@@ -16,6 +16,7 @@ from vlm_jax.processing.conversation import (
     assistant,
     content_of,
     from_messages,
+    has_surrogate,
     user,
 )
 
@@ -23,24 +24,24 @@ KINDS = ("conversations", "messages", "content")
 HUMAN, GPT = ("human", "user"), ("gpt", "assistant")
 
 
-class Bad(Exception):
+class RecordError(Exception):
     """What is wrong with a record; the caller adds the line."""
 
 
-def shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def as_json(value: Any) -> str:
+    """A wrong value, for messages."""
+    return abbreviated(json.dumps(value, ensure_ascii=False))
 
 
 def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
     value = record.get(key, default)
     if value is ...:
-        raise Bad(f"has no {key!r}")
+        raise RecordError(f"has no {key!r}")
     if value is not default and not isinstance(value, kind):
         names = {str: "a string", list: "a list", bool: "true or false"}
-        raise Bad(f"{key!r} is {shown(value)}; expected {names[kind]}")
-    if kind is str and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise Bad(f"{key!r} has half of a surrogate pair, which is no character")
+        raise RecordError(f"{key!r} is {as_json(value)}; expected {names[kind]}")
+    if kind is str and has_surrogate(value):
+        raise RecordError(f"{key!r} has half of a surrogate pair, which is no character")
     return value
 
 
@@ -49,20 +50,20 @@ class Record:
 
     def __init__(self, where: str, record: Any, picture: Callable[[Any], str]):
         if not isinstance(record, dict):
-            raise Bad(f"is {shown(record)}; expected an object")
+            raise RecordError(f"is {as_json(record)}; expected an object")
         self._where, self._record, self._picture = where, record, picture
         self._media: list[tuple[str, ...]] = []
 
     def example(self) -> Example:
-        """Raises Bad."""
+        """Raises RecordError."""
         kinds = [key for key in KINDS if key in self._record]
         if len(kinds) != 1:
             names = ", ".join(map(repr, KINDS))
-            raise Bad(f"has the keys {sorted(self._record)}; expected one of {names}")
+            raise RecordError(f"has the keys {sorted(self._record)}; expected one of {names}")
         read = {"conversations": self._conversation, "messages": self._messages, "content": self._interleaved}[kinds[0]]
         turns = read()
         if not any(turn.learn for turn in turns):
-            raise Bad('has nothing to learn: no text of gpt or the assistant, or no text with "learn": true')
+            raise RecordError('has nothing to learn: no text of gpt or the assistant, or no text with "learn": true')
         return Example(self._where, tuple(self._media), (tuple(turns),))
 
     def _next_medium(self, paths: Any) -> Medium:
@@ -77,22 +78,22 @@ class Record:
         values: list[tuple[str, str]] = []
         for number, turn in enumerate(said, 1):
             if not isinstance(turn, dict):
-                raise Bad(f"turn {number} is {shown(turn)}; expected an object of 'from' and 'value'")
+                raise RecordError(f"turn {number} is {as_json(turn)}; expected an object of 'from' and 'value'")
             speaker, value = _take(turn, "from", str), _take(turn, "value", str)
             if speaker == "system" and number == 1:
                 turns.append(Turn("system", (Text(value),)))
                 continue
             expected = GPT if len(values) % 2 else HUMAN
             if speaker not in expected:
-                raise Bad(f"turn {number} is from {speaker!r}; expected {expected[0]!r}: they take turns, human first")
+                raise RecordError(f"turn {number} is from {speaker!r}; expected {expected[0]!r}: they take turns, human first")
             values.append((expected[0], value))
         if any(MARKER in value for speaker, value in values if speaker == GPT[0]):
-            raise Bad(f"{MARKER} in a turn of gpt; pictures belong to human turns")
+            raise RecordError(f"{MARKER} in a turn of gpt; pictures belong to human turns")
         markers = sum(value.count(MARKER) for _, value in values)
         if values and not markers:
             values[0] = (values[0][0], MARKER * len(paths) + values[0][1])
         elif markers != len(paths):
-            raise Bad(f"{markers} times {MARKER} and {len(paths)} pictures; expected equally many")
+            raise RecordError(f"{markers} times {MARKER} and {len(paths)} pictures; expected equally many")
         for path in paths:
             self._next_medium([path])
         before = 0
@@ -100,7 +101,7 @@ class Record:
             if speaker == GPT[0]:
                 turns.append(assistant(value.strip()))
             else:
-                turns.append(user(*content_of(value.strip(), before, lead=True)))
+                turns.append(user(*content_of(value.strip(), before, image_first=True)))
                 before += value.count(MARKER)
         return turns
 
@@ -108,7 +109,7 @@ class Record:
         try:
             turns, media = from_messages(_take(self._record, "messages", list))
         except RequestError as error:
-            raise Bad(str(error)) from None
+            raise RecordError(str(error)) from None
         for paths in media:
             self._next_medium(paths)
         return list(turns)
@@ -117,19 +118,21 @@ class Record:
         turns: list[Turn] = []
         for number, part in enumerate(_take(self._record, "content", list), 1):
             if not isinstance(part, dict):
-                raise Bad(f"part {number} is {shown(part)}; expected an object")
+                raise RecordError(f"part {number} is {as_json(part)}; expected an object")
             kinds = [key for key in ("text", "image", "frames") if key in part]
             unknown = set(part) - {"text", "image", "frames", "learn"}
             if unknown:
-                raise Bad(f"part {number} has the unknown key {min(unknown)!r}; expected 'text', 'image', 'frames' or 'learn'")
+                raise RecordError(
+                    f"part {number} has the unknown key {min(unknown)!r}; expected 'text', 'image', 'frames' or 'learn'"
+                )
             if len(kinds) != 1 or ("learn" in part and kinds != ["text"]):
-                raise Bad(f"part {number} is {shown(part)}; expected 'text' (and 'learn'), or 'image', or 'frames'")
+                raise RecordError(f"part {number} is {as_json(part)}; expected 'text' (and 'learn'), or 'image', or 'frames'")
             if "text" in part:
                 text = Text(_take(part, "text", str))
                 turns.append(Turn("text", (text,), learn=_take(part, "learn", bool, True)))
                 continue
             frames = [part["image"]] if "image" in part else _take(part, "frames", list)
             if not frames:
-                raise Bad(f"part {number}: 'frames' is empty")
+                raise RecordError(f"part {number}: 'frames' is empty")
             turns.append(Turn("text", (self._next_medium(frames),)))
         return turns

@@ -2,7 +2,7 @@
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
 whole. Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of
-every example is in exactly one row of an epoch, or in none if it has a share below 1 and the dice say so.
+every example is in exactly one row of an epoch; one with a share below 1 is included with that probability.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -26,7 +26,7 @@ from vlm_jax.data.store import Lengths, TokenStore, locked
 from vlm_jax.errors import DataError
 
 VERSION = 1  # of plans: those of another version are not read
-OPEN_ROWS = 32  # rows that first fit looks at; more fill slightly better and plan slower
+OPEN_ROWS = 32  # rows that first fit searches; more fill slightly better and plan slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plan:
         return [self.sequences[self.units[unit] : self.units[unit + 1]] for unit in range(self.rows[row], self.rows[row + 1])]
 
 
-def mix(*values: int | np.ndarray) -> np.ndarray:
+def hash_uint64(*values: int | np.ndarray) -> np.ndarray:
     """A well-mixed uint64 of integers (broadcast against each other): splitmix64 (Steele et al. 2014), chained."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):
@@ -60,7 +60,7 @@ def mix(*values: int | np.ndarray) -> np.ndarray:
 
 
 def plan_epoch(
-    lengths: Lengths, tokens: int, images: int, per_image: int = 0, seed: int = 0, epoch: int = 0, shuffle: bool = True
+    lengths: Lengths, tokens: int, images: int, per_image: int = 0, seed: int = 0, epoch: int = 0, *, shuffle: bool = True
 ) -> Plan:
     """Plans one epoch.
 
@@ -77,13 +77,15 @@ def plan_epoch(
     index = np.arange(len(lengths.tokens))
     if shuffle:
         if lengths.share is not None:
-            index = index[(mix(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < lengths.share]
+            index = index[(hash_uint64(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < lengths.share]
         # Within an example by hash; the examples themselves stay together.
-        index = index[np.lexsort((mix(seed, epoch, 1, index), lengths.example[index]))]
+        index = index[np.lexsort((hash_uint64(seed, epoch, 1, index), lengths.example[index]))]
     count = len(index)
-    starts = _cut(lengths.tokens[index], lengths.example[index], tokens, per_image)
+    starts = _unit_starts(lengths.tokens[index], lengths.example[index], tokens, per_image)
     bounds = np.append(starts, count)
-    order = np.argsort(mix(seed, epoch, 2, np.arange(len(starts))), kind="stable") if shuffle else np.arange(len(starts))
+    order = np.arange(len(starts))
+    if shuffle:
+        order = np.argsort(hash_uint64(seed, epoch, 2, order), kind="stable")
     weights = np.add.reduceat(lengths.tokens[index], starts, dtype=np.int64) if count else np.zeros(0, np.int64)
     pictures = lengths.images[lengths.example[index[starts]]] if count else np.zeros(0, np.int64)
     rows = _first_fit(weights[order].tolist(), pictures[order].tolist(), tokens, images)
@@ -95,7 +97,7 @@ def plan_epoch(
     return Plan(row_bounds, np.concatenate([[0], ends]).astype(np.int64), sequences.astype(np.int32))
 
 
-def _cut(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
+def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
     """Where units begin: at a new example, after `per_image` sequences, and where the next would not fit in a row."""
     count = len(tokens)
     if not count:
@@ -142,7 +144,7 @@ def _first_fit(tokens: list[int], images: list[int], most_tokens: int, most_imag
     return rows
 
 
-def _kept(folder: Path, make: Callable[[], Plan]) -> Plan:
+def _cached_plan(folder: Path, make: Callable[[], Plan]) -> Plan:
     """The plan that is kept in a folder, made if it is not there: by one process, for which the others wait."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +186,7 @@ class PackedRows:
                 self._plans.pop(next(iter(self._plans)))
             name = "-".join(map(str, (VERSION, *self._args, epoch)))
             make = lambda: plan_epoch(self.store.lengths_to_pack, *self._args, epoch)
-            self._plans[epoch] = _kept(self.store.folder / "plans" / name, make)
+            self._plans[epoch] = _cached_plan(self.store.folder / "plans" / name, make)
         return self._plans[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def check_same(store: TokenStore) -> None:
         )
 
 
-def _share(config: DataConfig, process_index: int, process_count: int) -> range:
+def _share(config: DataConfig, *, process_index: int, process_count: int) -> range:
     """Which rows of a global batch the process makes."""
     if config.rows % process_count:
         raise DataError(f"data.rows={config.rows} does not divide among {process_count} processes")
@@ -122,6 +122,7 @@ class TrainBatches:
         config: RunConfig,
         processor: Processor,
         source: Source,
+        *,
         start: int = 0,
         process_index: int = 0,
         process_count: int = 1,
@@ -135,9 +136,9 @@ class TrainBatches:
 
         data = config.data
         store = tokens_of(data, processor, source)
-        rows = PackedRows(store, data.tokens, data.images, data.sequences_per_image, config.seed)
+        rows = PackedRows(store, tokens=data.tokens, images=data.images, per_image=data.sequences_per_image, seed=config.seed)
         rows.locate(start * data.rows)  # planned here, where it can be interrupted, not by every worker
-        share = _share(data, process_index, process_count)
+        share = _share(data, process_index=process_index, process_count=process_count)
         self.position = start
         made = grain.MapDataset.range(start, max(start, config.steps)).map(
             _LocalBatch(data, rows, RowMaker(data, store, source, processor.spread, config.seed), share)
@@ -191,6 +192,7 @@ def eval_batches(
     config: DataConfig,
     processor: Processor,
     source: Source,
+    *,
     process_index: int = 0,
     process_count: int = 1,
     max_rows: int = 0,
@@ -206,8 +208,8 @@ def eval_batches(
       DataError: as for TrainBatches.
     """
     store = tokens_of(config, processor, source)
-    share = _share(config, process_index, process_count)
-    plan = plan_epoch(store.lengths_to_pack, config.tokens, config.images, config.sequences_per_image, shuffle=False)
+    share = _share(config, process_index=process_index, process_count=process_count)
+    plan = plan_epoch(store.lengths_to_pack, config.tokens, config.images, per_image=config.sequences_per_image, shuffle=False)
     count = min(len(plan), max_rows) if max_rows else len(plan)
     maker = RowMaker(config, store, source, processor.spread, seed=None)
     for first in range(0, count, config.rows):

@@ -101,7 +101,7 @@ class RowMaker:
     def _augment(self, tiles: Tiles, rng: np.random.Generator) -> Tiles:
         if len(tiles) == 1:
             return [augment(tiles[0], self._config.augment, rng)]
-        stacked = np.concatenate(tiles, axis=-1)  # a video's frames are changed alike
+        stacked = np.concatenate(tiles, axis=-1)  # all frames of a video get the same augmentation
         return np.split(augment(stacked, self._config.augment, rng), len(tiles), axis=-1)
 
     def _tiles(self, number: int) -> list[Tiles]:
@@ -110,11 +110,11 @@ class RowMaker:
         if kept is not None:
             return kept
         example = self._source[number]
-        sizes = self._store.media_of(number)  # of those that are spoken of, which are the first
+        sizes = self._store.media_of(number)  # sizes of the referenced media, which are the first
         made = [self._pixels(example, *one) for one in zip(example.media[: len(sizes)], sizes, strict=True)]
         size = sum(tile.nbytes for tiles in made for tile in tiles)
         with self._lock:
-            # An epoch asks for every example once: what is kept first serves as well as what is kept last.
+            # An epoch reads every example once, so keeping the first ones is as good as keeping the last ones.
             if size <= self._room:
                 self._room -= size
                 self._cache[number] = made

@@ -4,7 +4,7 @@
       tokens.bin ...      flat arrays, `FIELDS`
       meta.json           counts, what was left out and why, what it was made of; written last
       plans/              which sequence stands in which row, an epoch each (`packing.py`)
-    CACHE/KEY.part/       one that is being made; an interrupted one is gone on with
+    CACHE/KEY.part/       a store in the making; an interrupted build is resumed
     CACHE/KEY.lock        held by the process that makes it
 
 Axis letters: N conversations, E examples, C compact tokens of all conversations (`processing/layout.py`), M media of all
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.processing.layout import Written
+from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.pictures import Size
 
 log = logging.getLogger(__name__)
@@ -98,14 +98,14 @@ class TokenStore:
 
     @property
     def checksum(self) -> int:
-        """Of what the plans of its epochs depend on."""
+        """Checksum of what the plans of its epochs depend on."""
         arrays = (self.counts, self.lengths, self.example, self.slots)
         return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 
-    def written(self, index: int) -> Written:
+    def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""
         here = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Written(np.asarray(self.tokens[here], np.int32), np.asarray(self.flags[here]))
+        return TokenizedConversation(np.asarray(self.tokens[here], np.int32), np.asarray(self.flags[here]))
 
     def media_of(self, example: int) -> list[Size]:
         """The sizes of an example's media."""

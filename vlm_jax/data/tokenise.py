@@ -1,4 +1,4 @@
-"""Examples -> the arrays of a token store: media looked at, conversations written, what fits in no row found.
+"""Examples -> the arrays of a token store: measures media, tokenises conversations, finds examples that do not fit.
 
 Axis letters as in `store.py`.
 """
@@ -15,7 +15,7 @@ from vlm_jax.config import DataConfig, SampleRule
 from vlm_jax.data.example import Example, Source
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.conversation import Conversation, media_of, plain_text
-from vlm_jax.processing.layout import Written
+from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.pictures import ImageError, Picture, Size, picture_size
 from vlm_jax.processing.processor import Processor
 
@@ -37,13 +37,13 @@ class Chunk:
         return cls({field: [] for field in FIELDS}, [])
 
 
-class Tokeniser:
-    """It pickles: the processes that tokenise get a copy."""
+class DatasetTokenizer:
+    """Tokenises the examples of a data set. It pickles: the worker processes get a copy."""
 
     def __init__(self, source: Source, processor: Processor, config: DataConfig) -> None:
         """
         Raises:
-          DataError: a sampling rule that is no regex, or whose share is no chance.
+          DataError: a sampling rule that is not a regex, or whose share is not a probability.
         """
         self.source, self.processor, self.config = source, processor, config
         self.rules = [_compiled(rule) for rule in config.sampling]
@@ -55,7 +55,7 @@ class Tokeniser:
     def chunk(self, indices: range, *, skip: bool) -> Chunk:
         """
         Args:
-          skip: leave out and report examples that are wrong or that no row can take; else the first ends the chunk.
+          skip: leave out and report examples that are wrong or do not fit into a row; else the first ends the chunk.
         """
         out = Chunk.empty()
         for index in indices:
@@ -64,7 +64,7 @@ class Tokeniser:
                 example = self.source[index]
                 sizes, found = self._measured(example)
                 rows = [self._written(example, turns, sizes) for turns in found]
-                # What only dropped turns speak of takes no slot.
+                # Media used only by dropped turns take no slot.
                 sizes = sizes[: max((place + 1 for turns, _, _ in rows for place in media_of(turns)), default=0)]
                 slots, media = self._slots(sizes), len(sizes)
                 self._check_example(example, slots, media)
@@ -89,7 +89,7 @@ class Tokeniser:
         return sum(self.processor.media.tiles(size) for size in sizes) if self._in_sequence else len(sizes)
 
     def _measured(self, example: Example) -> tuple[list[Size], tuple[Conversation, ...]]:
-        """The sizes of its media, from the headers of their files, which are all looked at."""
+        """The sizes of its media, from the headers of all their files."""
         sizes = []
         for medium in example.media:
             try:
@@ -108,8 +108,10 @@ class Tokeniser:
     def _size(self, picture: Picture) -> Size:
         return self._sizes(picture) if isinstance(picture, str) else picture_size(picture)
 
-    def _written(self, example: Example, turns: Conversation, sizes: list[Size]) -> tuple[Conversation, Written, int]:
-        """The conversation written, and the places it takes; if asked for without the last turns that no row can take."""
+    def _written(
+        self, example: Example, turns: Conversation, sizes: list[Size]
+    ) -> tuple[Conversation, TokenizedConversation, int]:
+        """The tokenised conversation and its length in a row, dropping last turns if too_long="drop_turns"."""
         drops = self.config.too_long == "drop_turns"
         while True:
             try:
@@ -130,7 +132,7 @@ class Tokeniser:
                 )
             turns = shorter
 
-    def _length(self, written: Written, sizes: list[Size]) -> int:
+    def _length(self, written: TokenizedConversation, sizes: list[Size]) -> int:
         """Places in a row: the last token is only a target."""
         length = len(written.tokens) - 1
         if self._in_sequence:
@@ -150,7 +152,7 @@ class Tokeniser:
                 f"{example.id}: an image slot of {most} frames, and a slot has data.frames={config.frames}. Raise it"
             )
 
-    def _add(self, out: Chunk, index: int, turns: Conversation, written: Written, length: int) -> None:
+    def _add(self, out: Chunk, index: int, turns: Conversation, written: TokenizedConversation, length: int) -> None:
         fields, media = out.fields, media_of(turns)
         fields["tokens"].append(written.tokens)
         fields["flags"].append(written.flags)
@@ -169,7 +171,7 @@ class Tokeniser:
 
 
 def _without_last_pair(turns: Conversation) -> Conversation | None:
-    """Without the last answer and what it answers; None: nothing would be left to learn."""
+    """Without the last answer and its question; None: nothing would be left to learn."""
     shorter = turns[:-1]
     while shorter and not shorter[-1].learn:
         shorter = shorter[:-1]

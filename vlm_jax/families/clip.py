@@ -17,8 +17,8 @@ from vlm_jax.config import (
     VitConfig,
 )
 from vlm_jax.families import open_clip
-from vlm_jax.interop.encoders import dual, image_tower
 from vlm_jax.interop.hf_config import plain_block, squares
+from vlm_jax.interop.published import dual_encoder_family, image_tower_family
 from vlm_jax.interop.register import FAMILIES, VISION, VisionFamily
 from vlm_jax.interop.rows import attention, norm, norms_and_mlp, patches
 from vlm_jax.interop.table import Table, row
@@ -105,7 +105,7 @@ def text_encoder(config: Any) -> DecoderConfig:
 def vision_table(config: VitConfig) -> Table:
     """Names of the vision tower, without a prefix <-> the paths of a `Vit`."""
     entries = (
-        *patches("embeddings.patch_embedding", config.patch_size, config.patch_bias),
+        *patches("embeddings.patch_embedding", config.patch_size, bias=config.patch_bias),
         row("embeddings.position_embedding.weight", "position_embedding", "T D -> T D"),
         *attention(config.block),
         *norms_and_mlp(config.block),
@@ -129,5 +129,5 @@ def vision_from_hf(config: Any, **choices: Any) -> VitConfig:
 
 
 VISION.add("clip_vision_model")(VisionFamily(vision_from_hf, vision_table))
-FAMILIES.add("clip")(dual(config_from_hf, table, open_clip.table))
-FAMILIES.add("clip_vision_model")(image_tower(image_config_from_hf, image_table))
+FAMILIES.add("clip")(dual_encoder_family(config_from_hf, table, open_clip.table))
+FAMILIES.add("clip_vision_model")(image_tower_family(image_config_from_hf, image_table))

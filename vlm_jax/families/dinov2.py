@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import VitConfig
-from vlm_jax.interop.encoders import first_token
 from vlm_jax.interop.hf_config import activation, plain_block, squares
+from vlm_jax.interop.published import class_token_family
 from vlm_jax.interop.register import FAMILIES
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, patches, query_key_value
 from vlm_jax.interop.table import Row, Table, row
@@ -48,8 +48,8 @@ def _table(config: VitConfig, attention: tuple[str, ...], gated: tuple[Row, ...]
     entries = (
         row("embeddings.cls_token", "class_embedding", "() () D -> D"),
         row("embeddings.position_embeddings", "position_embedding", "() T D -> T D"),
-        *patches("embeddings.patch_embeddings.projection", config.patch_size, config.patch_bias),
-        *(r for name, ours in query_key for r in linear(f"{LAYER}{name}", ours, TO_HEADS, config.block.qkv_bias)),
+        *patches("embeddings.patch_embeddings.projection", config.patch_size, bias=config.patch_bias),
+        *(r for name, ours in query_key for r in linear(f"{LAYER}{name}", ours, TO_HEADS, bias=config.block.qkv_bias)),
         *linear(f"{LAYER}{attention[-1]}", "layers/attention/out", FROM_HEADS),
         *(gated if config.block.gated_mlp else plain),
         *norm(f"{LAYER}norm1", "layers/attention_norm"),
@@ -93,4 +93,4 @@ def config_from_hf(config: Any) -> VitConfig:
     )
 
 
-FAMILIES.add("dinov2", "dinov2_with_registers")(first_token(config_from_hf, table, state_dict_table))
+FAMILIES.add("dinov2", "dinov2_with_registers")(class_token_family(config_from_hf, table, state_dict_table))

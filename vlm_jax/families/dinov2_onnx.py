@@ -1,7 +1,7 @@
 """The weights of a DINOv2 (Oquab et al. 2023) that PyTorch exported to ONNX from transformers' `Dinov2Model`.
 
-The exporter keeps the names of what it leaves as it is, and numbers what it folds: the matrices, turned round, whose owner is
-the node that multiplies by them, and the positions. Whatever else is in the graph, behind the backbone, is left out.
+The exporter keeps the names of tensors that it does not change, and numbers those that it folds: matrices, which it transposes
+and which are named here after the node that multiplies by them, and positions. Anything after the backbone is ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def open_onnx(path: Path) -> Checkpoint:
 
     def keep_files(folder: Path) -> None:
         hf_config.save_pretrained(folder)
-        processor.wrapped.save_pretrained(folder)
+        processor.hf_processor.save_pretrained(folder)
 
     return Checkpoint(
         path=path,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.config import VitConfig
-from vlm_jax.interop.encoders import first_token
 from vlm_jax.interop.hf_config import plain_block, squares
+from vlm_jax.interop.published import class_token_family
 from vlm_jax.interop.register import FAMILIES
 from vlm_jax.interop.rows import FROM_HEADS, FUSED, LAYER, linear, norm, norms_and_mlp, patches, query_key_value
 from vlm_jax.interop.table import Table, row
@@ -22,8 +22,8 @@ def rows(config: VitConfig) -> Table:
     entries = (
         row("embeddings.class_embedding", "class_embedding", "() () D -> D"),
         row("embeddings.position_embedding", "position_embedding", "() T D -> T D"),
-        *patches("embeddings.patch_embedding", config.patch_size, config.patch_bias),
-        *linear(f"{LAYER}self_attn.qkv", query_key_value("layers/attention"), FUSED, config.block.qkv_bias),
+        *patches("embeddings.patch_embedding", config.patch_size, bias=config.patch_bias),
+        *linear(f"{LAYER}self_attn.qkv", query_key_value("layers/attention"), FUSED, bias=config.block.qkv_bias),
         *linear(f"{LAYER}self_attn.projection", "layers/attention/out", FROM_HEADS),
         *norms_and_mlp(config.block),
     )
@@ -42,4 +42,4 @@ def config_from_hf(config: Any) -> VitConfig:
     )
 
 
-FAMILIES.add("blip_2_vision_model", "instructblip_vision_model")(first_token(config_from_hf, table))
+FAMILIES.add("blip_2_vision_model", "instructblip_vision_model")(class_token_family(config_from_hf, table))

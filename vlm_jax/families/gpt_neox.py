@@ -20,8 +20,8 @@ def table(config: DecoderConfig) -> Table:
     bias, fused = config.block.qkv_bias, query_key_value("layers/attention")
     rows = [
         row(f"{MODEL}embed_in.weight", "embedding", "V D -> V D"),
-        *linear(f"{LAYER}attention.query_key_value", fused, FUSED_BY_HEAD, bias),
-        *linear(f"{LAYER}attention.dense", "layers/attention/out", FROM_HEADS, bias),
+        *linear(f"{LAYER}attention.query_key_value", fused, FUSED_BY_HEAD, bias=bias),
+        *linear(f"{LAYER}attention.dense", "layers/attention/out", FROM_HEADS, bias=bias),
         *linear(f"{LAYER}mlp.dense_h_to_4h", "layers/mlp/up", UP),
         *linear(f"{LAYER}mlp.dense_4h_to_h", "layers/mlp/down", DOWN),
         *norm(f"{LAYER}input_layernorm", "layers/attention_norm"),

@@ -158,16 +158,17 @@ class IdeficsProcessor(PublishedProcessor):
     Nothing behind an end token sees a picture until the next one.
     """
 
-    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, side: int) -> None:
-        self.resets_at = wrapped.tokenizer.eos_token_id
-        super().__init__(wrapped, ends, defaults, media=PublishedMedia(wrapped.image_processor, side, 0), image_token=IMAGE)
+    def __init__(self, hf_processor: Any, ends: AbstractSet[int], defaults: Settings, side: int) -> None:
+        self.resets_at = hf_processor.tokenizer.eos_token_id
+        media = PublishedMedia(hf_processor.image_processor, side, tile_tokens=0)
+        super().__init__(hf_processor, ends, defaults, media=media, image_token=IMAGE)
         self.template = ""  # the published processor reads lists of texts and pictures
         # A checkpoint that was trained on dialogues has a mark between one text and the next.
-        self._between = UTTERANCE_END if UTTERANCE_END in wrapped.tokenizer.all_special_tokens else ""
+        self._between = UTTERANCE_END if UTTERANCE_END in hf_processor.tokenizer.all_special_tokens else ""
 
-    def untemplated(self, turns: Conversation) -> str:
+    def render_without_template(self, turns: Conversation) -> str:
         if not any(turn.role == "text" for turn in turns):
-            return super().untemplated(turns)
+            return super().render_without_template(turns)
         text, before = "", None
         for part in (part for turn in turns for part in turn.content):
             if isinstance(part, Text) and isinstance(before, Text):
@@ -176,8 +177,8 @@ class IdeficsProcessor(PublishedProcessor):
             before = part
         return text
 
-    def finished(self, text: str) -> str:
-        out, neighbours = self.tokenizer.wrapped.bos_token, False
+    def postprocess_prompt(self, text: str) -> str:
+        out, neighbours = self.tokenizer.hf_tokenizer.bos_token, False
         for number, piece in enumerate(text.split(IMAGE)):
             if number:
                 out += ("" if neighbours else AROUND) + IMAGE + AROUND

@@ -78,16 +78,16 @@ def _connector() -> Table:
     return Table(
         (
             row(f"{RESAMPLER}latents", "connector/latents", "R D -> R D"),
-            *(r for name, path in heads for r in linear(f"{LAYER}self_attn.{name}_proj", path, TO_HEADS, False)),
-            *linear(f"{LAYER}self_attn.o_proj", f"{attention}/out", FROM_HEADS, False),
-            *(r for name, path in norms for r in norm(name, path, False)),
+            *(r for name, path in heads for r in linear(f"{LAYER}self_attn.{name}_proj", path, TO_HEADS, bias=False)),
+            *linear(f"{LAYER}self_attn.o_proj", f"{attention}/out", FROM_HEADS, bias=False),
+            *(r for name, path in norms for r in norm(name, path, bias=False)),
             *(
                 r
                 for name, path in mlps
                 for side in ("gate", "up")
-                for r in linear(f"{name}{side}_proj", f"{path}/{side}", UP, False)
+                for r in linear(f"{name}{side}_proj", f"{path}/{side}", UP, bias=False)
             ),
-            *(r for name, path in mlps for r in linear(f"{name}down_proj", f"{path}/down", DOWN, False)),
+            *(r for name, path in mlps for r in linear(f"{name}down_proj", f"{path}/down", DOWN, bias=False)),
         )
     )
 
@@ -112,7 +112,7 @@ class Idefics2Media(PublishedMedia):
 class Idefics2Processor(PublishedProcessor):
     """Each crop of a picture is some `<image>` tokens between two `<fake_token_around_image>`."""
 
-    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, count: int) -> None:
+    def __init__(self, hf_processor: Any, ends: AbstractSet[int], defaults: Settings, count: int) -> None:
         """
         Args:
           count: visual tokens of a crop.
@@ -120,21 +120,21 @@ class Idefics2Processor(PublishedProcessor):
         Raises:
           PublishedError: the processor writes another number of `<image>` tokens.
         """
-        if wrapped.image_seq_len != count:
+        if hf_processor.image_seq_len != count:
             raise PublishedError(
-                f"image_seq_len={wrapped.image_seq_len} in the processor's config, and the model makes {count} visual tokens "
-                "of a picture (perceiver_config.resampler_n_latents): set it to that"
+                f"image_seq_len={hf_processor.image_seq_len} in the processor's config, and the model makes {count} visual "
+                "tokens of a picture (perceiver_config.resampler_n_latents): set it to that"
             )
-        crops = CROPS if wrapped.image_processor.do_image_splitting else 1
-        token, fake = wrapped.image_token, wrapped.fake_image_token
+        crops = CROPS if hf_processor.image_processor.do_image_splitting else 1
+        token, fake = hf_processor.image_token, hf_processor.fake_image_token
         self._written = f"{fake}{token}{fake}" * crops
         self._fake, self._behind = fake, re.compile(rf"{re.escape(fake)}(?=[^\s<])")
-        size = wrapped.image_processor.size
+        size = hf_processor.image_processor.size
         side = max(size.longest_edge or size.height, size.shortest_edge or size.width)
-        media = Idefics2Media(wrapped.image_processor, side, count, crops=crops)
-        super().__init__(wrapped, ends, defaults, media=media, image_token=token)
+        media = Idefics2Media(hf_processor.image_processor, side, count, crops=crops)
+        super().__init__(hf_processor, ends, defaults, media=media, image_token=token)
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         # Neighbours share the token between them, and a word behind one begins as a word.
         text = text.replace(self.image_token, self._written).replace(self._fake * 2, self._fake)
         return self._behind.sub(f"{self._fake} ", text)

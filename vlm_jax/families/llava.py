@@ -89,10 +89,10 @@ def towers(config: ModelConfig, hf_config: Any) -> Table:
     return tower.table(config.vision).under(TOWER, "vision/") + text
 
 
-def processor(config: ModelConfig, hf_config: Any, wrapped: Any, *rest: Any) -> PublishedProcessor:
+def processor(config: ModelConfig, hf_config: Any, hf_processor: Any, *rest: Any) -> PublishedProcessor:
     """Every picture is one tile, all of whose patches are visual tokens."""
-    media = PublishedMedia(wrapped.image_processor, config.vision.image_size, config.vision.frame_features)
-    return PublishedProcessor(wrapped, *rest, media=media, image_token=wrapped.image_token)
+    media = PublishedMedia(hf_processor.image_processor, config.vision.image_size, config.vision.frame_features)
+    return PublishedProcessor(hf_processor, *rest, media=media, image_token=hf_processor.image_token)
 
 
 FAMILIES.add("llava")(Family(config_from_hf, table, processor, pads_to_square=True))

@@ -82,11 +82,11 @@ def _inside(size: Size, grid: Size) -> tuple[slice, slice]:
     return slice(None), slice(padding, grid[1] - padding)
 
 
-def _processor(config: ModelConfig, hf_config: Any, wrapped: Any, *rest: Any) -> PublishedProcessor:
+def _processor(config: ModelConfig, hf_config: Any, hf_processor: Any, *rest: Any) -> PublishedProcessor:
     vision, pinpoints = config.vision, tuple((height, width) for height, width in hf_config.image_grid_pinpoints)
     sizes = (vision.image_size, vision.frame_features)
-    media = AnyresMedia(wrapped.image_processor, *sizes, pinpoints=pinpoints, patch=vision.patch_size)
-    return PublishedProcessor(wrapped, *rest, media=media, image_token=wrapped.image_token)
+    media = AnyresMedia(hf_processor.image_processor, *sizes, pinpoints=pinpoints, patch=vision.patch_size)
+    return PublishedProcessor(hf_processor, *rest, media=media, image_token=hf_processor.image_token)
 
 
 FAMILIES.add("llava_next")(Family(llava.config_from_hf, llava.table, _processor))

@@ -31,7 +31,7 @@ def table(config: DualEncoderConfig) -> Table:
 def vision_rows(config: VitConfig) -> Table:
     """The names behind `visual.` <-> the paths of a `Vit`; without `proj`."""
     entries = (
-        *patches("conv1", config.patch_size, config.patch_bias),
+        *patches("conv1", config.patch_size, bias=config.patch_bias),
         row("class_embedding", "class_embedding", "D -> D"),
         row("positional_embedding", "position_embedding", "T D -> T D"),
         *norm("ln_pre", "pre_norm"),

@@ -22,7 +22,7 @@ GATED = "gated.{}."
 
 
 def config_from_parts(
-    vision: Any, language: Any, every: int, vocabulary: int, latents: int = LATENTS, depth: int = DEPTH
+    vision: Any, language: Any, *, every: int, vocabulary: int, latents: int = LATENTS, depth: int = DEPTH
 ) -> ModelConfig:
     """transformers' configurations of the parts -> ours.
 
@@ -99,7 +99,7 @@ def _gated() -> Table:
 
 
 def _language(config: ModelConfig, hf_config: Any) -> Table:
-    """The language model's own table; embeddings are the checkpoint's, for it added tokens to them."""
+    """The language model's own table; embeddings are the checkpoint's own, because it added tokens."""
     own = LANGUAGE[hf_config.model_type].table(config.language)
     rows, replaced = [], [copy.name for copy in own.copies]
     for one in own.rows:

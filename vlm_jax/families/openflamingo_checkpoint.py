@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from vlm_jax.families.openflamingo import (
 )
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.folder import check_tokenizer, find, open_weights, read_config
+from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, open_weights, read_config
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
 from vlm_jax.interop.files.source import Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
@@ -63,13 +62,14 @@ class OpenFlamingoProcessor(PublishedProcessor):
 
     after_answer = after_text = END_OF_CHUNK
 
-    def __init__(self, wrapped: Wrapped, side: int) -> None:
-        tokenizer = wrapped.tokenizer
+    def __init__(self, hf_processor: Wrapped, side: int) -> None:
+        tokenizer = hf_processor.tokenizer
         tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK, IMAGE]})
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
         end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
-        super().__init__(wrapped, {end}, Settings(), media=PublishedMedia(wrapped.image_processor, side, 0), image_token=IMAGE)
+        media = PublishedMedia(hf_processor.image_processor, side, tile_tokens=0)
+        super().__init__(hf_processor, {end}, Settings(), media=media, image_token=IMAGE)
 
 
 class OpenFlamingoFamily:
@@ -83,9 +83,9 @@ class OpenFlamingoFamily:
           PublishedError: the folder or one of the parts it names is missing, damaged, or of another kind.
         """
         settings = _settings(folder)
-        every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles)
+        every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles=pickles)
         vision, language = _vision_config(parts), read_config(parts["language"], LANGUAGE)
-        trained = Renamed(_trained(folder / settings["checkpoint"], pickles), lambda name: gated_name(name, every))
+        trained = Renamed(_trained(folder / settings["checkpoint"], pickles=pickles), lambda name: gated_name(name, every))
         tensors, embedding = trained.tensors, embedding_name(language)
         for name in (embedding, "perceiver.latents"):
             if name not in tensors:
@@ -94,7 +94,8 @@ class OpenFlamingoFamily:
                 )
         depth = len({name.split(".")[2] for name in tensors if name.startswith("perceiver.layers.")})
         latents = tensors["perceiver.latents"].shape[0]
-        config = config_from_parts(vision, language, every, tensors[embedding].shape[0], latents, depth)
+        vocabulary = tensors[embedding].shape[0]
+        config = config_from_parts(vision, language, every=every, vocabulary=vocabulary, latents=latents, depth=depth)
         layers = language_layers(language)
 
         def source() -> Joined:
@@ -135,11 +136,7 @@ def _keep_files(folder: Path, parts: dict[str, Path], target: Path) -> None:
     """Writes the settings, with the parts where they are now, and the processing of the two beside them."""
     target.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        kept = target / PROCESSING / name
-        kept.mkdir(parents=True, exist_ok=True)
-        for file in part.iterdir():
-            if file.suffix in (".json", ".model", ".txt") and ".index." not in file.name:
-                shutil.copyfile(file, kept / file.name)
+        copy_settings(part, target / PROCESSING / name)
     settings = json.loads((folder / "config.json").read_text())
     settings |= {name: str(part.resolve()) for name, part in parts.items()}
     settings["checkpoint"] = str((folder / settings["checkpoint"]).resolve())
@@ -159,13 +156,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _parts(folder: Path, settings: dict[str, Any], pickles: bool) -> dict[str, Path]:
+def _parts(folder: Path, settings: dict[str, Any], *, pickles: bool) -> dict[str, Path]:
     # A folder beside this one, any folder, or a hub name.
     beside = {name: folder / settings[name] for name in ("vision", "language")}
-    return {name: find(p if p.is_dir() else settings[name], pickles) for name, p in beside.items()}
+    return {name: find(p if p.is_dir() else settings[name], pickles=pickles) for name, p in beside.items()}
 
 
-def _trained(file: Path, pickles: bool) -> Source:
+def _trained(file: Path, *, pickles: bool) -> Source:
     if file.suffix == ".safetensors":
         return SafetensorsFiles([file])
     if not pickles:

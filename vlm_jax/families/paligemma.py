@@ -47,17 +47,17 @@ class PaliGemmaProcessor(PublishedProcessor):
 
     before_answer = "\n"
 
-    def __init__(self, wrapped: Any, ends: AbstractSet[int], defaults: Settings, side: int, count: int) -> None:
-        media = PublishedMedia(wrapped.image_processor, side, count)
-        super().__init__(wrapped, ends, defaults, media=media, image_token=wrapped.image_token)
+    def __init__(self, hf_processor: Any, ends: AbstractSet[int], defaults: Settings, side: int, count: int) -> None:
+        media = PublishedMedia(hf_processor.image_processor, side, count)
+        super().__init__(hf_processor, ends, defaults, media=media, image_token=hf_processor.image_token)
 
-    def untemplated(self, turns: Conversation) -> str:
+    def render_without_template(self, turns: Conversation) -> str:
         said = tuple(dataclasses.replace(turn, content=(Text(turn.text),)) for turn in turns)
-        return self.image_token * len(media_of(turns)) + super().untemplated(said)
+        return self.image_token * len(media_of(turns)) + super().render_without_template(said)
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         pictures, token, prompt = text.rpartition(self.image_token)
-        return f"{pictures}{token}{self.tokenizer.wrapped.bos_token}{prompt}\n"
+        return f"{pictures}{token}{self.tokenizer.hf_tokenizer.bos_token}{prompt}\n"
 
 
 def _processor(config: ModelConfig, hf_config: Any, *rest: Any) -> PaliGemmaProcessor:

@@ -9,8 +9,8 @@ from typing import Any
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, TextTowerConfig, VitConfig
 from vlm_jax.families import clip
 from vlm_jax.families.clip import text_encoder, text_rows
-from vlm_jax.interop.encoders import dual, image_tower
 from vlm_jax.interop.hf_config import require
+from vlm_jax.interop.published import dual_encoder_family, image_tower_family
 from vlm_jax.interop.register import FAMILIES, VISION, VisionFamily
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, FUSED, UP, linear, norm, query_key_value
 from vlm_jax.interop.table import Table, row
@@ -96,5 +96,5 @@ def vision_from_hf(config: Any, **choices: Any) -> VitConfig:
 
 
 VISION.add("siglip_vision_model")(VisionFamily(vision_from_hf, vision_table))
-FAMILIES.add("siglip")(dual(config_from_hf, table))
-FAMILIES.add("siglip_vision_model")(image_tower(image_config_from_hf, image_table))
+FAMILIES.add("siglip")(dual_encoder_family(config_from_hf, table))
+FAMILIES.add("siglip_vision_model")(image_tower_family(image_config_from_hf, image_table))

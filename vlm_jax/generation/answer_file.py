@@ -28,6 +28,7 @@ from vlm_jax.generation.generator import Prompt
 from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.pictures import ImageError
+from vlm_jax.progress import human_time
 
 WINDOW = 16  # batches whose questions are sorted by length together
 
@@ -186,7 +187,7 @@ def answer_file(
                 count += len(batch)
                 rate = count / (time.perf_counter() - began)
                 progress(
-                    f"{len(done) + count}/{len(questions)}  {rate:.3g} answers/s  left {_clock((len(left) - count) / rate)}"
+                    f"{len(done) + count}/{len(questions)}  {rate:.3g} answers/s  left {human_time((len(left) - count) / rate)}"
                 )
     return count
 
@@ -196,10 +197,3 @@ def _prompt(vlm: Any, source: Path, question: Question, settings: Settings) -> P
         return vlm.generator.prompt(question.request, question.line, settings)
     except (RequestError, ImageError) as error:
         raise RequestError(f"{source}:{question.line}: {error}") from None
-
-
-def _clock(seconds: float) -> str:
-    """75 -> "1:15", 7384 -> "2:03:04"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""A published checkpoint: what it was opened from makes no difference here."""
+"""A published checkpoint, whatever it was opened from: a folder, a GGUF or an ONNX file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.interop.engine import load_params, names_known, published_tensors
 from vlm_jax.interop.files import safetensors_files
@@ -20,14 +20,35 @@ from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.table import Table
 from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.processor import Processor
+from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import boxed_params
 
-Config = ModelConfig | DualEncoderConfig | ImageTowerConfig
+
+class Config(Protocol):
+    """What a published model's configuration says of itself.
+
+    Attributes:
+      answers: whether the model generates text; has_vision: whether it reads images.
+    """
+
+    @property
+    def answers(self) -> bool: ...
+
+    @property
+    def has_vision(self) -> bool: ...
+
+    def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Config:
+        """The same, with pixels normalised by this mean and standard deviation."""
+        ...
+
+    def part(self, params: Any, name: str) -> Any:
+        """The parameters that start part `name` of another model; None: there are none."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint whose configuration is read and whose weights are not yet."""
+    """A published checkpoint, with its configuration read and its weights not yet."""
 
     path: Path
     config: Config
@@ -38,13 +59,30 @@ class Checkpoint:
     exported_name: Callable[[str], str | None] | None = lambda name: name  # None: the tensor stays out
     exported_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of config.json, in an export
 
+    def load(
+        self, mesh: Mesh, dtype: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[nn.Module, Any]:
+        """The model, and its parameters on the mesh.
+
+        Args:
+          dtype: "float32" or "bfloat16"; None: bfloat16 on GPU and TPU.
+        """
+        compute = compute_dtype(dtype or "auto")
+        return module_of(self.config)(self.config, compute), self.load_params(mesh, dtype=compute, progress=progress)
+
+    def convert(self, folder: str | Path, mesh: Mesh) -> int:
+        """`export` of the parameters as they were published."""
+        return self.export(self.load_params(mesh), folder)
+
     def load_params(
-        self, mesh: Mesh, dtype: Any = None, progress: Callable[[int, int], None] = lambda done, total: None
+        self, mesh: Mesh, *, dtype: Any = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Any:
         """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`."""
         source = self.open_source()
         table = max(self.tables, key=lambda table: names_known(table, source))
-        return load_params(source, table, boxed_params(module_of(self.config)(self.config)), mesh, dtype, progress)
+        return load_params(
+            source, table, boxed_params(module_of(self.config)(self.config)), mesh, dtype=dtype, progress=progress
+        )
 
     def export(self, params: Any, folder: str | Path) -> int:
         """Writes a folder that the family's own code loads: `params`, and this checkpoint's configuration and processing.

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.interop.files.source import Arrays, Source
 from vlm_jax.interop.plan import Problems, plan, resolve
-from vlm_jax.interop.table import Index, Shape, Table, pattern, written
+from vlm_jax.interop.table import Index, Shape, Table, pattern, published_name
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import boxed_params, place_tree, shardings_of, unboxed
 
@@ -56,6 +56,7 @@ def load_params(
     table: Table,
     boxed: Any,
     mesh: Mesh,
+    *,
     dtype: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
@@ -114,7 +115,7 @@ def published_tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarr
             ends = list(itertools.accumulate(one.row.split))
             parts = np.split(whole, ends[:-1]) if ends else [whole]
             for template, part in zip(one.row.published, parts, strict=True):
-                yield written(template, numbers), np.asarray(part, order="C")
+                yield published_name(template, numbers), np.asarray(part, order="C")
 
 
 def _shapes(params: Any) -> Mapping[str, Shape]:

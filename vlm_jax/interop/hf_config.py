@@ -1,4 +1,4 @@
-"""What the families' `config_from_hf` share: a transformers config's settings as ours, and refusals of what we do not have."""
+"""What the families' `config_from_hf` share: settings of a transformers config as ours, and checks for unsupported settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table held against the published names and our parameters: which of them make which, and everything that does not fit."""
+"""Matches a table with published names and model parameters, and collects every mismatch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vlm_jax.interop.files.source import Source, Tensor
-from vlm_jax.interop.table import Axes, Index, Row, Shape, Table, axes_of, pattern, written
+from vlm_jax.interop.table import Axes, Index, Row, Shape, Table, axes_of, pattern, published_name
 
 CHUNK = 64 << 20  # bytes of two copies that are compared at a time
 
@@ -20,7 +20,7 @@ class ConversionError(ValueError):
 
 
 class Problems:
-    """What is wrong, gathered by kind so that one error can tell everything."""
+    """Mismatches by kind, reported together in one error."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = defaultdict(list)
@@ -63,7 +63,7 @@ class Resolved:
         return itertools.product(*(range(count) for count in self.counts))
 
     def shape_of(self, part: int) -> Shape:
-        """Of one published tensor."""
+        """Shape of one published tensor."""
         whole = self.axes.shape
         return (self.row.split[part], *whole[1:]) if self.row.split else whole
 
@@ -173,7 +173,7 @@ def plan(table: Table, source: Source, shapes: Mapping[str, Shape]) -> dict[str,
             for part, template in enumerate(one.row.published):
                 name = by_place.get((part, numbers))
                 if name is None:
-                    problems.add(MISSING, f"{written(template, numbers)} (for {', '.join(one.row.ours)})")
+                    problems.add(MISSING, f"{published_name(template, numbers)} (for {', '.join(one.row.ours)})")
                 elif tensors[name].shape != one.shape_of(part):
                     problems.add(SHAPE, f"{name}: found {tensors[name].shape}, expected {one.shape_of(part)}")
                 else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, Vit
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
 from vlm_jax.interop.checkpoint import Checkpoint, Config
-from vlm_jax.interop.files.folder import check_tokenizer, find, known_type, open_weights, read_config
+from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, known_type, open_weights, read_config
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.register import FAMILIES, FILES, LANGUAGE, LanguageFamily
 from vlm_jax.interop.table import Table
@@ -24,8 +23,8 @@ from vlm_jax.processing.published import PublishedProcessor
 
 log = logging.getLogger(__name__)
 
-# Of generation_config.json, what changes answers and is not implemented, with the values that change nothing.
-UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
+# Unsupported settings of generation_config.json and their no-op values.
+UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "min_new_tokens": (None, 0),
@@ -71,12 +70,11 @@ class Family:
             config = self.config_from_hf(hf_config)
         except ValueError as error:
             raise PublishedError(f"{folder / 'config.json'}: {error}") from error
-        answers = isinstance(config, ModelConfig)
-        wrapped = read_processor(folder, vision=not answers or config.vision is not None)
-        if not answers or config.vision is not None:
-            config = _with_pixels(config, _pixels(getattr(wrapped, "image_processor", wrapped)))
-        settings = _generation(folder, hf_config, getattr(wrapped, "tokenizer", wrapped)) if answers else ()
-        processor = self.processor(config, hf_config, wrapped, *settings)
+        hf_processor = read_processor(folder, vision=config.has_vision)
+        if config.has_vision:
+            config = config.with_pixels(**_pixels(getattr(hf_processor, "image_processor", hf_processor)))
+        settings = _generation(folder, hf_config, getattr(hf_processor, "tokenizer", hf_processor)) if config.answers else ()
+        processor = self.processor(config, hf_config, hf_processor, *settings)
         if pad_to_square:
             background = tuple(int(255 * mean) for mean in config.vision.mean)
             media = dataclasses.replace(processor.media, background=background)
@@ -87,7 +85,7 @@ class Family:
             processor=processor,
             tables=(self.table(config, hf_config), *(table(config) for table in self.other_tables)),
             open_source=lambda: open_weights(folder, pickles),
-            keep_files=lambda target: _keep_files(folder, target),
+            keep_files=lambda target: copy_settings(folder, target),
         )
 
     def open_processor(self, folder: Path) -> Processor:
@@ -110,17 +108,48 @@ def register_language(*names: str, part: LanguageFamily) -> None:
     FAMILIES.add(*names)(alone)
 
 
-def open_published(name: str | Path, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
-    """Finds (or fetches) a checkpoint and reads all of it but the weights.
+def dual_encoder_family(
+    config_from_hf: Callable[[Any], DualEncoderConfig],
+    table: Callable[[DualEncoderConfig], Table],
+    *other_tables: Callable[[DualEncoderConfig], Table],
+) -> Family:
+    """An image encoder and a text encoder."""
+    processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor, config.text.encoder.max_positions)
+    return Family(config_from_hf, lambda config, hf: table(config), processor, other_tables)
+
+
+def image_tower_family(
+    config_from_hf: Callable[[Any], ImageTowerConfig],
+    table: Callable[[ImageTowerConfig], Table],
+    *other_tables: Callable[[ImageTowerConfig], Table],
+) -> Family:
+    """An image encoder alone."""
+    processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor)
+    return Family(config_from_hf, lambda config, hf: table(config), processor, other_tables)
+
+
+def class_token_family(config_from_hf: Callable[[Any], VitConfig], *tables: Callable[[VitConfig], Table]) -> Family:
+    """An image encoder whose class token stands for the image.
+
+    Args:
+      tables: of the encoder; the first is written.
+    """
+    under = lambda table: lambda config: table(config.encoder).under(ours="encoder/")
+    tower = lambda hf: ImageTowerConfig(encoder=config_from_hf(hf), pool="class_token")
+    return image_tower_family(tower, *map(under, tables))
+
+
+def open_published(name: str | Path, *, pickles: bool = False, pad_to_square: bool = False) -> Checkpoint:
+    """Finds (or fetches) a checkpoint and reads everything except its weights.
 
     Args:
       pickles: whether PyTorch's pickles may be read; nothing in them is executed.
-      pad_to_square: LLaVA-1.5 alone, see `PublishedMedia.background`.
+      pad_to_square: LLaVA-1.5 only, see `PublishedMedia.background`.
 
     Raises:
-      PublishedError: it is missing or damaged; ValueError: a setting in its configuration that is not implemented.
+      PublishedError: it is missing or damaged; ValueError: an unsupported setting in its configuration.
     """
-    path = find(name, pickles)
+    path = find(name, pickles=pickles)
     family = FAMILIES[known_type(path, FAMILIES)] if path.is_dir() else None
     if pad_to_square and not (family and family.pads_to_square):
         raise PublishedError(f"{path}: only LLaVA-1.5 was evaluated with pictures padded to squares")
@@ -139,24 +168,8 @@ def open_processor(folder: Path) -> Processor:
 
 
 def language_processor(tokenizer: Any) -> PublishedProcessor:
-    """Of transformers' tokenizer alone."""
+    """The processor of a language model, from transformers' tokenizer."""
     return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
-
-
-def _keep_files(folder: Path, target: Path) -> None:
-    """Copies everything but the weights."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
-            shutil.copyfile(file, target / file.name)
-
-
-def _with_pixels(config: Any, pixels: dict[str, tuple[float, ...]]) -> Any:
-    """The configuration with this mean and deviation in its vision encoder."""
-    if isinstance(config, VitConfig):
-        return dataclasses.replace(config, **pixels)
-    part = {ModelConfig: "vision", DualEncoderConfig: "image", ImageTowerConfig: "encoder"}[type(config)]
-    return dataclasses.replace(config, **{part: _with_pixels(getattr(config, part), pixels)})
 
 
 def read_processor(folder: Path, *, vision: bool) -> Any:
@@ -210,7 +223,7 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     candidates = (said.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id)
     end = next((value for value in candidates if value is not None), None)
     ends = set(end) if isinstance(end, list) else {end} - {None}
-    ignored = [name for name in UNKNOWN_SETTINGS if said.get(name) not in UNKNOWN_SETTINGS[name]]
+    ignored = [name for name in UNSUPPORTED_SETTINGS if said.get(name) not in UNSUPPORTED_SETTINGS[name]]
     if ignored:
         log.warning("%s: %s: not implemented, answers may differ", path, ", ".join(f"{name}={said[name]}" for name in ignored))
     settings: dict[str, Any] = {}
@@ -218,7 +231,7 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     if samples:
         settings = {"temperature": said.get("temperature") or 1.0, "top_k": said.get("top_k", 50) or 0}
         settings["top_p"] = said.get("top_p") or 1.0
-    # Beams that are sampled are not implemented: sampling it is then.
+    # Beam sampling is not supported; plain sampling is used instead.
     settings["beams"] = 1 if samples else said.get("num_beams") or 1
     settings["early_stopping"] = said.get("early_stopping") is True
     for name in ("max_new_tokens", "repetition_penalty", "length_penalty"):

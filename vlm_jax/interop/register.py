@@ -13,10 +13,10 @@ from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.table import Table
 from vlm_jax.processing.processor import Processor
 
-ROOM = "vlm_jax.families"
+PACKAGE = "vlm_jax.families"
 
 
-class Opener(Protocol):
+class CheckpointFamily(Protocol):
     """How the folders of a `model_type` are opened; `interop.published.Family` is one for what transformers saves.
 
     Attributes:
@@ -55,7 +55,7 @@ class VisionFamily:
     table: Callable[[VitConfig], Table]  # without a prefix
 
 
-FAMILIES: Register[Opener] = Register("a published checkpoint of model_type", ROOM)
-LANGUAGE: Register[LanguageFamily] = Register("a language model of model_type", ROOM)
-VISION: Register[VisionFamily] = Register("a vision encoder of model_type", ROOM)
-FILES: Register[Callable[[Path], Checkpoint]] = Register("a checkpoint in one file of the kind", ROOM)
+FAMILIES: Register[CheckpointFamily] = Register("a published checkpoint of model_type", PACKAGE)
+LANGUAGE: Register[LanguageFamily] = Register("a language model of model_type", PACKAGE)
+VISION: Register[VisionFamily] = Register("a vision encoder of model_type", PACKAGE)
+FILES: Register[Callable[[Path], Checkpoint]] = Register("a checkpoint in one file of the kind", PACKAGE)

@@ -15,7 +15,7 @@ DOWN = ("D F -> F D", "D -> D")
 
 
 def linear(
-    published: str, ours: str | tuple[str, ...], axes: tuple[str, str], bias: bool = True, dot: str = "."
+    published: str, ours: str | tuple[str, ...], axes: tuple[str, str], *, bias: bool = True, dot: str = "."
 ) -> tuple[Row, ...]:
     """A linear map, or several of ours that are fused into a published one.
 
@@ -28,13 +28,13 @@ def linear(
     return (weight, row(f"{published}{dot}bias", tuple(f"{path}/bias" for path in paths), axes[1])) if bias else (weight,)
 
 
-def norm(published: str, ours: str, bias: bool = True) -> tuple[Row, ...]:
+def norm(published: str, ours: str, *, bias: bool = True) -> tuple[Row, ...]:
     """A layer norm, or without a bias also an RMSNorm."""
     weight = row(f"{published}.weight", f"{ours}/scale", "D -> D")
     return (weight, row(f"{published}.bias", f"{ours}/bias", "D -> D")) if bias else (weight,)
 
 
-def patches(published: str, patch: int, bias: bool) -> tuple[Row, ...]:
+def patches(published: str, patch: int, *, bias: bool) -> tuple[Row, ...]:
     """The convolution that is our patch embedding."""
     rows = (row(f"{published}.weight", "patch_embedding/kernel", "D C Y X -> (Y X C) D", C=3, Y=patch, X=patch),)
     return (*rows, row(f"{published}.bias", "patch_embedding/bias", "D -> D")) if bias else rows
@@ -49,8 +49,8 @@ def attention(block: BlockConfig) -> tuple[Row, ...]:
     """`self_attn` of CLIP and SigLIP."""
     names = zip("qkv", query_key_value("layers/attention"), strict=True)
     return (
-        *(r for name, ours in names for r in linear(f"{LAYER}self_attn.{name}_proj", ours, TO_HEADS, block.qkv_bias)),
-        *linear(f"{LAYER}self_attn.out_proj", "layers/attention/out", FROM_HEADS, block.out_bias),
+        *(r for name, ours in names for r in linear(f"{LAYER}self_attn.{name}_proj", ours, TO_HEADS, bias=block.qkv_bias)),
+        *linear(f"{LAYER}self_attn.out_proj", "layers/attention/out", FROM_HEADS, bias=block.out_bias),
     )
 
 
@@ -59,6 +59,6 @@ def norms_and_mlp(block: BlockConfig) -> tuple[Row, ...]:
     return (
         *norm(f"{LAYER}layer_norm1", "layers/attention_norm"),
         *norm(f"{LAYER}layer_norm2", "layers/mlp_norm"),
-        *linear(f"{LAYER}mlp.fc1", "layers/mlp/up", UP, block.mlp_bias),
-        *linear(f"{LAYER}mlp.fc2", "layers/mlp/down", DOWN, block.mlp_bias),
+        *linear(f"{LAYER}mlp.fc1", "layers/mlp/up", UP, bias=block.mlp_bias),
+        *linear(f"{LAYER}mlp.fc2", "layers/mlp/down", DOWN, bias=block.mlp_bias),
     )

@@ -29,7 +29,7 @@ class Row:
     published: tuple[str, ...]  # `{}` is the number of a layer (or of an expert in it); for `[...]` see `Table`
     ours: tuple[str, ...]  # paths; their first axes are those that the published name counts with `{}`
     axes: str  # published -> ours: "(N H) D -> D N H"; `()` is an axis of size 1
-    sizes: Mapping[str, int]  # of the letters that our shape does not tell
+    sizes: Mapping[str, int]  # sizes of letters not determined by our shape
     split: Shape  # first-axis sizes of the published tensors where there are several
 
     @property
@@ -96,7 +96,7 @@ def pattern(name: str) -> re.Pattern[str]:
     return re.compile("".join(map(regex, re.split(r"(\[.*?\]|\{\})", name))))
 
 
-def written(name: str, numbers: Shape) -> str:
+def published_name(name: str, numbers: Shape) -> str:
     """A published name of a row as it is written for a layer (and an expert)."""
     return re.sub(r"\[.*?\]", lambda part: _alternatives(part[0])[0], name).format(*numbers)
 
@@ -117,7 +117,7 @@ class Axes:
 
     @property
     def shape(self) -> Shape:
-        """Of the published tensor."""
+        """Shape of the published tensor."""
         return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.published)
 
     def take(self, read: Callable[[Index], np.ndarray], wanted: Index, place: int) -> np.ndarray:
@@ -163,7 +163,7 @@ class Axes:
 
 
 def _arranged(x: np.ndarray, letters: list[str], groups: list[list[str]]) -> np.ndarray:
-    """Axes named by `letters` -> axes that are groups of letters. A letter in no group has size 1 and goes."""
+    """Axes named by `letters` -> axes that are groups of letters. Letters in no group have size 1 and are dropped."""
     after = [letter for group in groups for letter in group]
     order = [letters.index(letter) for letter in (*(set(letters) - set(after)), *after)]
     size = dict(zip(letters, x.shape, strict=True))

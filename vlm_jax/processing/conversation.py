@@ -13,11 +13,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.errors import RequestError
+from vlm_jax.errors import RequestError, abbreviated, counted
 from vlm_jax.processing.pictures import Picture
 
 MARKER = "<image>"  # places a picture in a prompt or in a line of data
@@ -57,7 +57,7 @@ Media = tuple[tuple[Picture, ...], ...]  # each of one picture, or of the frames
 class Shot:
     """A solved example that is shown before the question (few-shot, "in-context" learning)."""
 
-    images: Many[Picture]
+    images: Sequence[Picture]
     question: str
     answer: str
 
@@ -80,12 +80,12 @@ def plain_text(conversation: Conversation) -> str:
     return " ".join(text for turn in conversation if (text := turn.text.strip()))
 
 
-def as_media(images: Many[Picture | Many[Picture]]) -> Media:
+def as_media(images: Sequence[Picture | Sequence[Picture]]) -> Media:
     """Pictures, or lists of a video's frames -> media."""
     return tuple(tuple(image) if isinstance(image, list | tuple) else (image,) for image in images)
 
 
-def from_prompt(prompt: str, images: Many[Any] = (), shots: Many[Shot] = ()) -> tuple[Conversation, Media]:
+def from_prompt(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] = ()) -> tuple[Conversation, Media]:
     """A question with its pictures, after solved examples.
 
     The literal `<image>` places a picture; without it a turn's pictures come first.
@@ -96,11 +96,11 @@ def from_prompt(prompt: str, images: Many[Any] = (), shots: Many[Shot] = ()) -> 
     turns: list[Turn] = []
     media: list[tuple[Picture, ...]] = []
 
-    def ask(name: str, question: str, images: Many[Any]) -> None:
+    def ask(name: str, question: str, images: Sequence[Any]) -> None:
         markers = question.count(MARKER)
         if markers and markers != len(images):
             raise RequestError(
-                f"{name} has {_count(markers, MARKER + ' marker')} and {_count(len(images), 'image')}: "
+                f"{name} has {counted(markers, MARKER + ' marker')} and {counted(len(images), 'image')}: "
                 "give an image for every marker, or leave the markers out and all images come first"
             )
         turns.append(user(*content_of(question if markers else MARKER * len(images) + question, first=len(media))))
@@ -113,16 +113,16 @@ def from_prompt(prompt: str, images: Many[Any] = (), shots: Many[Shot] = ()) -> 
     return tuple(turns), tuple(media)
 
 
-def content_of(text: str, first: int = 0, *, lead: bool = False) -> tuple[Text | Medium, ...]:
+def content_of(text: str, first: int = 0, *, image_first: bool = False) -> tuple[Text | Medium, ...]:
     """A text in which `<image>` places pictures -> content, its media counted from `first`.
 
     White space beside leading markers is dropped.
 
     Args:
-      lead: a single marker stands before the text, wherever it was written: LLaVA's data has it before or behind the question
-        and means the same.
+      image_first: put the image of a single marker before the text: LLaVA's data has it before or after the question and
+        means the same.
     """
-    if lead and text.count(MARKER) == 1:
+    if image_first and text.count(MARKER) == 1:
         rest = re.sub(rf"\s*{MARKER}\s*", " ", text).strip()
         return (Medium(first), Text(rest)) if rest else (Medium(first),)
     leading = re.match(rf"(\s*{MARKER})*", text).group()
@@ -155,7 +155,7 @@ def written_out(text: str, image_token: str, images: int) -> Conversation:
 
 
 def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation, Media]:
-    """The chat list that everybody writes -> turns and media.
+    """An OpenAI-style list of messages -> turns and media.
 
         [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
          {"role": "assistant", "content": "A cat."},
@@ -171,20 +171,20 @@ def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation
       RequestError: which message is wrong, and how.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise RequestError(f"messages: expected a list of messages, found {_shown(messages)}")
+        raise RequestError(f"messages: expected a list of messages, found {abbreviated(repr(messages))}")
     turns: list[Turn] = []
     media: list[tuple[Picture, ...]] = []
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise RequestError(f"{where} is {_shown(message)}; expected an object with 'role' and 'content'")
+            raise RequestError(f"{where} is {abbreviated(repr(message))}; expected an object with 'role' and 'content'")
         role, content = message["role"], message["content"]
         if role not in ROLES[:3]:
             raise RequestError(f"{where} has the role {role!r}; expected 'system', 'user' or 'assistant'")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list | tuple):
-            raise RequestError(f"{where}: 'content' is {_shown(content)}; expected a string or a list of parts")
+            raise RequestError(f"{where}: 'content' is {abbreviated(repr(content))}; expected a string or a list of parts")
         parts = [_part(f"{where}, part {place}", part, media) for place, part in enumerate(content, 1)]
         turns.append(Turn(role, tuple(parts), learn=role == "assistant"))
     if root is not None:
@@ -194,12 +194,12 @@ def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation
 
 def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Medium:
     if not isinstance(part, dict):
-        raise RequestError(f"{where} is {_shown(part)}; expected an object with 'type'")
+        raise RequestError(f"{where} is {abbreviated(repr(part))}; expected an object with 'type'")
     kind = part.get("type", "text" if "text" in part else "image" if set(part) & set(IMAGE_KEYS) else None)
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}: 'text' is {_shown(part.get('text'))}; expected a string")
-        if any("\ud800" <= letter <= "\udfff" for letter in part["text"]):
+            raise RequestError(f"{where}: 'text' is {abbreviated(repr(part.get('text')))}; expected a string")
+        if has_surrogate(part["text"]):
             raise RequestError(f"{where}: 'text' has half of a surrogate pair, which is no character")
         return Text(part["text"])
     if kind in ("image", "image_url"):
@@ -211,14 +211,23 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
     elif kind == "video" and isinstance(part.get("frames"), list | tuple) and part["frames"]:
         media.append(tuple(_picture(where, frame) for frame in part["frames"]))
     else:
-        raise RequestError(f"{where} is {_shown(part)}; expected 'type': 'text' or 'image', or 'video' with 'frames'")
+        raise RequestError(
+            f"{where} is {abbreviated(repr(part))}; expected 'type': 'text' or 'image', or 'video' with 'frames'"
+        )
     return Medium(len(media) - 1)
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether the text has half of a surrogate pair, which cannot be encoded."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _picture(where: str, found: Any) -> Picture:
     if not isinstance(found, Picture):
-        raise RequestError(f"{where}: a picture is {_shown(found)}; expected a file's path, its bytes, a PIL image or an array")
-    if isinstance(found, str) and found.startswith("data:"):  # OpenAI's way to send a picture along
+        raise RequestError(
+            f"{where}: a picture is {abbreviated(repr(found))}; expected a file's path, its bytes, a PIL image or an array"
+        )
+    if isinstance(found, str) and found.startswith("data:"):  # OpenAI's inline images
         try:
             return base64.b64decode(found.partition("base64,")[2], validate=True)
         except ValueError:
@@ -226,12 +235,3 @@ def _picture(where: str, found: Any) -> Picture:
     if isinstance(found, str) and found.startswith(("http://", "https://")):
         raise RequestError(f"{where}: {found[:60]} is an address; fetch the picture first and give its path")
     return found
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -22,15 +22,21 @@ class EncoderProcessor:
     """Of an image encoder alone, or with a text encoder.
 
     Attributes:
-      wrapped: transformers' processor, or its picture processor alone.
+      hf_processor: transformers' processor, or its picture processor alone.
     """
 
-    def __init__(self, wrapped: Any, length: int | None = None) -> None:
+    answers = False
+
+    def __init__(self, hf_processor: Any, length: int | None = None) -> None:
         """
         Args:
           length: how many tokens a text has; None: no texts.
         """
-        self.wrapped, self.length = wrapped, length
+        self.hf_processor, self.length = hf_processor, length
+
+    @property
+    def has_text(self) -> bool:
+        return self.length is not None
 
     def pixels(self, images: Sequence[Picture]) -> np.ndarray:
         """[B, H, W, 3] uint8.
@@ -39,7 +45,7 @@ class EncoderProcessor:
           RequestError: no list of pictures, or the processor leaves them in different sizes; ImageError: one cannot be read.
         """
         check_list("images", images)
-        processor = getattr(self.wrapped, "image_processor", self.wrapped)
+        processor = getattr(self.hf_processor, "image_processor", self.hf_processor)
         made = [picture_bytes(processor, open_picture(image))[0] for image in images]
         shapes = {one.shape for one in made}
         if len(shapes) > 1:
@@ -53,10 +59,10 @@ class EncoderProcessor:
         Raises:
           RequestError: this encoder reads no texts, or it is no list of them.
         """
-        if self.length is None:
+        if not self.has_text:
             raise RequestError("this checkpoint encodes images alone: it has no tower for texts")
         check_list("texts", texts)
-        tokenizer = self.wrapped.tokenizer
+        tokenizer = self.hf_processor.tokenizer
         made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
         return made["input_ids"].astype(np.int32)
 

@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 LEARNED = 1  # the model learns to say this token
-ENDS = 2  # it learns to end after this token, though the text goes on otherwise: the template writes no end token here
+ENDS = 2  # it learns to end after this token although the text continues: the template writes no end token here
 PROMPT = 4  # the token belongs to a prompt, which a prefix-LM reads both ways
 
 NEWLINE = -1  # in `places`: LLaVA-NeXT's newline token
@@ -27,7 +27,7 @@ Runs = tuple[np.ndarray, ...]  # of a medium, for each `<image>` written for it,
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Written:
+class TokenizedConversation:
     """A conversation tokenised once, without the sizes of its pictures."""
 
     tokens: np.ndarray  # [C] int32
@@ -39,7 +39,7 @@ class Layout:
     """What the model reads of a conversation. All arrays are [T]."""
 
     tokens: np.ndarray  # int32
-    flags: np.ndarray  # uint8, as in `Written`
+    flags: np.ndarray  # uint8, as in `TokenizedConversation`
     # int32: the visual token that stands here, counted from 1 through the conversation's tiles; 0: text; NEWLINE
     visual: np.ndarray
     media_last: np.ndarray  # int32, the last medium the token may see by cross-attention, counted from 1; 0: none
@@ -61,7 +61,13 @@ class Layout:
 
 
 def spread(
-    written: Written, *, image_id: int, runs: list[Runs], tiles: list[int], tile_tokens: int, resets_at: int | None = None
+    written: TokenizedConversation,
+    *,
+    image_id: int,
+    runs: list[Runs],
+    tiles: list[int],
+    tile_tokens: int,
+    resets_at: int | None = None,
 ) -> Layout:
     """Puts the visual tokens into their places.
 
@@ -120,7 +126,7 @@ def prefix_ends(flags: np.ndarray, positions: np.ndarray) -> np.ndarray:
     follows = np.append(prompt[1:] & (positions[1:] > 0), False) if len(flags) else prompt
     goes_on = prompt & follows & ((flags & ENDS) == 0)
     place = np.arange(len(flags))
-    # The next place, from here on, at which the block does not go on.
+    # The next place, from here on, at which the block ends.
     end = np.minimum.accumulate(np.where(goes_on, len(flags), place)[::-1])[::-1] if len(flags) else place
     return positions + (end - place).astype(np.int32)
 

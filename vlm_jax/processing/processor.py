@@ -22,7 +22,7 @@ import numpy as np
 
 from vlm_jax.config.generation import Settings
 from vlm_jax.processing.conversation import Conversation
-from vlm_jax.processing.layout import Layout, Written, spread
+from vlm_jax.processing.layout import Layout, TokenizedConversation, spread
 from vlm_jax.processing.media import MediaProcessor
 from vlm_jax.processing.pictures import Size
 
@@ -52,7 +52,7 @@ class Spread:
     end_id: int  # the token that ends a learned answer
     resets_at: int | None = None  # a token after which no medium is seen until the next one
 
-    def __call__(self, written: Written, sizes: list[Size]) -> Layout:
+    def __call__(self, written: TokenizedConversation, sizes: list[Size]) -> Layout:
         """
         Args:
           sizes: of the conversation's media, in the order of their places.
@@ -75,6 +75,7 @@ class Processor(abc.ABC):
       ends: tokens that end an answer; pad_id: what fills up rows.
       defaults: the generation settings that a checkpoint asks for.
       blind: whether every picture is blanked, in a control experiment.
+      answers: whether the model generates text; `EncoderProcessor`'s do not.
     """
 
     tokenizer: Codec
@@ -83,13 +84,14 @@ class Processor(abc.ABC):
     pad_id: int
     defaults = Settings()
     blind = False
+    answers = True
 
     @property
     def media(self) -> MediaProcessor:
         return self.spread.media
 
     @abc.abstractmethod
-    def write(self, conversation: Conversation, *, open: bool = False) -> Written:
+    def write(self, conversation: Conversation, *, open: bool = False) -> TokenizedConversation:
         """The conversation tokenised once.
 
         Args:
@@ -108,11 +110,11 @@ class Processor(abc.ABC):
         return np.ones(vocabulary, bool)
 
     @abc.abstractmethod
-    def described(self) -> list[Any]:
+    def fingerprint_parts(self) -> list[Any]:
         """All that its tokens and layouts depend on."""
 
     @property
     def fingerprint(self) -> str:
-        """Two processors of the same fingerprint write every conversation alike."""
-        parts = [VERSION, type(self).__name__, sorted(self.ends), repr(self.spread), *self.described()]
+        """Two processors with the same fingerprint tokenise every conversation the same way."""
+        parts = [VERSION, type(self).__name__, sorted(self.ends), repr(self.spread), *self.fingerprint_parts()]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

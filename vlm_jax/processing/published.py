@@ -14,25 +14,25 @@ from typing import Any
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.processing.conversation import Conversation, Text, Turn, media_of
-from vlm_jax.processing.layout import Written
+from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.media import FittedMedia, MediaProcessor
 from vlm_jax.processing.processor import Processor, Spread
-from vlm_jax.processing.spans import Marks, Span, closed, continued, flagged
+from vlm_jax.processing.spans import Marks, Span, append_answer, flag_tokens, tokenize_continuation
 from vlm_jax.processing.templates import render
 
 
 class PublishedTokenizer:
     """transformers' tokenizer as processors and the generator use it."""
 
-    def __init__(self, wrapped: Any) -> None:
-        self.wrapped = wrapped
-        self.vocab_size = max(wrapped.get_vocab().values()) + 1
+    def __init__(self, hf_tokenizer: Any) -> None:
+        self.hf_tokenizer = hf_tokenizer
+        self.vocab_size = max(hf_tokenizer.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.wrapped.encode(text, add_special_tokens=False)
+        return self.hf_tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int], special: bool = True) -> str:
-        return self.wrapped.decode(ids, skip_special_tokens=not special)
+        return self.hf_tokenizer.decode(ids, skip_special_tokens=not special)
 
     def encode_offsets(self, text: str, *, begin: bool = False) -> tuple[list[int], list[Span]]:
         """Ids, and the characters each stands for.
@@ -40,7 +40,7 @@ class PublishedTokenizer:
         Args:
           begin: with the tokens that the tokenizer puts in front of a text.
         """
-        made = self.wrapped(text, add_special_tokens=begin, return_offsets_mapping=True)
+        made = self.hf_tokenizer(text, add_special_tokens=begin, return_offsets_mapping=True)
         return made["input_ids"], made["offset_mapping"]
 
 
@@ -51,7 +51,7 @@ class PublishedProcessor(Processor):
     that; behind a learned text that stands by itself, `after_text`.
 
     Attributes:
-      wrapped: transformers' processor, or its tokenizer alone for a language model.
+      hf_processor: transformers' processor, or its tokenizer alone for a language model.
       template: Jinja; "": a base model.
     """
 
@@ -60,7 +60,7 @@ class PublishedProcessor(Processor):
 
     def __init__(
         self,
-        wrapped: Any,
+        hf_processor: Any,
         ends: AbstractSet[int],
         defaults: Settings,
         *,
@@ -72,15 +72,15 @@ class PublishedProcessor(Processor):
           media: None: a language model alone.
           image_token: the text that stands for a picture.
         """
-        self.wrapped, self.ends, self.defaults, self.image_token = wrapped, set(ends), defaults, image_token
-        tokenizer = getattr(wrapped, "tokenizer", wrapped)
+        self.hf_processor, self.ends, self.defaults, self.image_token = hf_processor, set(ends), defaults, image_token
+        tokenizer = getattr(hf_processor, "tokenizer", hf_processor)
         self.tokenizer = PublishedTokenizer(tokenizer)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(ends)) if i is not None), 0)
         own = tokenizer.eos_token_id
         end_id = own if own in ends or not ends else min(ends)
         image_id = tokenizer.convert_tokens_to_ids(image_token) if media else -1
-        self.spread = Spread(media or FittedMedia(1, "stretch", 0), image_id, end_id, self.resets_at)
-        found = getattr(wrapped, "chat_template", None)
+        self.spread = Spread(media or FittedMedia(side=1, fit="stretch", tile_tokens=0), image_id, end_id, self.resets_at)
+        found = getattr(hf_processor, "chat_template", None)
         self.template: str = (found.get("default", "") if isinstance(found, dict) else found) or ""
 
     @property
@@ -88,17 +88,19 @@ class PublishedProcessor(Processor):
         """False for a language model alone."""
         return bool(self.image_token)
 
-    def write(self, conversation: Conversation, *, open: bool = False) -> Written:
+    def write(self, conversation: Conversation, *, open: bool = False) -> TokenizedConversation:
         self._check(conversation)
         last = conversation[-1] if conversation and not open and conversation[-1].learn else None
         prompt = self.rendered(conversation[:-1] if last else conversation, ask=open or last is not None)
         answers, said, end_id = self._answers(conversation, prompt, last=last)
         ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
-        written = flagged(prompt, ids, offsets, answers=answers, ends=self.ends)
+        written = flag_tokens(prompt, ids, offsets, answers=answers, ends=self.ends)
         self._check_pictures(written, prompt, conversation)
         if last is None:
             return written
-        return closed(written, continued(self.tokenizer.encode_offsets, prompt, said) if last.text else [], end_id)
+        return append_answer(
+            written, tokenize_continuation(self.tokenizer.encode_offsets, prompt, said) if last.text else [], end_id
+        )
 
     def rendered(self, turns: Conversation, *, ask: bool) -> str:
         """The text that is tokenised, as transformers' processor makes it; one image token for each run of visual tokens.
@@ -107,13 +109,13 @@ class PublishedProcessor(Processor):
           ask: whether the assistant is to speak next.
         """
         if self._templated(turns):
-            special = self.tokenizer.wrapped.special_tokens_map
+            special = self.tokenizer.hf_tokenizer.special_tokens_map
             text = render(self.template, [self._message(turn) for turn in turns], ask=ask, special=special)
         else:
-            text = self.untemplated(turns)
-        return self.finished(text)
+            text = self.render_without_template(turns)
+        return self.postprocess_prompt(text)
 
-    def untemplated(self, turns: Conversation) -> str:
+    def render_without_template(self, turns: Conversation) -> str:
         """What a base model reads."""
         text = ""
         for number, turn in enumerate(turns):
@@ -124,7 +126,7 @@ class PublishedProcessor(Processor):
                 text += said + (self.after_text if turn.learn and number + 1 < len(turns) else "")
         return text
 
-    def finished(self, text: str) -> str:
+    def postprocess_prompt(self, text: str) -> str:
         """What transformers' processor of this family does with the text before it is tokenised."""
         return text
 
@@ -133,11 +135,11 @@ class PublishedProcessor(Processor):
 
     def _begins(self, turns: Conversation, text: str) -> bool:
         """Whether the tokenizer puts its begin token in front, as transformers has it: a chat template writes its own."""
-        begin = self.tokenizer.wrapped.bos_token
+        begin = self.tokenizer.hf_tokenizer.bos_token
         return not (begin and text.startswith(begin)) and (self.has_vision or not self._templated(turns))
 
-    def described(self) -> list[Any]:
-        tokenizer = self.tokenizer.wrapped
+    def fingerprint_parts(self) -> list[Any]:
+        tokenizer = self.tokenizer.hf_tokenizer
         return [
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.special_tokens_map,
@@ -162,9 +164,9 @@ class PublishedProcessor(Processor):
             return [], "", self.spread.end_id
         before = prompt if last else self.rendered(conversation[: answered[-1]], ask=True)
         for changed in (lambda text: text, str.strip):  # templates may strip what is said
-            marks = Marks.outside(turn.text for turn in conversation)
-            turns = tuple(_with_text(turn, marks.around(changed(turn.text))) if turn.learn else turn for turn in conversation)
-            plain, spans = marks.taken_out(self.rendered(turns, ask=last is None))
+            marks = Marks.unused_in(turn.text for turn in conversation)
+            turns = tuple(_with_text(turn, marks.wrap(changed(turn.text))) if turn.learn else turn for turn in conversation)
+            plain, spans = marks.strip(self.rendered(turns, ask=last is None))
             same = plain.startswith(prompt) if last else plain == prompt
             if last and last.text != last.text.strip():
                 same = same and plain == self.rendered(conversation, ask=False)
@@ -187,7 +189,7 @@ class PublishedProcessor(Processor):
         """The white space and the token that the template ends an answer with; where it does not, none and the usual token."""
         rest = behind.lstrip()
         for end in sorted(self.ends):
-            if rest.startswith(self.tokenizer.wrapped.convert_ids_to_tokens(end)):
+            if rest.startswith(self.tokenizer.hf_tokenizer.convert_ids_to_tokens(end)):
                 return behind[: len(behind) - len(rest)], end
         return "", self.spread.end_id
 
@@ -217,7 +219,7 @@ class PublishedProcessor(Processor):
                 f"a text says {self.image_token!r}, which stands for a picture in this checkpoint's texts: write it otherwise"
             )
 
-    def _check_pictures(self, written: Written, prompt: str, conversation: Conversation) -> None:
+    def _check_pictures(self, written: TokenizedConversation, prompt: str, conversation: Conversation) -> None:
         """Whether the tokenizer made as many image tokens as the text has."""
         if not self.has_vision:
             return

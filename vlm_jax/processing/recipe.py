@@ -18,10 +18,10 @@ import numpy as np
 from vlm_jax.config import DataConfig
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.conversation import Conversation, Medium, Text, Turn
-from vlm_jax.processing.layout import LEARNED, PROMPT, Written
+from vlm_jax.processing.layout import LEARNED, PROMPT, TokenizedConversation
 from vlm_jax.processing.media import FittedMedia
 from vlm_jax.processing.processor import Processor, Spread
-from vlm_jax.processing.spans import CONTEXT, continued
+from vlm_jax.processing.spans import CONTEXT, tokenize_continuation
 from vlm_jax.processing.tokenizer import Tokenizer
 
 KNOWN_TEXTS = 2048  # whose tokens are remembered
@@ -30,7 +30,7 @@ KNOWN_TEXTS = 2048  # whose tokens are remembered
 class RecipeProcessor(Processor):
     def __init__(self, tokenizer: Tokenizer, data: DataConfig) -> None:
         self.tokenizer, self.data = tokenizer, data
-        media = FittedMedia(data.image_size, data.image_fit, data.visual_tokens, data.blank_images)
+        media = FittedMedia(data.image_size, fit=data.image_fit, tile_tokens=data.visual_tokens, blank=data.blank_images)
         self.spread = Spread(media, tokenizer.image_id, tokenizer.eoc_id)
         self.pad_id = tokenizer.pad_id
         self.blind = data.blank_images
@@ -38,12 +38,12 @@ class RecipeProcessor(Processor):
         self.ends = {tokenizer.eoc_id, tokenizer.eos_id}
         # Questions and answers of a data set are often the same.
         self._encode = functools.lru_cache(KNOWN_TEXTS)(tokenizer.encode_offsets)
-        self._continued = functools.lru_cache(KNOWN_TEXTS)(functools.partial(continued, tokenizer.encode_offsets))
+        self._continued = functools.lru_cache(KNOWN_TEXTS)(functools.partial(tokenize_continuation, tokenizer.encode_offsets))
 
     def __reduce__(self) -> Any:
         return type(self), (self.tokenizer, self.data)
 
-    def write(self, conversation: Conversation, *, open: bool = False) -> Written:
+    def write(self, conversation: Conversation, *, open: bool = False) -> TokenizedConversation:
         tokenizer = self.tokenizer
         tokens, flags = [tokenizer.bos_id], [PROMPT]
         learning, run = False, ""  # run: the text since the last special token
@@ -74,7 +74,7 @@ class RecipeProcessor(Processor):
                 run += part
         if not open:
             end_chunk(force=True)
-        return Written(np.asarray(tokens, np.int32), np.asarray(flags, np.uint8))
+        return TokenizedConversation(np.asarray(tokens, np.int32), np.asarray(flags, np.uint8))
 
     def allowed(self, vocabulary: int) -> np.ndarray:
         tokenizer = self.tokenizer
@@ -83,7 +83,7 @@ class RecipeProcessor(Processor):
         allowed[sorted({tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - self.ends)] = False
         return allowed
 
-    def described(self) -> list[Any]:
+    def fingerprint_parts(self) -> list[Any]:
         return [self.tokenizer.serialised, self.data.prompt, self.data.answer]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, Written
+from vlm_jax.processing.layout import ENDS, LEARNED, PROMPT, TokenizedConversation
 
 Span = tuple[int, int]  # of characters: begin, end
 Encode = Callable[[str], tuple[list[int], list[Span]]]  # text -> ids, and the characters each stands for; nothing is added
@@ -32,15 +32,15 @@ class Marks:
     end: str
 
     @classmethod
-    def outside(cls, texts: Iterable[str]) -> Marks:
+    def unused_in(cls, texts: Iterable[str]) -> Marks:
         used = {letter for text in texts for letter in text if "\ue000" <= letter <= "\uf8ff"}
         free = (chr(code) for code in PRIVATE if chr(code) not in used)
         return cls(next(free), next(free))
 
-    def around(self, text: str) -> str:
+    def wrap(self, text: str) -> str:
         return f"{self.begin}{text}{self.end}"
 
-    def taken_out(self, text: str) -> tuple[str, list[Span]]:
+    def strip(self, text: str) -> tuple[str, list[Span]]:
         """The text without the marks, and the spans between them."""
         spans, plain, begin = [], "", None
         for piece in re.split(f"([{self.begin}{self.end}])", text):
@@ -54,7 +54,9 @@ class Marks:
         return plain, spans
 
 
-def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Span], ends: AbstractSet[int]) -> Written:
+def flag_tokens(
+    text: str, ids: list[int], offsets: list[Span], *, answers: list[Span], ends: AbstractSet[int]
+) -> TokenizedConversation:
     """Tokens of a rendered text, with what is learned of them.
 
     An answer's tokens are those with a character of it: one that the tokenizer joined with the character before is learned too.
@@ -78,10 +80,10 @@ def flagged(text: str, ids: list[int], offsets: list[Span], *, answers: list[Spa
             flags[first : place + 1] = LEARNED
         elif first:
             flags[first - 1] |= ENDS
-    return Written(np.asarray(ids, np.int32), flags)
+    return TokenizedConversation(np.asarray(ids, np.int32), flags)
 
 
-def continued(encode: Encode, before: str, text: str) -> list[int]:
+def tokenize_continuation(encode: Encode, before: str, text: str) -> list[int]:
     """The ids of a text that follows another one, whose own ids stay as they are.
 
     Tokenised by itself it could begin otherwise: LLaMA's tokenizer puts a space in front of every text. So it is tokenised
@@ -95,8 +97,8 @@ def continued(encode: Encode, before: str, text: str) -> list[int]:
     return encode(text)[0]
 
 
-def closed(prompt: Written, answer: list[int], end_id: int) -> Written:
+def append_answer(prompt: TokenizedConversation, answer: list[int], end_id: int) -> TokenizedConversation:
     """A prompt and the answer that is learned, with the token that ends it."""
     flags = np.full(len(answer) + 1, LEARNED, np.uint8)
     tokens = np.asarray([*answer, end_id], np.int32)
-    return Written(np.concatenate([prompt.tokens, tokens]), np.concatenate([prompt.flags, flags]))
+    return TokenizedConversation(np.concatenate([prompt.tokens, tokens]), np.concatenate([prompt.flags, flags]))

@@ -70,7 +70,7 @@ class Tokenizer:
 
     @property
     def serialised(self) -> str:
-        """Two tokenizers of the same string encode alike."""
+        """Two tokenizers with the same string encode every text the same way."""
         return f"{self._end}\0{self._fast.to_str()}"
 
     def decode(self, ids: Iterable[int], special: bool = True) -> str:

@@ -33,7 +33,7 @@ from vlm_jax.training.step import Trainer, TrainState
 PUBLISHED = "published"
 
 # What may change between a start and its continuation: nothing that changes the numbers.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "mesh",
     "remat",
     "log_every",
@@ -70,12 +70,12 @@ def fingerprint(tree: Any) -> jax.Array:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: old -> new` for every leaf that differs, those in `FREE` left out."""
+    """`name: old -> new` for every leaf that differs, those in `MAY_CHANGE_ON_RESUME` left out."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
-        if name in FREE or before == after:
+        if name in MAY_CHANGE_ON_RESUME or before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{name}.")
@@ -103,8 +103,8 @@ def read_config(folder: str | Path) -> RunConfig:
         ) from error
 
 
-def claim(folder: Path, config: RunConfig) -> None:
-    """Writes the configuration of a new run, or holds that of an old one against `config`.
+def write_or_check_config(folder: Path, config: RunConfig) -> None:
+    """Writes the configuration of a new run, or compares that of an old one with `config`.
 
     Raises:
       CheckpointError: the run was started with another configuration; the message shows the difference.
@@ -113,7 +113,7 @@ def claim(folder: Path, config: RunConfig) -> None:
     as_json = lambda config: json.loads(json.dumps(to_dict(config)))
     new = as_json(config)
     if path.exists():
-        # What an older version did not know yet has its default.
+        # Fields that an older version did not have are at their defaults.
         changed = differences(as_json(read_config(folder)), new)
         if changed:
             raise CheckpointError(
@@ -136,7 +136,7 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-          ranks: the metric of an evaluation that the best ones are greatest in.
+          ranks: evaluation metric that ranks checkpoints (higher is better).
         """
         self.folder = folder
         policies = [keep.LatestN(keep_last)]
@@ -181,8 +181,7 @@ class Checkpoints:
             try:
                 return self._restore(trainer, step)
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-                cause = first_line(error)
-                logging.error("checkpoint %s is damaged (%s)", self.folder / "checkpoints" / str(step), cause[:300])
+                _log_damaged(self.folder, step, error)
                 self._set_aside(step)
         if steps:
             raise CheckpointError(f"all {len(steps)} checkpoints of {self.folder} are damaged; they are now in damaged/")
@@ -228,7 +227,7 @@ class LoadedRun:
     step: int
 
 
-def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None = None) -> LoadedRun:
+def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | None = None) -> LoadedRun:
     """The parameters of a run, for inference or as a start.
 
     Args:
@@ -249,8 +248,7 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
             try:
                 params = _params_of(checkpoints, config, mesh, candidate)
             except Exception as error:
-                cause = first_line(error)
-                logging.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(candidate), cause[:300])
+                _log_damaged(folder, candidate, error)
                 continue
             if dtype is not None:
                 params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
@@ -258,6 +256,10 @@ def load_run(folder: str | Path, mesh: Mesh, dtype: Any = None, step: int | None
         raise CheckpointError(f"no checkpoint at {folder}: " + ("all are damaged" if steps else "none was saved yet"))
     finally:
         checkpoints.close()
+
+
+def _log_damaged(folder: Path, step: int, error: Exception) -> None:
+    logging.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(step), first_line(error)[:300])
 
 
 def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a run begins with: its newest checkpoint, another run's or a published checkpoint's parameters, or fresh ones."""
+"""The first state of a run: from its newest checkpoint, another run, published checkpoints, or initialised."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, PartInit
-from vlm_jax.interop.checkpoint import Checkpoint
+from vlm_jax.config import PartInit
 from vlm_jax.interop.files.folder import is_published
 from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path, nested
@@ -42,7 +41,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):
-        published = open_published(config.init_from, config.pickles)
+        published = open_published(config.init_from, pickles=config.pickles)
         params = published.load_params(trainer.mesh)
         if jax.process_index() == 0:
             published.keep_files(folder / PUBLISHED)
@@ -61,8 +60,8 @@ def _part(trainer: Trainer, init: PartInit) -> Params:
             f"{name}: config.model has no part of that name; it has {', '.join(trainer.abstract_state.params)}"
         )
     if is_published(init.checkpoint):
-        published = open_published(init.checkpoint, trainer.config.pickles)
-        found = part_of(published, published.load_params(trainer.mesh), init.part)
+        published = open_published(init.checkpoint, pickles=trainer.config.pickles)
+        found = published.config.part(published.load_params(trainer.mesh), init.part)
     else:
         found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
     if found is None:
@@ -74,17 +73,6 @@ def _part(trainer: Trainer, init: PartInit) -> Params:
     found = {path: _with_new_tokens(leaf, boxes.get(path, ()), sizes.get(path)) for path, leaf in found.items()}
     _check(name, nested(found), wanted)
     return nested(found)
-
-
-def part_of(published: Checkpoint, params: Params, part: str) -> Params | None:
-    """One part of a published checkpoint's parameters; an image encoder is `vision`. None: it has none of that name."""
-    match published.config:
-        case ImageTowerConfig():
-            return params["encoder"] if part == "vision" else None
-        case DualEncoderConfig():
-            return params["image"]["encoder"] if part == "vision" else None
-        case _:
-            return params.get(part)
 
 
 def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...] | None) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: before the first step they end the start, afterwards they are a wish that the loop asks for.
+"""Ctrl-C and SIGTERM. Before the first step a signal exits at once; afterwards the loop finishes the step, saves and exits.
 
 Python runs its signal handlers between two of its own instructions, so that a compilation or a long step would keep a signal
-waiting. `heard` therefore listens beside the main thread, where the process is the trainer's own (train.py).
+waiting. `handle_signals` therefore listens beside the main thread, where the process is the trainer's own (train.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-PATIENCE_S = 1.0  # for the main thread to end a start by itself
+PATIENCE_S = 1.0  # how long the main thread may take to end a start
 
-_ARMED: Interrupt | None = None  # of the run whose steps have begun
-_SAID = threading.Event()  # the user was told that a start ends
-_ENDED = threading.Event()  # there were steps, and they are over
+_DEFERRING: Interrupt | None = None  # of the run whose steps have begun
+_REPORTED = threading.Event()  # the message about the interrupted start was printed
+_STEPS_DONE = threading.Event()  # training steps were run, and are over
 
 
 class Interrupted(KeyboardInterrupt):
@@ -30,48 +30,48 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
     def __str__(self) -> str:
-        return f"{signal.Signals(self.signal).name} before the first step: the same command goes on from there"
+        return f"{signal.Signals(self.signal).name} before the first step; run the same command again to resume"
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt:` the first signal after `arm` is remembered, a second Ctrl-C interrupts at once.
+    """`with Interrupt() as interrupt:` remembers the first signal after `defer_signals`; a second Ctrl-C interrupts at once.
 
     Raises:
-      Interrupted: a signal before `arm`.
+      Interrupted: a signal before `defer_signals`.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> Interrupt:
-        _SAID.clear()
-        _ENDED.clear()
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        _REPORTED.clear()
+        _STEPS_DONE.clear()
+        self.before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _ARMED
-        if _ARMED is self:
-            _ENDED.set()
-        _ARMED = None
+        global _DEFERRING
+        if _DEFERRING is self:
+            _STEPS_DONE.set()
+        _DEFERRING = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def arm(self) -> None:
-        """From here on there are steps to be saved."""
-        global _ARMED
-        _ARMED = self
+    def defer_signals(self) -> None:
+        """From now on the loop is asked to stop, so that it can save."""
+        global _DEFERRING
+        _DEFERRING = self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if _ARMED is not self:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if _DEFERRING is not self:
             _end_start(number, frame)
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
-    def wanted(self, agree: bool) -> bool:
+    def should_stop(self, *, agree: bool) -> bool:
         """Whether to stop. Several processes stop at the same step: they are asked only where `agree` is true on all."""
-        import jax  # not above: `heard` begins before what takes long to import
+        import jax  # not above: `handle_signals` begins before what takes long to import
 
         if jax.process_count() == 1:
             return self.signal is not None
@@ -84,7 +84,7 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Around all that train.py does: says at once that a signal came, and ends a start that does not end by itself, because it
     compiles for example."""
     read, write = os.pipe()
@@ -107,25 +107,25 @@ def _listen(read: int) -> None:
         if byte[0] not in (signal.SIGINT, signal.SIGTERM):
             continue
         name = signal.Signals(byte[0]).name
-        if _ARMED is not None:
-            print(f"{name}: heard; the step is finished and saved first", file=sys.stderr, flush=True)
+        if _DEFERRING is not None:
+            print(f"{name}: finishing and saving the current step first", file=sys.stderr, flush=True)
             continue
-        # All that a start leaves on disk appears whole or can be gone on with, so it may end anywhere.
+        # Everything that a start leaves on disk is complete or can be resumed, so it may end anywhere.
         time.sleep(PATIENCE_S)
-        if _ARMED is None and not _ENDED.is_set():
-            _say_so(byte[0])
+        if _DEFERRING is None and not _STEPS_DONE.is_set():
+            _report(byte[0])
             os._exit(128 + byte[0])
     os.close(read)
 
 
 def _end_start(number: int, frame: FrameType | None) -> None:
-    if _ENDED.is_set():
+    if _STEPS_DONE.is_set():
         raise KeyboardInterrupt
-    _say_so(number)
+    _report(number)
     raise Interrupted(number)
 
 
-def _say_so(number: int) -> None:
-    if not _SAID.is_set():
-        _SAID.set()
+def _report(number: int) -> None:
+    if not _REPORTED.is_set():
+        _REPORTED.set()
         print(Interrupted(number), file=sys.stderr, flush=True)

@@ -15,13 +15,14 @@ import numpy as np
 
 from vlm_jax.config import RunConfig
 from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_batches, tokens_of
+from vlm_jax.progress import human_rate, human_time
 from vlm_jax.sharding import make_mesh
-from vlm_jax.training.checkpoint import Checkpoints, claim
+from vlm_jax.training.checkpoint import Checkpoints, write_or_check_config
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.processors import build_processor
-from vlm_jax.training.report import Laps, Reporter, human_rate, human_time
+from vlm_jax.training.report import Reporter, StepTimer
 from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
 from vlm_jax.training.table import print_table
 
@@ -54,7 +55,7 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
 
 def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
     check_pictures(config)
-    claim(folder, config)
+    write_or_check_config(folder, config)
     source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
     processor = build_processor(config.data, source, folder, pickles=config.pickles)
     known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
@@ -67,10 +68,19 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         trainer = Trainer(config, mesh)
         if jax.process_index() == 0:
             print_table(trainer)
-        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=trainer.objective.ranks)
+        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=trainer.objective.checkpoint_metric)
         state, start = first_state(trainer, checkpoints, folder)
         reporter = Reporter(folder, start)
-        run = _Run(config, trainer, checkpoints, reporter, interrupt, processor, source, held_out)
+        run = _Run(
+            config=config,
+            trainer=trainer,
+            checkpoints=checkpoints,
+            reporter=reporter,
+            interrupt=interrupt,
+            processor=processor,
+            source=source,
+            held_out=held_out,
+        )
         try:
             return run.go(state, start)
         finally:
@@ -78,7 +88,11 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
             checkpoints.close()
 
 
-@dataclasses.dataclass
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+@dataclasses.dataclass(kw_only=True)
 class _Run:
     config: RunConfig
     trainer: Trainer
@@ -95,10 +109,11 @@ class _Run:
         config = self.config
         flops, update = self._compile(state)
         done = f"resuming at step {start}" if start else "starting"
-        self.reporter.say(f"{done}, {config.steps - start} steps to go; Ctrl-C saves and leaves, the same command goes on")
-        data = TrainBatches(config, self.processor, self.source, start, jax.process_index(), jax.process_count())
-        self.interrupt.arm()
-        laps, metrics, step, saved = Laps(), {}, start, start
+        todo = f"{config.steps - start} steps to go"
+        self.reporter.say(f"{done}, {todo}; Ctrl-C saves and exits; run the same command again to resume")
+        data = TrainBatches(config, self.processor, self.source, start=start, **_this_process())
+        self.interrupt.defer_signals()
+        timer, metrics, step, saved = StepTimer(), {}, start, start
         try:
             for batch in data:
                 state, stepped = update(state, self.trainer.put(batch))
@@ -108,15 +123,15 @@ class _Run:
                 last, logs = step == config.steps, step % config.log_every == 0
                 if last or logs:
                     self._flush(step)
-                    self._log(step, laps.lap(), flops)
-                with laps.pause():
+                    self._log(step, timer.elapsed(), flops)
+                with timer.pause():
                     metrics = {}
                     if last or step % config.eval_every == 0:
                         metrics = self.evaluate(state, step, whole=last)
                     if last or step % config.save_every == 0:
                         self._save(state, step, metrics)
                         saved = step
-                    if not last and self.interrupt.wanted(agree=logs):
+                    if not last and self.interrupt.should_stop(agree=logs):
                         break
         finally:
             data.close()
@@ -125,11 +140,11 @@ class _Run:
         self.checkpoints.wait()
         if step < config.steps:
             name = signal.Signals(self.interrupt.signal).name
-            self.reporter.say(f"{name}: saved step {step} of {config.steps}; the same command goes on from there")
+            self.reporter.say(f"{name}: saved step {step} of {config.steps}; run the same command again to resume")
         return Result(step, metrics, self.interrupt.signal if step < config.steps else None)
 
     def _compile(self, state: TrainState) -> tuple[int, Any]:
-        """Model FLOPs of an update, and the update compiled, so that the first progress line already tells the pace."""
+        """Model FLOPs of an update, and the update compiled, so that the first progress line already has the speed."""
         began = time.perf_counter()
         config, trainer = self.config, self.trainer
         batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
@@ -144,7 +159,7 @@ class _Run:
         self._flush(step)
         self.checkpoints.save(state, step, metrics or None)
 
-    def evaluate(self, state: TrainState, step: int, whole: bool) -> dict[str, float]:
+    def evaluate(self, state: TrainState, step: int, *, whole: bool) -> dict[str, float]:
         """Means over the held-out split, or over its first `eval_rows` rows."""
         began = time.perf_counter()
         rows = 0 if whole else self.config.eval_rows
@@ -163,7 +178,7 @@ class _Run:
         return metrics
 
     def _eval_sums(self, state: TrainState, rows: int) -> Iterator[dict[str, Any]]:
-        batches = eval_batches(self.config.data, self.processor, self.held_out, jax.process_index(), jax.process_count(), rows)
+        batches = eval_batches(self.config.data, self.processor, self.held_out, max_rows=rows, **_this_process())
         for batch in batches:
             yield jax.device_get(self.trainer.eval_step(state, self.trainer.put(batch)))
 
@@ -192,7 +207,7 @@ class _Run:
         objective = self.trainer.objective
         mean = {name: sum(value[name] for value in self.lap) / steps for name in last}
         self.lap = []
-        examples, rate = mean[objective.examples] * steps / seconds, flops * steps / seconds
+        examples, rate = mean[objective.examples_metric] * steps / seconds, flops * steps / seconds
         peak = peak_flops(mesh.devices.flat[0])
         share = f" ({rate / (peak * mesh.size):.1%} of peak)" if peak else ""
         skipped = f"  skipped {last['skipped']:.0f}" if last["skipped"] else ""

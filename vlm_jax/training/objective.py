@@ -18,12 +18,12 @@ class Objective(Protocol):
     """What is learned from a batch.
 
     Attributes:
-      ranks: the metric of an evaluation by which the best checkpoints are kept; greater is better.
-      examples: the metric that counts what a batch has of examples, for the speed that is reported.
+      checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).
+      examples_metric: metric that counts the examples of a batch, for the reported speed.
     """
 
-    ranks: str
-    examples: str
+    checkpoint_metric: str
+    examples_metric: str
 
     def weight(self, batch: Batch) -> Array:
         """[] float32, at least 1: what the summed loss of the whole batch is divided by."""
@@ -38,15 +38,15 @@ class Objective(Protocol):
         ...
 
     def means(self, sums: dict[str, Any]) -> dict[str, Any]:
-        """What is reported of such sums. Nothing to learn from gives 0."""
+        """The reported metrics of such sums; 0 if there is nothing to learn from."""
         ...
 
     def training_line(self, metrics: dict[str, float]) -> str:
-        """What the progress line tells of the means of some steps."""
+        """Formats training metrics for the progress line."""
         ...
 
     def evaluation_line(self, metrics: dict[str, float]) -> str:
-        """What is told of the means of an evaluation."""
+        """Formats evaluation metrics."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A run's parameters: their shapes and places before there are any, which are trained, which frozen, and at what rate."""
+"""Parameter shapes, shardings and freezing rules, known before any array is allocated."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def trained_rows(params: Params, rules: dict[str, ParamRule]) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """Parameters before there are any; the devices of the mesh need not be there."""
+    """Parameters before any array is allocated; works with abstract devices (ahead-of-time compilation)."""
 
     boxed: Any  # shapes with the names of their axes, as `model.init` gives them
     placements: dict[str, Placement]

@@ -1,4 +1,4 @@
-"""The processor that a run is trained with, and that it is asked with afterwards: kept in its folder.
+"""The processor of a run, used in training and in inference: kept in its folder.
 
 RUN/processor/   of a published checkpoint (`config.data.processor`): tokenizer, chat template, picture processor
 RUN/tokenizer/   of a recipe: the tokenizer, as transformers saves it
@@ -17,14 +17,13 @@ from vlm_jax.data.example import Source
 from vlm_jax.errors import DataError
 from vlm_jax.interop.files.folder import PACKAGE
 from vlm_jax.interop.published import open_processor, open_published
-from vlm_jax.processing.encoders import EncoderProcessor
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.recipe import RecipeProcessor, texts_of
 from vlm_jax.processing.templates import named_template
 from vlm_jax.processing.tokenizer import EOC, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
 PROCESSOR, TOKENIZER = "processor", "tokenizer"
-TEMPLATE = "chat_template.jinja"  # where transformers looks for it
+TEMPLATE = "chat_template.jinja"  # the name that transformers reads
 
 
 def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles: bool = False) -> Processor:
@@ -35,8 +34,8 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
     """
     if config.processor:
         if not (folder / PROCESSOR).is_dir() and jax.process_index() == 0:
-            published = open_published(config.processor, pickles)
-            if isinstance(published.processor, EncoderProcessor):
+            published = open_published(config.processor, pickles=pickles)
+            if not published.processor.answers:
                 raise DataError(f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations")
             part = folder / f".{PROCESSOR}.part"
             published.keep_files(part)
@@ -53,7 +52,7 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
 
 
 def write_template(config: DataConfig, folder: Path) -> None:
-    """Puts a named chat template in the place of a checkpoint's own, wherever transformers looks for one.
+    """Replaces a checkpoint's chat template by a named one, in every file where transformers may read it.
 
     Raises:
       RequestError: there is no template of that name.
@@ -112,7 +111,7 @@ def read_tokenizer(name: str | Path, end: str) -> Tokenizer:
     inside = str(name).startswith(PACKAGE) or path.suffix == ".gguf"
     if inside or ((path / "config.json").is_file() and not (path / "tokenizer.json").is_file()):
         processor = open_published(name).processor
-        if isinstance(processor, EncoderProcessor):
+        if not processor.answers:
             raise TokenizerError(f"data.tokenizer={name}: this checkpoint writes no texts")
-        return Tokenizer(processor.tokenizer.wrapped, end)
+        return Tokenizer(processor.tokenizer.hf_tokenizer, end)
     return load_tokenizer(name, end)

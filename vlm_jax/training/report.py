@@ -1,4 +1,4 @@
-"""What a run tells: a line on the terminal, a line a step in `metrics.jsonl`, the same in TensorBoard."""
+"""Run logging: a line on the terminal, a line per step in `metrics.jsonl`, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,19 +15,6 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 
-def human_time(seconds: float) -> str:
-    """75 -> "1:15", 7384 -> "2:03:04"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def human_rate(value: float, unit: str) -> str:
-    """1.5e10, "FLOP/s" -> "15.0 GFLOP/s"."""
-    power = min(int(math.log10(max(value, 1.0)) // 3), 5)
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
-
-
 class Reporter:
     """Writes on the first process, and is silent on the others.
 
@@ -42,7 +29,7 @@ class Reporter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _forget_after(self.path, first_step)
+        _truncate_metrics(self.path, first_step)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
@@ -54,7 +41,7 @@ class Reporter:
         if not self.active:
             return
         named = {f"{prefix}{name}": value for name, value in metrics.items()}
-        # NaN is no JSON; a step whose loss is not finite says null.
+        # JSON has no NaN; a loss that is not finite is written as null.
         clean = {name: value if math.isfinite(value) else None for name, value in named.items()}
         self.file.write(json.dumps({"step": step} | clean) + "\n")
 
@@ -75,8 +62,8 @@ class Reporter:
             self.board.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that will be done again, and a last line that a kill cut short."""
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines of steps that will be repeated, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -91,13 +78,13 @@ def _forget_after(path: Path, step: int) -> None:
     part.replace(path)
 
 
-class Laps:
-    """Time since the last look, without what was spent within `pause` (evaluation, saving)."""
+class StepTimer:
+    """Time since the last call of `lap`, without the time within `pause` (evaluation, saving)."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
 
-    def lap(self) -> float:
+    def elapsed(self) -> float:
         """Seconds of the lap that ends now."""
         now = time.perf_counter()
         seconds, self.began = now - self.began, now

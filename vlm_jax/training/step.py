@@ -18,6 +18,7 @@ from vlm_jax.config import AugmentConfig, RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
 from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import batch_sharding, unboxed
 from vlm_jax.training.objective import OBJECTIVES, Objective
 from vlm_jax.training.optimizer import make_optimizer, schedule
@@ -41,13 +42,6 @@ class TrainState:
     @property
     def params(self) -> Params:
         return merge(self.trained, self.frozen)
-
-
-def compute_dtype(name: str) -> Any:
-    """`RunConfig.dtype` -> a dtype: bfloat16 by itself on GPU and TPU; on CPU it is emulated and slow."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def zeros_batch(config: RunConfig, rows: int) -> Batch:

@@ -1,4 +1,4 @@
-"""What a run is made of, printed at its start: part, parameters, trained or frozen, type, rate, sharding, bytes a device."""
+"""The table printed at the start of a run: part, parameters, trained or frozen, type, rate, sharding, bytes per device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _ways(spec: Any, mesh: Any) -> tuple[str, int]:
     return "*".join(sorted(axes)) or "replicated", math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _fate(rule: ParamRule) -> str:
+def _status(rule: ParamRule) -> str:
     if rule.frozen:
         return "frozen"
     return f"rows {rule.rows_from}.. trained" if rule.rows_from else "trained"
@@ -35,7 +35,7 @@ def _bytes(count: float) -> str:
 
 
 def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
-    """The table, and a line for each kind of parameter that could not be sharded as the rules wish."""
+    """The table, and a line for each kind of parameter that could not be sharded as the rules specify."""
     config, mesh = trainer.config.optimizer, trainer.mesh
     state = trainer.abstract_state
     leaves = by_path(state.params)
@@ -46,7 +46,7 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
         lay, ways = _ways(placement.spec, mesh)
         rate = 0.0 if rule.frozen else rule.lr * config.lr
         decay = 0.0 if rule.frozen else rule.decay * config.weight_decay
-        row = rows[(path.split("/")[0], _fate(rule), str(leaf.dtype), rate, decay)]
+        row = rows[(path.split("/")[0], _status(rule), str(leaf.dtype), rate, decay)]
         size = math.prod(leaf.shape)
         row["count"] += size
         # Parameters, and for trained ones the gradient and Adam's two moments.

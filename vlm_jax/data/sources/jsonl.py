@@ -8,7 +8,7 @@ the next of them, and without any marker they stand before the first turn. What 
 
 The first turn may be from "system". A human turn's only marker stands before its text, wherever it was written.
 
-The chat list that everybody writes (`processing/conversation.py`); what the assistant says is learned::
+An OpenAI-style list of messages (`processing/conversation.py`); what the assistant says is learned::
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
@@ -39,7 +39,7 @@ import numpy as np
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
-from vlm_jax.data.jsonl_record import Bad, Record, shown
+from vlm_jax.data.jsonl_record import Record, RecordError, as_json
 from vlm_jax.errors import DataError
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
@@ -53,10 +53,10 @@ class JsonLinesSource(Source):
 
         Args:
           image_root: where paths of pictures begin; "": the file's folder.
-          cache_dir: where it is kept where the records begin.
+          cache_dir: folder for the record index.
 
         Raises:
-          DataError: the file is not there or holds no example, or it is no list although it is called .json.
+          DataError: a missing or empty file, or a .json file that is not a list.
         """
         self._path = Path(path).expanduser()
         self._root = Path(image_root).expanduser() if image_root else self._path.parent
@@ -124,16 +124,16 @@ class JsonLinesSource(Source):
             raise DataError(f"{where}: is not JSON: {error}") from None
         try:
             return Record(where, record, self._picture).example()
-        except Bad as error:
+        except RecordError as error:
             raise DataError(f"{where}: {error}") from None
 
     def _picture(self, path: Any) -> str:
         if not isinstance(path, str) or not path:
-            raise Bad(f"a picture's path is {shown(path)}; expected a string")
+            raise RecordError(f"a picture's path is {as_json(path)}; expected a string")
         root = os.path.normpath(self._root)
         whole = os.path.normpath(os.path.join(root, path))
         if os.path.commonpath([os.path.abspath(root), os.path.abspath(whole)]) != os.path.abspath(root):
-            raise Bad(f"picture {path!r} is outside of {root}; set data.source.image_root to a folder above it")
+            raise RecordError(f"picture {path!r} is outside of {root}; set data.source.image_root to a folder above it")
         return whole
 
 

