@@ -10,14 +10,14 @@ import vlm_jax.layers
 ROOT = Path(vlm_jax.layers.__file__).parents[1]
 LEGEND = [line for line in vlm_jax.layers.__doc__.splitlines() if line.startswith("    ")]
 LETTERS = set(re.findall(r"\b[A-Z]\b", " ".join(LEGEND)))
-ROOMS = ("ops", "layers", "models", "generation")
+ROOMS = ("ops", "layers", "models", "generation", "processing", "data", "training")
 
 
 def test_the_legend_is_read():
     assert {*"BMIPRTSDOFELVNKGHQZU"} == LETTERS
 
 
-@pytest.mark.parametrize("path", [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))], ids=lambda p: p.stem)
 def test_only_letters_of_the_legend(path):
     text = path.read_text()
     shapes = re.findall(r"\[([A-Za-z0-9 ,.*+/()-]+)\]", text)

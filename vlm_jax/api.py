@@ -43,8 +43,8 @@ DTYPES = ("float32", "bfloat16")
 class Vlm:
     """A model that answers questions about images.
 
-    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8: one, or a list of them; a list inside
-    the list is a video. They come before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
+    Everywhere, `images` are files, their bytes, PIL images or arrays [height, width, 3] uint8: one, or a list of them; a list
+    inside the list is a video. They come before the prompt, or where the prompt says `<image>`. `examples` are `Shot`s or
     (images, question, answer) triples. Further arguments are those of `Settings`: max_new_tokens, temperature, top_k, top_p,
     repetition_penalty, beams, length_penalty, early_stopping, stop, seed; the defaults are the checkpoint's own.
 

@@ -1,7 +1,4 @@
-"""The Python API of CLIP, SigLIP and image encoders: images and texts in, vectors out.
-
-Axis letters: B images, C texts, S features of an image, D width of the features, E width of the embeddings.
-"""
+"""The Python API of CLIP, SigLIP and image encoders: images and texts in, vectors out."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ TEMPLATE = "a photo of a {}."
 class Encoder:
     """An image encoder, alone or with a text encoder beside it.
 
-    Everywhere, `images` are files, their bytes, PIL images or arrays [H, W, 3] uint8.
+    Everywhere, `images` are files, their bytes, PIL images or arrays [height, width, 3] uint8.
 
     Attributes:
       checkpoint: what it was loaded from; model, params, processor: its parts; mesh: the devices.
@@ -42,7 +39,7 @@ class Encoder:
         self._apply = jax.jit(lambda method, params, *x: model.apply({"params": params}, *x, method=method), static_argnums=0)
 
     def features(self, images: Sequence[Picture]) -> np.ndarray:
-        """The features that a language model would read: [B, S, D], with the class token first, if there is one.
+        """The features that a language model would read: [B, P, D], with the class token first, if there is one.
 
         Raises:
           ImageError: a picture cannot be read.
@@ -50,7 +47,7 @@ class Encoder:
         return self._encode("features", self.processor.pixels(images))
 
     def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
-        """[B, E] float32; of length 1 where there is a text encoder, else as the encoder pools it.
+        """[B, Z] float32; of length 1 where there is a text encoder, else as the encoder pools it.
 
         Raises:
           ImageError: a picture cannot be read.
@@ -58,7 +55,7 @@ class Encoder:
         return self._encode("embed_images", self.processor.pixels(images))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[C, E] float32 of length 1.
+        """[texts, Z] float32 of length 1.
 
         Raises:
           RequestError: there is no text encoder.
@@ -73,8 +70,8 @@ class Encoder:
           template: `{}` is replaced by the class name.
 
         Returns:
-          [B, C] float32, the probability of every class for every image. With CLIP an image is one of the classes, and a row's
-          sum is 1; with SigLIP each class is a question of its own.
+          [B, texts] float32, the probability of every class for every image. With CLIP an image is one of the classes, and a
+          row's sum is 1; with SigLIP each class is a question of its own.
 
         Raises:
           RequestError: there is no text encoder, or no list of names; ImageError: a picture cannot be read.

@@ -1,7 +1,4 @@
-"""Random changes of the pictures that are trained on.
-
-Axis letters: S the side of the model's square, F frames.
-"""
+"""Random changes of the pictures that are trained on."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     """Flips, shifts and recolours at random, as far as `config` says.
 
     Args:
-      image: [S, S, C] uint8; C is 3, or 3 F for F frames with the same augmentation.
+      image: [side, side, channels] uint8; C is 3, or 3 F for F frames with the same augmentation.
 
     Returns:
-      [S, S, C] uint8; a new array unless nothing was done.
+      [side, side, channels] uint8; a new array unless nothing was done.
     """
     if config.flip or config.shift:
         height, width = image.shape[:2]

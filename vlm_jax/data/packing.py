@@ -33,9 +33,9 @@ OPEN_ROWS = 32  # rows that first fit searches; more fill slightly better and pl
 class Plan:
     """An epoch: R rows of units of sequences, as flat arrays."""
 
-    rows: np.ndarray  # [R + 1] row r holds units rows[r]:rows[r + 1]
+    rows: np.ndarray  # [rows + 1] row r holds units rows[r]:rows[r + 1]
     units: np.ndarray  # [U + 1] unit u holds sequences[units[u]:units[u + 1]]
-    sequences: np.ndarray  # [N] indices into `Lengths`
+    sequences: np.ndarray  # [conversations] indices into `Lengths`
 
     def __len__(self) -> int:
         return len(self.rows) - 1

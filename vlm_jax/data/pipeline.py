@@ -1,10 +1,8 @@
 """What training calls: a configuration -> batches, in an order that one integer describes.
 
-Axis letters: B rows of the global batch, P processes.
-
-The rows of all epochs are one endless sequence; batch b holds rows b*B..(b+1)*B, and of these process p makes its share of
-B/P. Any batch can be made without those before it. So the position of a run is the number of its step, the global batches
-are the same for any number of processes, and worker processes change nothing but the speed.
+The rows of all epochs are one endless sequence; batch b holds rows b*B..(b+1)*B, B those of the global batch, and each process
+makes its share of them. Any batch can be made without those before it. So the position of a run is the number of its step, the
+global batches are the same for any number of processes, and worker processes change nothing but the speed.
 """
 
 from __future__ import annotations
@@ -158,7 +156,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The batch of step `position`: images [B/P, M, F, H, W, 3], the rest as documented in `Batch`.
+        """The batch of step `position`: images [B / processes, M, I, height, width, 3], the rest as documented in `Batch`.
 
         Raises:
           DataError: a picture cannot be read; it names the example.

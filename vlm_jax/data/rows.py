@@ -1,8 +1,4 @@
-"""A row's units -> arrays: the pictures decoded and cut into tiles, the tokens in their places.
-
-Axis letters: B rows, M image slots of a row, F frames of a slot, S the side of the model's square, T tokens of a row, R visual
-tokens of a tile.
-"""
+"""A row's units -> arrays: the pictures decoded and cut into tiles, the tokens in their places."""
 
 from __future__ import annotations
 

@@ -1,14 +1,11 @@
 """The token store: a data set tokenised once, kept on disk, and mapped into memory by every process that reads it.
 
-    CACHE/KEY/            KEY is made of the fingerprints of the source and the processor, and of what a row can take
-      tokens.bin ...      flat arrays, `FIELDS`
-      meta.json           counts, what was left out and why, what it was made of; written last
-      plans/              which sequence stands in which row, an epoch each (`packing.py`)
-    CACHE/KEY.part/       a store in the making; an interrupted build is resumed
-    CACHE/KEY.lock        held by the process that makes it
-
-Axis letters: N conversations, E examples, C compact tokens of all conversations (`processing/layout.py`), M media of all
-examples.
+CACHE/KEY/            KEY is made of the fingerprints of the source and the processor, and of what a row can take
+  tokens.bin ...      flat arrays, `FIELDS`
+  meta.json           counts, what was left out and why, what it was made of; written last
+  plans/              which sequence stands in which row, an epoch each (`packing.py`)
+CACHE/KEY.part/       a store in the making; an interrupted build is resumed
+CACHE/KEY.lock        held by the process that makes it
 """
 
 from __future__ import annotations
@@ -36,17 +33,17 @@ REPORT_S = 10.0  # seconds between progress lines
 
 # Type of each array as it is written while the store is made; "ids" is uint16 or int32, as the vocabulary needs.
 FIELDS = {
-    "tokens": "ids",  # [C]
-    "flags": "uint8",  # [C]
-    "counts": "int32",  # [N] compact tokens of a conversation
-    "lengths": "int32",  # [N] places it takes in a row, its visual tokens among them
-    "example": "int32",  # [N]
-    "first_medium": "int32",  # [N] of its example's media
-    "media": "int32",  # [N] how many of them it has
-    "share": "float32",  # [N] the chance to be in an epoch
-    "slots": "int32",  # [E] image slots of the example
-    "example_media": "int32",  # [E] its media
-    "sizes": "int32",  # [M, 2] height and width of a medium
+    "tokens": "ids",  # [U]
+    "flags": "uint8",  # [U]
+    "counts": "int32",  # [conversations] compact tokens of a conversation
+    "lengths": "int32",  # [conversations] places it takes in a row, its visual tokens among them
+    "example": "int32",  # [conversations]
+    "first_medium": "int32",  # [conversations] of its example's media
+    "media": "int32",  # [conversations] how many of them it has
+    "share": "float32",  # [conversations] the chance to be in an epoch
+    "slots": "int32",  # [examples] image slots of the example
+    "example_media": "int32",  # [examples] its media
+    "sizes": "int32",  # [media, 2] height and width of a medium
 }
 
 
@@ -62,10 +59,10 @@ def dtype_of(field: str, ids: str) -> np.dtype:
 class Lengths:
     """What packing needs to know of a data set: N sequences, in the order of their examples, of E examples."""
 
-    tokens: np.ndarray  # [N] int32, of a sequence
-    example: np.ndarray  # [N] int32, the example it belongs to, ascending
-    images: np.ndarray  # [E] int32, image slots of an example
-    share: np.ndarray | None = None  # [N] float32, the chance to be in an epoch; None: all are
+    tokens: np.ndarray  # [conversations] int32, of a sequence
+    example: np.ndarray  # [conversations] int32, the example it belongs to, ascending
+    images: np.ndarray  # [examples] int32, image slots of an example
+    share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
 
 
 class TokenStore:
@@ -73,7 +70,7 @@ class TokenStore:
 
     Attributes:
       meta: counts, what was left out and why.
-      tokens, flags, ... : `FIELDS`; offsets [N + 1] and media_offsets [E + 1]: where each conversation and example begins.
+      tokens, flags, ... : `FIELDS`; where each begins: offsets [conversations + 1], media_offsets [examples + 1].
     """
 
     def __init__(self, folder: Path) -> None:

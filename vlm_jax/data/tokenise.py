@@ -1,7 +1,4 @@
-"""Examples -> the arrays of a token store: measures media, tokenises conversations, finds examples that do not fit.
-
-Axis letters as in `store.py`.
-"""
+"""Examples -> the arrays of a token store: measures media, tokenises conversations, finds examples that do not fit."""
 
 from __future__ import annotations
 

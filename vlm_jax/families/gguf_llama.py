@@ -1,6 +1,6 @@
 """GGUF files of the LLaMA kind: weights, config, tokenizer and chat template in one file.
 
-Axis letters of the table: those of `table.py`, and of a head's width P rotary pairs and Q which of the two.
+In its table a head has P rotary pairs, and Q counts the two of a pair; the other letters are those of `table.py`.
 """
 
 from __future__ import annotations

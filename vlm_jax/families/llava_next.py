@@ -2,8 +2,6 @@
 
 A picture becomes a small copy of itself and the tiles of a larger one. In the text the copy comes first, then the rows of
 patches across all tiles, without the rows and columns that only padding is in, a newline token after every row.
-
-Axis letters: P visual tokens of the picture, S the side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def anyres_places(size: Size, pinpoints: Sequence[Size], side: int, patch: int) -> np.ndarray:
-    """[P] int32: of every token, which patch it is, counted through the small copy and then tile after tile; or `NEWLINE`.
+    """[visual tokens] int32: which patch each is, counted through the small copy and then tile after tile; or `NEWLINE`.
 
     Args:
       size: of the picture as it is.

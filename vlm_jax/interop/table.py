@@ -1,7 +1,7 @@
 """What a conversion table is made of: rows of published name <-> our path <-> how the axes lie.
 
-Axis letters: N query heads, K key/value heads, H head width, D width, F hidden width, V vocabulary, T positions, R latents,
-E experts, Y x X pixels of a patch, C colours, J which of our parameters where a published tensor holds several.
+Letters of tables beside those of `layers/__init__.py`: T also positions, Y x X pixels of a patch, C colours, J which of our
+parameters where a published tensor holds several.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A conversation into a row of a batch: tiles into slots, tokens into places. Training and generation call the same.
-
-Axis letters: M image slots of a row, F frames of a slot, R visual tokens of a tile, T tokens of a row, H x W pixels.
-"""
+"""A conversation into a row of a batch: tiles into slots, tokens into places. Training and generation call the same."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import numpy as np
 from vlm_jax.processing.layout import NEWLINE, Layout, prefix_ends
 
 Arrays = dict[str, np.ndarray]  # the fields of `Batch`
-Tiles = list[np.ndarray]  # [H, W, 3] uint8 each
+Tiles = list[np.ndarray]  # [height, width, 3] uint8 each
 
 
 def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) -> int:

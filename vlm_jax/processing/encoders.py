@@ -1,8 +1,6 @@
 """Pictures and texts of published encoders, by transformers' own processor, without PyTorch.
 
 Pictures leave it as bytes, as in `processing/published.py`.
-
-Axis letters: B images, H x W pixels, C texts, T tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class EncoderProcessor:
         return self.length is not None
 
     def pixels(self, images: Sequence[Picture]) -> np.ndarray:
-        """[B, H, W, 3] uint8.
+        """[B, height, width, 3] uint8.
 
         Raises:
           RequestError: no list of pictures, or the processor leaves them in different sizes; ImageError: one cannot be read.
@@ -54,7 +52,7 @@ class EncoderProcessor:
         return np.stack(made)
 
     def tokens(self, texts: Sequence[str]) -> np.ndarray:
-        """[C, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
+        """[texts, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
 
         Raises:
           RequestError: this encoder reads no texts, or it is no list of them.

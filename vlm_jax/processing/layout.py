@@ -7,8 +7,6 @@
 
 The token store keeps the first form, the batch and the generator read the second. Training and inference make both with the
 same functions.
-
-Axis letters: C compact tokens, T tokens of the sequence, R visual tokens of a tile.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ Runs = tuple[np.ndarray, ...]  # of a medium, for each `<image>` written for it,
 class TokenizedConversation:
     """A conversation tokenised once, without the sizes of its pictures."""
 
-    tokens: np.ndarray  # [C] int32
-    flags: np.ndarray  # [C] uint8, LEARNED, ENDS and PROMPT added up
+    tokens: np.ndarray  # [U] int32
+    flags: np.ndarray  # [U] uint8, LEARNED, ENDS and PROMPT added up
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

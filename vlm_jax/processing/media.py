@@ -1,8 +1,6 @@
 """Pictures and videos -> tiles of pixels, and how many visual tokens stand for them.
 
 It is the half of a processor that data workers get a copy of: no tokenizer is in it.
-
-Axis letters: R visual tokens of a tile, S the side of the square that tiles lie in, H x W pixels.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ class MediaProcessor(Protocol):
         ...
 
     def pixels(self, medium: Medium) -> list[np.ndarray]:
-        """The tiles of a picture, or the frames of a video: [H, W, 3] uint8 each.
+        """The tiles of a picture, or the frames of a video: [height, width, 3] uint8 each.
 
         Raises:
           ImageError: one cannot be read; RequestError: a video, where only pictures are read.
@@ -139,7 +137,7 @@ class PublishedMedia:
 
 
 def squared(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
-    """[H, W, 3] -> [S, S, 3] with S the longer side, in the middle of it (LLaVA's `expand2square`)."""
+    """[height, width, 3] -> [side, side, 3] with S the longer side, in the middle of it (LLaVA's `expand2square`)."""
     height, width, _ = image.shape
     side = max(height, width)
     square = np.full((side, side, 3), background, np.uint8)
@@ -149,7 +147,7 @@ def squared(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
 
 
 def picture_bytes(processor: Any, picture: Any, **settings: Any) -> list[np.ndarray]:
-    """What transformers' picture processor makes of a picture, not rescaled and not normalised: tiles [H, W, 3] uint8.
+    """What transformers' picture processor makes of a picture, not rescaled and not normalised: tiles [height, width, 3] uint8.
 
     Raises:
       ImageError: the processor refuses the picture, or gives numbers of another type.

@@ -1,7 +1,4 @@
-"""Pictures: files, bytes, PIL images and arrays -> sizes from their headers, upright PIL images, [H, W, 3] uint8.
-
-Axis letters: H x W pixels, S the side of the model's square.
-"""
+"""Pictures: files, bytes, PIL images and arrays -> sizes from their headers, upright PIL images, [height, width, 3] uint8."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the file and the cause."""
 
 
-Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, or pixels [H, W, 3] uint8
+Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, or pixels [height, width, 3] uint8
 Size = tuple[int, int]  # height, width in pixels
 
 ORIENTATION = 274  # the EXIF tag
@@ -90,7 +87,7 @@ def open_picture(picture: Picture) -> Image.Image:
 
     Raises:
       ImageError: missing, unreadable, truncated, not a picture, larger than Pillow's limit against decompression bombs, or an
-        array of another shape or type than [H, W, 3] uint8.
+        array of another shape or type than [height, width, 3] uint8.
     """
     if isinstance(picture, np.ndarray):
         return Image.fromarray(_checked(picture))
@@ -109,7 +106,7 @@ def open_picture(picture: Picture) -> Image.Image:
 
 def _checked(array: np.ndarray) -> np.ndarray:
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ImageError(f"picture <pixels>: expected [H, W, 3] uint8, found {list(array.shape)} {array.dtype}")
+        raise ImageError(f"picture <pixels>: expected [height, width, 3] uint8, found {list(array.shape)} {array.dtype}")
     return array
 
 
@@ -120,7 +117,7 @@ def read_image(picture: Picture) -> np.ndarray:
     from the least to the greatest value they contain (floats within 0..1 from 0..1).
 
     Returns:
-      [H, W, 3] uint8.
+      [height, width, 3] uint8.
 
     Raises:
       ImageError: see `open_picture`.
@@ -148,7 +145,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_grey(values: np.ndarray, mode: str) -> np.ndarray:
-    """[H, W] of any number -> [H, W] uint8."""
+    """[height, width] of any number -> [height, width] uint8."""
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if mode.startswith("I;16") or (mode == "I" and low >= 0 and 255 < high <= 65535):
@@ -167,11 +164,11 @@ def fit_image(image: np.ndarray, size: int, fit: Literal["stretch", "pad", "crop
     does, and the middle is kept.
 
     Args:
-      image: [H, W, 3] uint8.
+      image: [height, width, 3] uint8.
       size: S.
 
     Returns:
-      [S, S, 3] uint8.
+      [side, side, 3] uint8.
 
     Raises:
       ImageError: with "pad", less than half a pixel of the shorter side would be left; with "crop", less than half a pixel
@@ -207,5 +204,5 @@ def _resize(image: np.ndarray, height: int, width: int, box: tuple[float, ...] |
 
 
 def blank_image(size: int) -> np.ndarray:
-    """What every picture becomes in the control experiment: [S, S, 3] uint8, mid-grey."""
+    """What every picture becomes in the control experiment: [side, side, 3] uint8, mid-grey."""
     return np.full((size, size, 3), GREY, np.uint8)

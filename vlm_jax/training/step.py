@@ -1,7 +1,4 @@
-"""The state of a run, how it is made on the mesh, and one update of it.
-
-Axis letters: B rows, A micro-batches.
-"""
+"""The state of a run, how it is made on the mesh, and one update of it."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class JsonLinesSource(Source):
         self._reset()
 
     def _write_index(self) -> None:
-        """[N, 3] int64: line, first byte and bytes of each record."""
+        """[records, 3] int64: line, first byte and bytes of each record."""
         records = _list_records if self._path.suffix == ".json" else _line_records
         table = np.asarray(list(records(self._path)), np.int64).reshape(-1, 3)
         if not len(table):

@@ -1,7 +1,4 @@
-"""The next token: cross-entropy of what a batch says is to be learned.
-
-Axis letters: B rows, T tokens, D width, V vocabulary, C chunks of Z tokens of every row, L layers, E experts.
-"""
+"""The next token: cross-entropy of what a batch says is to be learned."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ def chunked_scores(
     In the backward pass the logits of a chunk are computed again, so that no array [B, T, V] is ever made.
 
     Args:
-      head: [B, Z, D] -> [B, Z, V] float32.
+      head: [B, chunk, D] -> [B, chunk, V] float32.
       hidden: [B, T, D]; targets: [B, T].
       most: None: all at once.
     """
