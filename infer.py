@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         answer_file(vlm, args.input, questions, output=args.output, settings=settings, progress=progress)
         return
     if args.attention:
-        text, maps = vlm.attention_of(request, **given)
+        text, maps = vlm.attention_for_request(request, **given)
         maps.save(args.attention)
         print(text)
     elif args.stream or (args.stream is None and settings.beams == 1 and sys.stdout.isatty()):

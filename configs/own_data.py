@@ -1,4 +1,4 @@
-"""The Flamingo of `flamingo_easyvqa.py` on pictures and texts of your own: JSON lines as in `data/sources/jsonl.py`.
+"""The Flamingo of `flamingo_easyvqa.py` on your own data: JSON lines as in `vlm_jax/data/sources/jsonl.py`.
 
     python train.py --config=configs/own_data.py --workdir=runs/mine \
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl

@@ -115,9 +115,9 @@ class Vlm:
         self, prompt: str, images: Sequence[Picture], examples: Sequence[Any] = (), **settings: Any
     ) -> tuple[str, AttentionMaps]:
         """The answer, and the attention over the images for each word of it; `.save("out.png")` draws it."""
-        return self.attention_of(self.request(prompt, images, examples), **settings)
+        return self.attention_for_request(self.request(prompt, images, examples), **settings)
 
-    def attention_of(self, request: Request, **settings: Any) -> tuple[str, AttentionMaps]:
+    def attention_for_request(self, request: Request, **settings: Any) -> tuple[str, AttentionMaps]:
         """`attention` of a request."""
         check_visible(self.generator, request)
         answer = self.answer([request], **settings)[0]
@@ -128,11 +128,11 @@ class Vlm:
     ) -> Request:
         """One of the requests of `answer`."""
         shots = [shot if isinstance(shot, Shot) else Shot(*shot) for shot in examples]
-        shots = [dataclasses.replace(shot, images=_listed(shot.images)) for shot in shots]
-        return Request(*from_prompt(prompt, _listed(images), shots), seed)
+        shots = [dataclasses.replace(shot, images=_as_list(shot.images)) for shot in shots]
+        return Request(*from_prompt(prompt, _as_list(images), shots), seed)
 
 
-def _listed(images: Any) -> list[Any]:
+def _as_list(images: Any) -> list[Any]:
     """A single image as a list."""
     if images is None:
         return []

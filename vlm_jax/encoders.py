@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax.interop.checkpoint import Checkpoint
-from vlm_jax.processing.encoders import check_list
+from vlm_jax.processing.encoder_processor import check_list
 from vlm_jax.processing.pictures import Picture
 from vlm_jax.sharding import batch_sharding
 

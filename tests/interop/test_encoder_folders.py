@@ -202,5 +202,5 @@ def test_an_image_encoder_alone(tmp_path, name):
     if not name.startswith("clip"):  # CLIP's has not seen the norm that ours has
         compare(encoder.features(pictures()), theirs.last_hidden_state)
     exported_again(encoder, tmp_path / "theirs", kind, tmp_path / "ours")
-    with pytest.raises(RequestError, match="encodes images alone"):
+    with pytest.raises(RequestError, match="only encodes images"):
         encoder.classify(pictures(), NAMES)

@@ -114,10 +114,10 @@ def change_index(folder, change):
     ("change", "match"),
     [
         (lambda names: names.update(a="model-00009-of-00009.safetensors"), "names model-00009.* which is not in"),
-        (lambda names: names.update(a="../secret.safetensors"), r"names the file '\.\./secret.*only files of its own folder"),
-        (lambda names: names.update(a="/etc/passwd"), "only files of its own folder"),
-        (lambda names: names.update(a=".."), "only files of its own folder"),
-        (lambda names: names.update(a=7), "damaged|only files of its own folder"),
+        (lambda names: names.update(a="../secret.safetensors"), r"names the file '\.\./secret.*only files in its own folder"),
+        (lambda names: names.update(a="/etc/passwd"), "only files in its own folder"),
+        (lambda names: names.update(a=".."), "only files in its own folder"),
+        (lambda names: names.update(a=7), "damaged|only files in its own folder"),
         (lambda names: names.update(e=names["a"]), "do not agree on 1 tensors, e among them.*it is in no file"),
         (lambda names: names.pop("b"), "do not agree on 1 tensors, b among them.*the index says nothing"),
     ],
@@ -178,7 +178,7 @@ class Evil:
 
 def test_a_pickle_executes_nothing(tmp_path):
     torch.save({"a": torch.zeros(2), "b": Evil(tmp_path / "was here")}, tmp_path / "x.bin")
-    refused(r"x.bin: it wants to run posix.mkdir, which is no tensor", TorchPickles, [tmp_path / "x.bin"])
+    refused(r"x.bin: it would run posix.mkdir, which is not a tensor", TorchPickles, [tmp_path / "x.bin"])
     assert not (tmp_path / "was here").exists()
 
 

@@ -58,5 +58,5 @@ def test_random_sizes(seed):
 
 def test_heads_turned_in_part_are_refused():
     rope = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
-    with pytest.raises(ValueError, match=r"partial_rotary_factor=0.5; this model turns whole heads"):
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0.5; this model rotates whole heads"):
         llama.config_from_hf(LlamaConfig(**SIZES, rope_parameters=rope))

@@ -75,7 +75,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(PublishedError, match="no ONNX file, or a damaged one"):
         load(file)
     onnx.save(helper.make_model(helper.make_graph([], "empty", [], [])), file)
-    with pytest.raises(PublishedError, match="so it is no DINOv2"):
+    with pytest.raises(PublishedError, match="so it is not a DINOv2"):
         load(file)
     onnx.save(graph_of(tiny(), left_out="Concat"), file)
     with pytest.raises(PublishedError, match="position embeddings were not found"):

@@ -77,7 +77,7 @@ def test_errors_name_what_to_change(processor):
         processor.write(CHAT[2:])
     with pytest.raises(RequestError, match="has 1 pictures and the chat template writes 0 of '<image>'"):
         processor.write(CHAT[:1], open=True)
-    with pytest.raises(RequestError, match="a text says '<image>', which stands for a picture"):
+    with pytest.raises(RequestError, match="a text says '<image>', which marks an image"):
         processor.write((user(Text("an <image> here")),), open=True)
 
 

@@ -161,5 +161,5 @@ def test_a_run_of_another_version_is_told(tmp_path):
     fields = to_dict(tiny_run())
     fields["model"]["connector"]["norm_eps"] = 1e-5
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged, or of a run of another version of vlm_jax"):
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged, or was written by another version of vlm_jax"):
         read_config(tmp_path)

@@ -3,7 +3,7 @@
 A recipe in `configs/` returns `to_config_dict(RunConfig(...))` of `config_dict.py`; `train.py` lets the command line override
 any leaf (`--config.optimizer.lr=3e-4`) and turns it back, refusing unknown names and wrong types.
 
-Where a part can be one of several kinds, its dataclass has a `kind` field that tells them apart.
+A part with several kinds has a `kind` field that distinguishes them.
 """
 
 from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig

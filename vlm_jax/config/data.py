@@ -9,7 +9,7 @@ from vlm_jax.config.frozen import Kinds, frozen
 
 @frozen
 class SourceConfig(Kinds):
-    """Where the examples of a training and of an evaluation come from."""
+    """The source of the training and evaluation examples."""
 
     bad_lines: ClassVar[str] = "error"  # "skip": an example that is wrong is left out, counted and reported
 
@@ -27,26 +27,26 @@ class JsonLinesConfig(SourceConfig):
     kind: Literal["jsonl"] = "jsonl"
     train: str
     eval: str
-    image_root: str = ""  # "": pictures are looked for beside the JSON-lines file
+    image_root: str = ""  # "": the folder of the JSON-lines file
     bad_lines: Literal["error", "skip"] = "error"  # skip: counted and reported
 
 
 @frozen
 class AugmentConfig:
     flip: bool = False  # left-right and up-down, each with probability 1/2
-    shift: int = 0  # up to so many pixels each way; the border is repeated
-    colour: float = 0.0  # brightness and contrast by up to this share
+    shift: int = 0  # maximum shift in pixels; the border is repeated
+    colour: float = 0.0  # maximum relative change of brightness and contrast
 
 
 @frozen
 class SampleRule:
-    """How often a kind of sequence is trained on.
+    """Subsampling of some sequences.
 
     The first rule whose `pattern` (a regex, searched in the sequence's text) matches counts.
     """
 
     pattern: str
-    share: float  # above 0, at most 1: the chance of a matching sequence to be in an epoch
+    share: float  # above 0, at most 1: the probability that a matching sequence is in an epoch
 
 
 @frozen
@@ -57,24 +57,24 @@ class DataConfig:
     processor: str = ""
     template: str = ""  # of a published processor: a name of `processing/templates.py`; "": its own
     tokenizer: str = "train"  # "train": a byte-level BPE made from the training text; else a folder or a hub name
-    vocab_size: int = 512  # of a trained tokenizer, at most
-    end: str = "<EOC>"  # the token that closes a learned text; a published model's own is its end token, as "</s>"
+    vocab_size: int = 512  # maximum, of a trained tokenizer
+    end: str = "<EOC>"  # the token after a learned text; of a published model its end token, as "</s>"
     prompt: str = "Question: {question} Answer:"  # one turn as the model reads it
     answer: str = " {answer}"
-    image_size: int  # S: every tile lies in a square of S pixels a side
+    image_size: int  # S: every tile is in a square of S x S pixels
     keep_shapes: bool = False  # tiles of a published processor that differ in size within that square (IDEFICS2)
     image_fit: Literal["stretch", "pad", "crop"] = "pad"
-    sequences_per_image: int = 0  # at most so many questions share one packed picture, 0: all of an example's
+    sequences_per_image: int = 0  # maximum number of questions per packed image; 0: all of an example's
     rows: int  # B, over the whole mesh
     tokens: int  # T of a row
     images: int  # M of a row: pictures, or tiles where visual tokens stand in the sequence
     frames: int = 1  # F of a slot
-    # How many visual tokens a tile is, which stand in the sequence (LLaVA); 0 where pictures are read by cross-attention.
+    # Number of visual tokens of a tile in the sequence (LLaVA); 0: cross-attention.
     visual_tokens: int = 0
-    sampling: tuple[SampleRule, ...] = ()  # of training; an evaluation takes every sequence
+    sampling: tuple[SampleRule, ...] = ()  # only in training; an evaluation uses every sequence
     augment: AugmentConfig = AugmentConfig()
-    blank_images: bool = False  # the control experiment: every picture grey
-    # A conversation that no row can take: an error, or its last turns are left out until it fits, which is counted.
+    blank_images: bool = False  # the control experiment: every image grey
+    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted).
     too_long: Literal["error", "drop_turns"] = "error"
     cache_dir: str = "~/.cache/vlm_jax/tokens"  # where tokenised data sets are kept
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process

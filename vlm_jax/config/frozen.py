@@ -1,4 +1,4 @@
-"""What every configuration is: a frozen dataclass whose fields are named where it is made."""
+"""The base of every configuration: a frozen dataclass with keyword-only fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 class Kinds:
-    """The base of what can be one of several kinds, told apart by a field `kind`.
+    """The base of a choice between several kinds of configuration, distinguished by a field `kind`.
 
     A direct subclass is the choice ("a connector"); every subclass of that with a `kind` is registered as one of its kinds::
 

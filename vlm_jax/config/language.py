@@ -10,7 +10,7 @@ from vlm_jax.config.frozen import Kinds, frozen
 
 @frozen
 class ScalingConfig(Kinds):
-    """How rotary positions are stretched beyond the context that a model was trained for."""
+    """Scaling of rotary positions beyond the context length of training."""
 
 
 @frozen
@@ -67,7 +67,7 @@ class LongRopeScaling(ScalingConfig):
 
 @frozen
 class PositionsConfig(Kinds):
-    """How a language model knows the order of its tokens."""
+    """The position encoding of a language model."""
 
 
 @frozen

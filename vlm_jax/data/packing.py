@@ -1,4 +1,4 @@
-"""Which sequences stand in which row: a plan of an epoch, made before any picture is opened.
+"""Packing: a plan of an epoch says which sequences are in which row, before any image is opened.
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
 whole. Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of
@@ -160,7 +160,7 @@ def _cached_plan(folder: Path, make: Callable[[], Plan]) -> Plan:
 
 
 class PackedRows:
-    """All rows of all epochs, one after the other, each reached by one integer."""
+    """All rows of all epochs in order, each found by one integer."""
 
     def __init__(self, store: TokenStore, tokens: int, images: int, per_image: int, seed: int):
         """Args as in `plan_epoch`; the plans are kept beside the store."""

@@ -1,4 +1,4 @@
-"""What training calls: a configuration -> batches, in an order that one integer describes.
+"""Batches for training and evaluation, in an order that one integer describes.
 
 The rows of all epochs are one endless sequence; batch b holds rows b*B..(b+1)*B, B those of the global batch, and each process
 makes its share of them. Any batch can be made without those before it. So the position of a run is the number of its step, the
@@ -54,10 +54,10 @@ def tokens_of(config: DataConfig, processor: Processor, source: Source) -> Token
 
 
 def check_same(store: TokenStore) -> None:
-    """Whether all processes of a run have the same data.
+    """Checks that all processes of a run have the same data.
 
     Raises:
-      DataError: they do not: each has files, or a cache, of its own.
+      DataError: they differ, because each process has its own files or cache.
     """
     import jax
 
@@ -74,7 +74,7 @@ def check_same(store: TokenStore) -> None:
 
 
 def _share(config: DataConfig, *, process_index: int, process_count: int) -> range:
-    """Which rows of a global batch the process makes."""
+    """The rows of a global batch that a process makes."""
     if config.rows % process_count:
         raise DataError(f"data.rows={config.rows} does not divide among {process_count} processes")
     size = config.rows // process_count

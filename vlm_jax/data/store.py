@@ -57,7 +57,7 @@ def dtype_of(field: str, ids: str) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """What packing needs to know of a data set: N sequences, in the order of their examples, of E examples."""
+    """The input of packing: the lengths of N sequences, in the order of their E examples."""
 
     tokens: np.ndarray  # [conversations] int32, of a sequence
     example: np.ndarray  # [conversations] int32, the example it belongs to, ascending
@@ -89,7 +89,7 @@ class TokenStore:
 
     @property
     def lengths_to_pack(self) -> Lengths:
-        """What packing plans with."""
+        """The input of packing."""
         share = None if np.all(self.share == 1) else self.share
         return Lengths(self.lengths, self.example, self.slots, share)
 

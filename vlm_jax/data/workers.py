@@ -1,4 +1,4 @@
-"""What every process does first that prepares data for a trainer, and how it is started."""
+"""How the processes that prepare data for a trainer are started."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vlm_jax.families import dinov2
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files.source import Arrays, PublishedError
 from vlm_jax.interop.register import FILES
-from vlm_jax.processing.encoders import EncoderProcessor
+from vlm_jax.processing.encoder_processor import EncoderProcessor
 
 HEAD_WIDTH = 64  # of every published size; the graph says it in the shapes of its activations alone
 EPS = 1e-6
@@ -70,7 +70,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     array = lambda name: onnx.numpy_helper.to_array(found[name])
     owner = next((name.removesuffix(CLASS_TOKEN) for name in found if name.endswith(CLASS_TOKEN)), None)
     if owner is None:
-        raise PublishedError(f"{path}: it holds no {CLASS_TOKEN}, so it is no DINOv2 that transformers' names are kept of")
+        raise PublishedError(f"{path}: it holds no {CLASS_TOKEN}, so it is not a DINOv2 with transformers' names")
     state = {name.removeprefix(owner): array(name) for name in found if name.startswith(owner)}
     positions = {}
     for node in graph.node:
@@ -96,9 +96,7 @@ def _config(state: dict[str, np.ndarray], path: Path) -> Any:
     needed = ("embeddings.patch_embeddings.projection.weight", "encoder.layer.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in state]
     if missing:
-        raise PublishedError(
-            f"{path}: it holds no {missing[0]}, so it is none of the published DINOv2 with an MLP of two layers"
-        )
+        raise PublishedError(f"{path}: it holds no {missing[0]}, so it is not a published DINOv2 with a two-layer MLP")
     width, _, _, patch = state[needed[0]].shape
     if width % HEAD_WIDTH:
         raise PublishedError(f"{path}: width {width} does not divide into heads of {HEAD_WIDTH}")
@@ -116,7 +114,7 @@ def _config(state: dict[str, np.ndarray], path: Path) -> Any:
 
 
 def _pictures() -> Any:
-    """As facebook/dinov2-* prepare them."""
+    """The image processor of facebook/dinov2-*."""
     from transformers import BitImageProcessorPil
 
     return BitImageProcessorPil(

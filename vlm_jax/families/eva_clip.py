@@ -13,7 +13,7 @@ from vlm_jax.interop.table import Table, row
 
 
 def table(config: VitConfig) -> Table:
-    """Of the tower alone: published names with the `vision_model.` of whole models or without it."""
+    """Table of the encoder; published names with or without the `vision_model.` of whole models."""
     return rows(config).under("[vision_model.]")
 
 

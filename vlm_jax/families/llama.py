@@ -60,7 +60,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
     """`LlamaConfig` or `MistralConfig` -> ours."""
     positions = rope(config)
     if positions.share != 1.0:
-        raise ValueError(f"{type(config).__name__}: partial_rotary_factor={positions.share}; this model turns whole heads")
+        raise ValueError(f"{type(config).__name__}: partial_rotary_factor={positions.share}; this model rotates whole heads")
     attention_bias = getattr(config, "attention_bias", False)
     block = BlockConfig(
         width=config.hidden_size,

@@ -73,7 +73,7 @@ class OpenFlamingoProcessor(PublishedProcessor):
 
 
 class OpenFlamingoFamily:
-    """How a folder as above is opened."""
+    """Opens a folder as above."""
 
     pads_to_square = False
 
@@ -119,7 +119,7 @@ class OpenFlamingoFamily:
         )
 
     def open_processor(self, folder: Path) -> OpenFlamingoProcessor:
-        """Of a folder as above, whose checkpoint need not be there.
+        """The processor of a folder as above, whose checkpoint may be missing.
 
         Raises:
           PublishedError: the tokenizer or the picture processor of a part it names cannot be read.

@@ -18,14 +18,14 @@ from vlm_jax.interop.files import safetensors_files
 from vlm_jax.interop.files.folder import new_folder
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.table import Table
-from vlm_jax.processing.encoders import EncoderProcessor
+from vlm_jax.processing.encoder_processor import EncoderProcessor
 from vlm_jax.processing.processor import Processor
 from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import boxed_params
 
 
 class Config(Protocol):
-    """What a published model's configuration says of itself.
+    """The interface of a published model's configuration.
 
     Attributes:
       answers: whether the model generates text; has_vision: whether it reads images.

@@ -46,7 +46,7 @@ def to_ours(state: State, table: Table, abstract_params: Any) -> Any:
 
 
 def names_known(table: Table, source: Source) -> int:
-    """How many of the source's tensors the table has a row for: which of several tables a file is written by."""
+    """Number of the source's tensors that the table has a row for: chooses between several tables."""
     patterns = [pattern(name) for row in table.rows for name in row.published]
     return sum(any(regex.fullmatch(name) for regex in patterns) for name in source.tensors)
 

@@ -17,7 +17,7 @@ from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, k
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.register import FAMILIES, FILES, LANGUAGE, LanguageFamily
 from vlm_jax.interop.table import Table
-from vlm_jax.processing.encoders import EncoderProcessor
+from vlm_jax.processing.encoder_processor import EncoderProcessor
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.published import PublishedProcessor
 

@@ -1,4 +1,4 @@
-"""Which published families there are, by transformers' `model_type`. Each registers itself from its file in `families/`."""
+"""Registers of the published families, by transformers' `model_type`. Each file in `families/` registers its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = "vlm_jax.families"
 
 
 class CheckpointFamily(Protocol):
-    """How the folders of a `model_type` are opened; `interop.published.Family` is one for what transformers saves.
+    """Opens the folders of a `model_type`; `interop.published.Family` is the one for folders saved by transformers.
 
     Attributes:
       pads_to_square: whether `pad_to_square` may be asked of it.

@@ -1,4 +1,4 @@
-"""What a conversion table is made of: rows of published name <-> our path <-> how the axes lie.
+"""Conversion tables: rows of published name <-> our path <-> order of the axes.
 
 Letters of tables beside those of `layers/__init__.py`: T also positions, Y x X pixels of a patch, C colours, J which of our
 parameters where a published tensor holds several.
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def counted(self) -> int:
-        """How many leading axes of ours the published name counts."""
+        """Number of our leading axes that the published name counts."""
         return self.published[0].count("{}")
 
 

@@ -1,4 +1,4 @@
-"""What is said: turns of text and media, the same for a line of training data, a question and a chat.
+"""Conversations: turns of text and media, the same for a line of training data, a question and a chat.
 
     Conversation                                       media
     Turn("user", (Medium(0), Text("What is this?")))   [(street.jpg,)]
@@ -76,7 +76,7 @@ def media_of(conversation: Conversation) -> list[int]:
 
 
 def plain_text(conversation: Conversation) -> str:
-    """All that is said, with single spaces between turns."""
+    """The text of all turns, separated by single spaces."""
     return " ".join(text for turn in conversation if (text := turn.text.strip()))
 
 
@@ -200,7 +200,7 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{where}: 'text' is {abbreviated(repr(part.get('text')))}; expected a string")
         if has_surrogate(part["text"]):
-            raise RequestError(f"{where}: 'text' has half of a surrogate pair, which is no character")
+            raise RequestError(f"{where}: 'text' has half of a surrogate pair, which is not a character")
         return Text(part["text"])
     if kind in ("image", "image_url"):
         found = next((part[key] for key in IMAGE_KEYS if key in part), None)
@@ -231,7 +231,7 @@ def _picture(where: str, found: Any) -> Picture:
         try:
             return base64.b64decode(found.partition("base64,")[2], validate=True)
         except ValueError:
-            raise RequestError(f"{where}: {found[:40]}... is no picture in base64") from None
+            raise RequestError(f"{where}: {found[:40]}... is not an image in base64") from None
     if isinstance(found, str) and found.startswith(("http://", "https://")):
         raise RequestError(f"{where}: {found[:60]} is an address; fetch the picture first and give its path")
     return found

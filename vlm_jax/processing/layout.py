@@ -34,7 +34,7 @@ class TokenizedConversation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """What the model reads of a conversation. All arrays are [T]."""
+    """A conversation as the model reads it. All arrays are [T]."""
 
     tokens: np.ndarray  # int32
     flags: np.ndarray  # uint8, as in `TokenizedConversation`

@@ -45,7 +45,7 @@ class MediaProcessor(Protocol):
         ...
 
     def tiles(self, size: Size) -> int:
-        """How many tiles a picture of this size is cut into; under cross-attention a medium counts as one."""
+        """Number of tiles of an image of this size; with cross-attention, 1 per medium."""
         ...
 
     def pixels(self, medium: Medium) -> list[np.ndarray]:
@@ -147,7 +147,7 @@ def squared(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
 
 
 def picture_bytes(processor: Any, picture: Any, **settings: Any) -> list[np.ndarray]:
-    """What transformers' picture processor makes of a picture, not rescaled and not normalised: tiles [height, width, 3] uint8.
+    """Tiles [height, width, 3] uint8 by transformers' image processor, without rescaling and normalisation.
 
     Raises:
       ImageError: the processor refuses the picture, or gives numbers of another type.

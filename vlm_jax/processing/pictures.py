@@ -26,7 +26,7 @@ TURNED = (5, 6, 7, 8)  # its values that exchange height and width
 
 
 def picture_name(picture: Picture) -> str:
-    """What messages call it."""
+    """Its name in messages."""
     if isinstance(picture, bytes):
         return f"<{len(picture)} bytes of memory>"
     return str(picture) if isinstance(picture, str | Path) else "<pixels>"
@@ -204,5 +204,5 @@ def _resize(image: np.ndarray, height: int, width: int, box: tuple[float, ...] |
 
 
 def blank_image(size: int) -> np.ndarray:
-    """What every picture becomes in the control experiment: [side, side, 3] uint8, mid-grey."""
+    """The image of the control experiment: [side, side, 3] uint8, mid-grey."""
     return np.full((size, size, 3), GREY, np.uint8)

@@ -1,6 +1,6 @@
-"""The one way in: a conversation and its media -> tokens, what is learned, visual tokens in their places, pixels.
+"""A conversation and its media -> tokens, loss mask, visual tokens in their places, pixels.
 
-Training, inference and whatever asks a model call the same: `write` tokenises a conversation once, `spread` puts the visual
+Training and inference use the same calls: `write` tokenises a conversation once, `spread` puts the visual
 tokens into their places, `media.pixels` makes the tiles. A prompt is the same call with the last answer left open.
 
     layout = processor.lay_out(conversation, sizes)               # to train on
@@ -111,7 +111,7 @@ class Processor(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint_parts(self) -> list[Any]:
-        """All that its tokens and layouts depend on."""
+        """Everything that its tokens and layouts depend on."""
 
     @property
     def fingerprint(self) -> str:

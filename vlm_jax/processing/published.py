@@ -45,10 +45,10 @@ class PublishedTokenizer:
 
 
 class PublishedProcessor(Processor):
-    """Of a published checkpoint: text by its chat template; each `<image>` of it gives way to visual tokens.
+    """Processor of a published checkpoint: text by its chat template; visual tokens replace each `<image>`.
 
-    A base model, without a template, reads the prompt as it is, an answer behind `before_answer`, and `after_answer` behind
-    that; behind a learned text that stands by itself, `after_text`.
+    A base model has no template: it reads the prompt unchanged, then `before_answer`, the answer and `after_answer`. A learned
+    text outside of a chat is followed by `after_text`.
 
     Attributes:
       hf_processor: transformers' processor, or its tokenizer alone for a language model.
@@ -116,7 +116,7 @@ class PublishedProcessor(Processor):
         return self.postprocess_prompt(text)
 
     def render_without_template(self, turns: Conversation) -> str:
-        """What a base model reads."""
+        """The prompt of a base model."""
         text = ""
         for number, turn in enumerate(turns):
             said = "".join(part.text if isinstance(part, Text) else self.image_token for part in turn.content)
@@ -127,14 +127,14 @@ class PublishedProcessor(Processor):
         return text
 
     def postprocess_prompt(self, text: str) -> str:
-        """What transformers' processor of this family does with the text before it is tokenised."""
+        """The changes that transformers' processor of this family makes to the text before it is tokenised."""
         return text
 
     def _templated(self, turns: Conversation) -> bool:
         return bool(self.template and turns) and not any(turn.role == "text" for turn in turns)
 
     def _begins(self, turns: Conversation, text: str) -> bool:
-        """Whether the tokenizer puts its begin token in front, as transformers has it: a chat template writes its own."""
+        """Whether the tokenizer adds its begin token, as in transformers: a chat template writes its own."""
         begin = self.tokenizer.hf_tokenizer.bos_token
         return not (begin and text.startswith(begin)) and (self.has_vision or not self._templated(turns))
 
@@ -194,7 +194,7 @@ class PublishedProcessor(Processor):
         return "", self.spread.end_id
 
     def _begin(self, before: Conversation, text: str, span: Span, glue: str) -> int:
-        """Where the model begins to speak: behind the prompt, which may leave the space behind "ASSISTANT:" to it."""
+        """Where the answer begins: after the prompt, which may leave the space after "ASSISTANT:" to the answer."""
         if span[0] == span[1]:
             return span[0]
         if not self._templated(before):
@@ -216,11 +216,11 @@ class PublishedProcessor(Processor):
             raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
         if self.has_vision and any(self.image_token in turn.text for turn in conversation):
             raise RequestError(
-                f"a text says {self.image_token!r}, which stands for a picture in this checkpoint's texts: write it otherwise"
+                f"a text says {self.image_token!r}, which marks an image in this checkpoint's texts: write it differently"
             )
 
     def _check_pictures(self, written: TokenizedConversation, prompt: str, conversation: Conversation) -> None:
-        """Whether the tokenizer made as many image tokens as the text has."""
+        """Checks that the tokenizer made as many image tokens as the text has."""
         if not self.has_vision:
             return
         expected, found = prompt.count(self.image_token), int((written.tokens == self.spread.image_id).sum())

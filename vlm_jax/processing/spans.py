@@ -1,4 +1,4 @@
-"""What is learned, known from the text: characters of a rendered conversation -> flags of its tokens.
+"""The loss mask, from the text: characters of a rendered conversation -> flags of its tokens.
 
 The answers are rendered a second time between two marks, characters that nobody writes; taking the marks out again gives the
 spans. Nothing is searched for among tokens.

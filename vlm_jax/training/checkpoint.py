@@ -99,7 +99,7 @@ def read_config(folder: str | Path) -> RunConfig:
         return from_dict(RunConfig, json.loads(path.read_text()))
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is damaged, or of a run of another version of vlm_jax, which alone can read it: {error}"
+            f"{path} is damaged, or was written by another version of vlm_jax, and only that version can read it: {error}"
         ) from error
 
 

@@ -34,7 +34,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         return restored
     config = trainer.config
     if config.init_from and config.init_parts:
-        raise CheckpointError("config.init_from gives the whole model and config.init_parts its parts: set one of them")
+        raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
         params = trainer.init().params | {part.part: _part(trainer, part) for part in config.init_parts}
         return trainer.state_of(params), 0

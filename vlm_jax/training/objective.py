@@ -1,4 +1,4 @@
-"""What the loop, the optimizer and the checkpoints ask of an objective. None of them knows which one runs."""
+"""The interface of training objectives, for the loop, the optimizer and the checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Sums = dict[str, Array]  # scalars; "loss" among them
 
 
 class Objective(Protocol):
-    """What is learned from a batch.
+    """The training objective.
 
     Attributes:
       checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).

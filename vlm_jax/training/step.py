@@ -47,7 +47,7 @@ def zeros_batch(config: RunConfig, rows: int) -> Batch:
 
 
 def check_pictures(config: RunConfig) -> None:
-    """Whether the data lays pictures out as the model reads them.
+    """Checks that the data prepares images as the model reads them.
 
     Raises:
       ValueError: it does not; the message says what to set.

@@ -1,25 +1,25 @@
-"""The user's own data: a JSON-lines file beside pictures. Three formats, told apart by their keys, may be mixed in a file.
+"""The user's own data: a JSON-lines file and image files. Its three formats have different keys and may be mixed in a file.
 
-A conversation, as LLaVA's data is published. `image` may be left out, be one path, or several; each `<image>` stands for
-the next of them, and without any marker they stand before the first turn. What "gpt" says is learned::
+A conversation in LLaVA's format. `image` is one path, a list of them, or missing; each `<image>` marks the place of the next
+image, and without any marker all images come before the first turn. The turns of "gpt" are learned::
 
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 
-The first turn may be from "system". A human turn's only marker stands before its text, wherever it was written.
+The first turn may be from "system". A single marker in a human turn is moved before its text.
 
-An OpenAI-style list of messages (`processing/conversation.py`); what the assistant says is learned::
+An OpenAI-style list of messages (`processing/conversation.py`); the assistant's turns are learned::
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless it says otherwise; `frames` are one video::
+Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless "learn" is false; `frames` are one video::
 
     {"id": "8", "content": [{"image": "a.png"}, {"text": "My puppy."}, {"frames": ["f0.png", "f1.png"]},
                             {"text": "What does it do?", "learn": false}, {"text": " It sleeps."}]}
 
-Paths are below `image_root`, or beside the file. A `.json` file that holds a list of such records will do as well.
-`<image>` written in an interleaved text is text.
+Paths are relative to `image_root`, or to the file's folder. A `.json` file with a list of such records also works. In an
+interleaved text, `<image>` is plain text.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ BLOCK = 16 << 20  # bytes of a file that are read at once
 
 
 class JsonLinesSource(Source):
-    """One example a record. Only where each begins is kept; records are read when they are asked for."""
+    """One example per record. Only the offsets of the records are kept; records are read on demand."""
 
     def __init__(self, path: str | Path, image_root: str | Path, *, cache_dir: str | Path):
-        """Reads through the file once: its fingerprint, and where records begin unless that is known.
+        """Reads through the file once for its fingerprint, and for the record index if there is none yet.
 
         Args:
           image_root: where paths of pictures begin; "": the file's folder.

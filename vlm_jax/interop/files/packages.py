@@ -48,7 +48,7 @@ def packaged_weights(package: str) -> PackagedWeights:
       PublishedError: a package that brings no weights that are known here.
     """
     if package not in PARTS:
-        raise PublishedError(f"package {package!r} brings no weights that are known: expected one of {', '.join(PARTS)}")
+        raise PublishedError(f"package {package!r} has no known weights: expected one of {', '.join(PARTS)}")
     return PARTS[package]
 
 

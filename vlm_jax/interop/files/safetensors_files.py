@@ -100,7 +100,7 @@ def files_of_index(index: Path) -> list[Path]:
         raise PublishedError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
     for name in files:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise PublishedError(f"{index} names the file {name!r}: only files of its own folder are read")
+            raise PublishedError(f"{index} names the file {name!r}: only files in its own folder are read")
         if not (index.parent / name).is_file():
             raise PublishedError(f"{index} names {name}, which is not in {index.parent}; fetch the checkpoint again")
     return [index.parent / name for name in files]

@@ -64,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.KNOWN:
             raise PublishedError(
-                f"it wants to run {module}.{name}, which is no tensor. Take the checkpoint's safetensors files instead"
+                f"it would run {module}.{name}, which is not a tensor. Use the checkpoint's safetensors files instead"
             )
         return self.KNOWN[module, name]
 

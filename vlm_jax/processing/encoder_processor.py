@@ -1,4 +1,4 @@
-"""Pictures and texts of published encoders, by transformers' own processor, without PyTorch.
+"""Images and texts for published encoders, by transformers' own processor, without PyTorch.
 
 Pictures leave it as bytes, as in `processing/published.py`.
 """
@@ -17,7 +17,7 @@ from vlm_jax.processing.pictures import Picture, open_picture
 
 
 class EncoderProcessor:
-    """Of an image encoder alone, or with a text encoder.
+    """Processor of an image encoder, with or without a text encoder.
 
     Attributes:
       hf_processor: transformers' processor, or its picture processor alone.
@@ -55,10 +55,10 @@ class EncoderProcessor:
         """[texts, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
 
         Raises:
-          RequestError: this encoder reads no texts, or it is no list of them.
+          RequestError: there is no text encoder, or `texts` is not a list.
         """
         if not self.has_text:
-            raise RequestError("this checkpoint encodes images alone: it has no tower for texts")
+            raise RequestError("this checkpoint only encodes images: it has no text encoder")
         check_list("texts", texts)
         tokenizer = self.hf_processor.tokenizer
         made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
@@ -68,7 +68,7 @@ class EncoderProcessor:
 def check_list(name: str, values: Any) -> None:
     """
     Raises:
-      RequestError: it is one value in the place of a list, or an empty list.
+      RequestError: a single value instead of a list, or an empty list.
     """
     if isinstance(values, str | bytes | Path):
         raise RequestError(f"{name}={values!r}: expected a list; put it in brackets")
