@@ -43,7 +43,7 @@ def write_folder(folder: Path) -> int:
     from vlm_jax.interop.engine import abstract_params
     from vlm_jax.interop.files import safetensors_files
     from vlm_jax.interop.plan import Problems, resolve
-    from vlm_jax.interop.table import written
+    from vlm_jax.interop.table import published_name
     from vlm_jax.models.vlm import VisionLanguageModel
     from vlm_jax.paths import by_path
 
@@ -57,7 +57,7 @@ def write_folder(folder: Path) -> int:
     shapes = {path: leaf.shape for path, leaf in by_path(abstract_params(VisionLanguageModel(config))).items()}
     rng = np.random.default_rng(0)
     tensors = (
-        (written(name, numbers), rng.standard_normal(one.shape_of(part), np.float32) * np.float32(0.02))
+        (published_name(name, numbers), rng.standard_normal(one.shape_of(part), np.float32) * np.float32(0.02))
         for one in resolve(llava.table(config, published), shapes, Problems())
         for numbers in one.places()
         for part, name in enumerate(one.row.published)
