@@ -168,7 +168,7 @@ def test_pixels_in_memory(look):
     got = look(pixels)
     assert got == (5, 7) if look is picture_size else np.array_equal(np.asarray(got), pixels)
     for wrong in (pixels.astype(np.float32), pixels[..., 0], random_pixels(5, 7)[..., :2]):
-        with pytest.raises(ImageError, match=r"expected \[H, W, 3\] uint8, found \[5, 7"):
+        with pytest.raises(ImageError, match=r"expected \[height, width, 3\] uint8, found \[5, 7"):
             look(wrong)
 
 
