@@ -12,7 +12,7 @@ from test_decode import NEW, requests
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.generation.attention_map import attention_maps
-from vlm_jax.generation.by_layer import Pieces, split_layers, stacked
+from vlm_jax.generation.by_layer import Pieces, restack_layers, split_layers
 from vlm_jax.layers.stack import piece
 
 
@@ -82,4 +82,4 @@ def test_a_fusion_without_layers_is_left_as_it_is():
     apart = split_layers(params)
     assert [layer["a"].tolist() for layer in apart["language"]["layers"]] == stack.tolist()
     assert apart["fusion"] is params["fusion"]
-    np.testing.assert_array_equal(stacked(apart)["language"]["layers"]["b"], stack)
+    np.testing.assert_array_equal(restack_layers(apart)["language"]["layers"]["b"], stack)

@@ -61,7 +61,7 @@ class DataConfig:
     end: str = "<EOC>"  # the token after a learned text; of a published model its end token, as "</s>"
     prompt: str = "Question: {question} Answer:"  # one turn as the model reads it
     answer: str = " {answer}"
-    image_size: int  # S: every tile is in a square of S x S pixels
+    image_size: int  # pixels: every tile is in a square of this side
     keep_shapes: bool = False  # tiles of a published processor that differ in size within that square (IDEFICS2)
     image_fit: Literal["stretch", "pad", "crop"] = "pad"
     sequences_per_image: int = 0  # maximum number of questions per packed image; 0: all of an example's

@@ -11,7 +11,7 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     """Flips, shifts and recolours at random, as far as `config` says.
 
     Args:
-      image: [side, side, channels] uint8; C is 3, or 3 F for F frames with the same augmentation.
+      image: [side, side, channels] uint8; 3 channels, or 3 for each frame of a video: all get the same augmentation.
 
     Returns:
       [side, side, channels] uint8; a new array unless nothing was done.

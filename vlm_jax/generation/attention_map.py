@@ -8,6 +8,7 @@ gated layers are averaged with |tanh(gate)| as weights, and followed through the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,14 +72,20 @@ def check_visible(generator: Generator, request: Request) -> None:
         raise RequestError("attention maps are drawn of gated cross-attention, and this model has none")
     if generator.processor.blind:
         raise RequestError("an attention map needs a picture, and this run was trained to see none (blank_images)")
-    example = generator.model.example()[0]
-    encode = lambda params: generator.model.apply(
-        {"params": params}, example.images, example.frames, return_attention=True, method="encode_images"
-    )
+    if why := _no_attention(generator.model):  # before an answer is generated for nothing
+        raise RequestError(f"attention maps need a connector that attends: {why}")
+
+
+@functools.cache
+def _no_attention(model: VisionLanguageModel) -> str:
+    """Why the connector gives no attention; "" if it does."""
+    example = model.example()[0]
+    encode = functools.partial(model.init, method="encode_images", return_attention=True)
     try:
-        jax.eval_shape(encode, generator.programs.held)
-    except ValueError as error:  # before an answer is generated for nothing
-        raise RequestError(f"attention maps need a connector that attends: {error}") from error
+        jax.eval_shape(encode, jax.random.key(0), example.images, example.frames)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def attention_maps(generator: Generator, request: Request, answer: Answer) -> AttentionMaps:

@@ -44,7 +44,7 @@ def split_layers(params: Any) -> Any:
     return params
 
 
-def stacked(params: Any) -> Any:
+def restack_layers(params: Any) -> Any:
     """The inverse of `split_layers`: a copy, as large as the model."""
     params = dict(params)
     for part, name in STACKS:
@@ -72,7 +72,7 @@ def _split(leaf: Array) -> list[Array]:
 
 
 class Pieces:
-    """`jax.jit` of `fn(params, *args, **static)`, compiled in pieces. Equal pieces are one program.
+    """`jax.jit` of `fn(params, *args)`, compiled in pieces. Equal pieces are one program.
 
     Must be called on one mesh only. The parameters are never donated.
     """
@@ -83,23 +83,22 @@ class Pieces:
         self._plans: dict[Any, _Plan] = {}
         self._programs: dict[Any, tuple[Any, Callable[..., Any]]] = {}  # by the jaxpr, which is kept alive
 
-    def __call__(self, params: Any, *args: Any, **static: Any) -> Any:
+    def __call__(self, params: Any, *args: Any) -> Any:
         if params is not self._params:
             self._params, self._plans = params, {}
         leaves, tree = jax.tree.flatten(args)
-        key = (tree, tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves), tuple(static.items()))
+        key = (tree, tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(params, args, static)
+            plan = self._plans[key] = self._plan(params, args)
         return plan.run(leaves)
 
     def _cache_size(self) -> int:
         """As `jax.jit` has it: how many programs were compiled."""
         return sum(program._cache_size() for _, program in self._programs.values())
 
-    def _plan(self, params: Any, args: tuple[Any, ...], static: dict[str, Any]) -> _Plan:
-        traced = lambda params, *args: self.fn(params, *args, **static)
-        closed, shape = jax.make_jaxpr(traced, return_shape=True)(params, *args)
+    def _plan(self, params: Any, args: tuple[Any, ...]) -> _Plan:
+        closed, shape = jax.make_jaxpr(self.fn, return_shape=True)(params, *args)
         fixed = jax.tree.leaves(params)
         owners = [number for number, arg in enumerate(args, 1) for _ in jax.tree.leaves(arg)]
         inputs = closed.jaxpr.invars[len(fixed) :]

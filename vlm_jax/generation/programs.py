@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch
 from vlm_jax.generation import beam, decode
-from vlm_jax.generation.by_layer import Pieces, split_layers, stacked, worth_splitting
+from vlm_jax.generation.by_layer import Pieces, restack_layers, split_layers, worth_splitting
 from vlm_jax.layers.stack import UNROLL
 from vlm_jax.models.vlm import VisionLanguageModel
 
@@ -44,7 +44,7 @@ class Programs:
     @property
     def params(self) -> Any:
         """Nested dicts, layers stacked, as every other place has them; a copy where layers are held one by one."""
-        return stacked(self.held)
+        return restack_layers(self.held)
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""
@@ -83,13 +83,10 @@ class Programs:
         if not self.in_pieces:
             state, next_tokens, done = self.call(decode.steps, state, constraints, np.int32(most), donate=(1,), room=STEPS)
             return state, jax.tree.map(lambda x: x[:, : int(done)], jax.device_get(next_tokens))
-        # A step is on its way before the host knows whether it is needed, so that the device does not wait for the host.
-        columns, runs = [], []
-        while len(columns) < most and (len(columns) < 2 or runs[-2]):
-            state, next_tokens, any_runs = self.call(_step, state, constraints, donate=(1,))
+        columns = []
+        while len(columns) < most and np.any(jax.device_get(state.reasons) == decode.RUNNING):
+            state, next_tokens = self.call(decode.step, state, constraints, donate=(1,))
             columns.append(next_tokens)
-            runs.append(any_runs)
-        columns = columns[:1] + [column for column, needed in zip(columns[1:], runs, strict=False) if needed]
         return state, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *jax.device_get(columns))
 
     def search(
@@ -110,14 +107,6 @@ class Programs:
         while not np.all(jax.device_get(state.over)):
             state = self.call(beam.step, state, search, constraints, limits, donate=(1,))
         return jax.device_get(beam.best(state))
-
-
-def _step(
-    model: VisionLanguageModel, params: Any, state: decode.State, constraints: decode.Constraints
-) -> tuple[decode.State, decode.NextTokens, Array]:
-    """`decode.step`, and whether any row still runs."""
-    state, next_tokens = decode.step(model, params, state, constraints)
-    return state, next_tokens, jax.numpy.any(state.reasons == decode.RUNNING)
 
 
 def _normalised_sharding(x: Array) -> Array:

@@ -37,7 +37,6 @@ PIECE = "piece"  # the name of such a program in a jaxpr
 
 def piece(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` as a program of its own, where `generation/by_layer.py` cuts what is compiled; elsewhere it makes no difference."""
-
     run = lambda *args: fn(*args)
     run.__name__ = PIECE
     return jax.jit(run)
@@ -131,24 +130,24 @@ def _run_each(
     carry: Any, layers: tuple[Any, ...], own: Any, layer: Callable, interleaved: InterleavedLayers | None
 ) -> tuple[Any, Any, Any]:
     """`run_layers` without a scan, some layers at a time."""
-    kept, aux, collected = [], [], []
 
     def several(carry: Any, some: tuple[Any, ...]) -> tuple[Any, Any]:
-        given = ([], [], [])
+        kept, aux, collected = [], [], []
         for index, params, mine, gated in some:
             if gated is not None:
                 x, seen = interleaved.apply(carry[0], gated)
                 carry = (x, *carry[1:])
-                given[2].append(seen)
-            carry, of_layer = layer(carry, (index, params, mine))
-            for parts, part in zip(given, of_layer, strict=False):
-                parts.append(part)
-        return carry, given
+                collected.append(seen)
+            carry, (one, more) = layer(carry, (index, params, mine))
+            kept.append(one)
+            aux.append(more)
+        return carry, (kept, aux, collected)
 
     every, offset = (1, None) if interleaved is None else (interleaved.every, interleaved.offset)
     gated = [interleaved.layers[index // every] if index % every == offset else None for index in range(len(layers))]
     table = list(zip(range(len(layers)), layers, own or (None,) * len(layers), gated, strict=True))
     run, size = piece(several), _piece_size(len(layers), every)
+    kept, aux, collected = [], [], []
     for start in range(0, len(layers), size):
         carry, given = run(carry, tuple(table[start : start + size]))
         for parts, more in zip((kept, aux, collected), given, strict=True):

@@ -44,7 +44,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def has_vision(self) -> bool:
         """False for a language model alone."""
-        return self.config.vision is not None
+        return self.config.has_vision
 
     @property
     def uses_cross_attention(self) -> bool:

@@ -79,7 +79,7 @@ def _truncate_metrics(path: Path, step: int) -> None:
 
 
 class StepTimer:
-    """Time since the last call of `lap`, without the time within `pause` (evaluation, saving)."""
+    """Time since the last call of `elapsed`, without the time within `pause` (evaluation, saving)."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
