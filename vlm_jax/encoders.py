@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.processing.encoder_processor import check_list
 from vlm_jax.processing.pictures import Picture
-from vlm_jax.sharding import batch_sharding
+from vlm_jax.sharding import batch_sharding, batch_shards
 
 TEMPLATE = "a photo of a {}."
 
@@ -34,8 +34,8 @@ class Encoder:
         """
         self.checkpoint, self.model, self.params, self.processor = checkpoint, model, params, checkpoint.processor
         self.mesh = mesh
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.rows = -(-rows // ways) * ways
+        shards = batch_shards(mesh)
+        self.rows = -(-rows // shards) * shards
         self._apply = jax.jit(lambda method, params, *x: model.apply({"params": params}, *x, method=method), static_argnums=0)
 
     def features(self, images: Sequence[Picture]) -> np.ndarray:

@@ -134,16 +134,16 @@ def place(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> 
         if name is not None and name not in RULES:
             raise ValueError(f"unknown logical axis {name!r}; sharding.RULES knows {sorted(RULES)}")
         wanted = tuple(axis for axis in (RULES[name] if name else ()) if mesh.shape[axis] > 1)
-        ways = math.prod(mesh.shape[axis] for axis in wanted)
-        if size % ways:
-            reasons.append(f"{name}={size} is not divisible by {'*'.join(wanted)}={ways}")
+        parts = math.prod(mesh.shape[axis] for axis in wanted)
+        if size % parts:
+            reasons.append(f"{name}={size} is not divisible by {'*'.join(wanted)}={parts}")
             wanted = ()
         axes.append(wanted[0] if len(wanted) == 1 else (wanted or None))
     return Placement(PartitionSpec(*axes), tuple(reasons))
 
 
-def ways(name: str, size: int) -> int:
-    """Over how many devices of the mesh of the context (`jax.set_mesh`) an axis of an array lies."""
+def shards(name: str, size: int) -> int:
+    """Into how many shards the mesh of the context (`jax.set_mesh`) cuts an axis of an array."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = PartitionSpec(None) if mesh.empty else place((name,), (size,), mesh).spec
     axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
@@ -173,6 +173,11 @@ def shardings_of(placements: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`; any number of further axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many shards `batch_sharding` cuts the rows."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

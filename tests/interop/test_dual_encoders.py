@@ -19,6 +19,7 @@ from transformers import (
 from tests.tiny import mesh_of
 from vlm_jax.families import clip, siglip
 from vlm_jax.layers.decoder import Decoder
+from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
 from vlm_jax.sharding import place_tree
 
@@ -140,7 +141,8 @@ def test_every_hidden_state_of_the_text(case):
         some = {"params": params | {"layers": jax.tree.map(lambda p, n=layers: p[:n], params["layers"])}}
         x = lower.apply(some, tokens, positions, method="embed")
         last_seen = None if model.config.text.causal else np.full(tokens.shape, TOKENS - 1, np.int32)
-        compare(lower.apply(some, x, positions, np.ones_like(tokens), prefix_end=last_seen)[0], normed[layers])
+        inputs = LanguageInputs(x, prefix_end=last_seen)
+        compare(lower.apply(some, inputs, positions, np.ones_like(tokens))[0], normed[layers])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vlm_jax.config import DecoderConfig, ModelConfig, VitConfig
 from vlm_jax.interop.engine import abstract_params, to_ours, to_published
 from vlm_jax.interop.table import Table
 from vlm_jax.layers.decoder import Cache, Decoder
-from vlm_jax.layers.stack import InterleavedLayers
+from vlm_jax.layers.stack import InterleavedLayers, LanguageInputs
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.sharding import Named
 
@@ -168,7 +168,8 @@ def run_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Ta
     seen = InterleavedLayers(every=1, offset=0, layers=jnp.zeros(config.layers), apply=lambda x, _: (x, x))
 
     def whole(decoder: Decoder, tokens: np.ndarray) -> tuple[Any, Any]:
-        out = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), interleaved=seen)
+        inputs = LanguageInputs(decoder.embed(tokens, positions), interleaved=seen)
+        out = decoder(inputs, positions, jnp.ones_like(positions))
         return jnp.concatenate([out.interleaved, out.hidden[None]]), decoder.head(out.hidden)
 
     module = Decoder(config, jnp.float32)
@@ -188,7 +189,7 @@ def decoded(params: Any, config: DecoderConfig, tokens: np.ndarray, prompt: int)
 
         def some(decoder: Decoder) -> tuple[Any, Cache]:
             x = decoder.embed(tokens, positions)
-            out = decoder(x, positions, jnp.ones_like(positions), cache=cache, return_cache=True)
+            out = decoder(LanguageInputs(x), positions, jnp.ones_like(positions), cache=cache, return_cache=True)
             return decoder.head(out.hidden), out.cache
 
         return module.apply({"params": params}, method=some)

@@ -9,6 +9,7 @@ import pytest
 from tests.tiny import random_params, tiny_model
 from vlm_jax.config import LearnedPositionsConfig
 from vlm_jax.layers.decoder import Decoder
+from vlm_jax.layers.stack import LanguageInputs
 
 TOKENS = np.array([[5, 9, 5]])
 POSITIONS = np.array([[0, 1, 4]])
@@ -20,7 +21,7 @@ def decoder(**changes):
     language = dataclasses.replace(tiny_model().language, **changes)
     module = Decoder(language, jnp.float32)
     x = np.zeros((1, 3, language.block.width), np.float32)
-    return module, random_params(module, x, POSITIONS, np.ones_like(POSITIONS))
+    return module, random_params(module, LanguageInputs(x), POSITIONS, np.ones_like(POSITIONS))
 
 
 def test_learned_positions_start_at_the_offset():
@@ -50,6 +51,6 @@ def test_a_tied_head_is_the_embedding():
 def test_a_token_does_not_change_what_came_before():
     module, params = decoder()
     x = np.random.default_rng(0).standard_normal((1, 3, 32)).astype(np.float32)
-    run = jax.jit(lambda x: module.apply({"params": params}, x, POSITIONS, np.ones_like(POSITIONS))[0])
+    run = jax.jit(lambda x: module.apply({"params": params}, LanguageInputs(x), POSITIONS, np.ones_like(POSITIONS))[0])
     moved = np.any(run(x + np.array([0, 1, 0])[:, None]) != run(x), axis=-1)
     np.testing.assert_array_equal(moved[0], [False, True, True])

@@ -11,6 +11,7 @@ from vlm_jax.layers.block import Block
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.gated_cross_attention import GatedCrossAttention, GatedCrossAttentionBlock
 from vlm_jax.layers.linear import Norm
+from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask, causal_mask, media_mask
 from vlm_jax.ops.rotary import rotary_angles, rotate
@@ -123,7 +124,7 @@ def plain_layer():
 def params_of(layers, gated):
     """Random parameters of a language model and of the gated layers in it."""
     decoder = Decoder(dataclasses.replace(tiny_model().language, layers=8), jnp.float32)
-    language = random_params(decoder, X, POSITIONS, SEGMENTS)
+    language = random_params(decoder, LanguageInputs(X), POSITIONS, SEGMENTS)
     language["layers"] = jax.tree.map(lambda p: p[:layers], language["layers"])
     rng = np.random.default_rng(1)
     several = lambda p: np.stack([p * rng.uniform(0.5, 1.5, p.shape).astype(np.float32) for _ in range(gated)])
@@ -145,7 +146,7 @@ def run(placement, language_params, gated_params, from_memory=False):
         fuse = functools.partial(fusion.apply, {"params": gated_params})
         images = {"media_cache": fuse(VISUAL, method="media_cache")} if from_memory else {"visual": VISUAL}
         interleaved = fuse(FIRST, LAST, return_attention=True, method="interleaved", **images)
-        out = decoder.apply({"params": language_params}, X, POSITIONS, SEGMENTS, interleaved=interleaved)
+        out = decoder.apply({"params": language_params}, LanguageInputs(X, interleaved), POSITIONS, SEGMENTS)
         return out.hidden, out.interleaved
 
     return forward(language_params, gated_params)

@@ -21,6 +21,7 @@ from vlm_jax.config import (
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.gated_cross_attention import GatedCrossAttention
 from vlm_jax.layers.perceiver import PerceiverResampler
+from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.layers.vit import Vit
 
 LAYER, RMS = NormConfig(kind="layer", eps=1e-5), NormConfig(kind="rms", eps=1e-6)
@@ -95,7 +96,7 @@ def test_language_models(name):
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def whole(module):
-        return module.head(module(module.embed(tokens, tokens), tokens, tokens)[0])
+        return module.head(module(LanguageInputs(module.embed(tokens, tokens)), tokens, tokens)[0])
 
     params = jax.eval_shape(lambda key: Decoder(config, jnp.float32).init(key, method=whole), jax.random.key(0))["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == published

@@ -15,6 +15,6 @@ def bucket(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length()) if size else 0
 
 
-def row_bucket(rows: int, ways: int) -> int:
-    """Rows for a mesh that splits them `ways`: a bucket, and a multiple of `ways`."""
-    return -(-bucket(rows) // ways) * ways
+def row_bucket(rows: int, shards: int) -> int:
+    """Rows for a mesh that splits them into `shards`: a bucket, and a multiple of `shards`."""
+    return -(-bucket(rows) // shards) * shards

@@ -16,7 +16,7 @@ from vlm_jax.generation.request import Request
 from vlm_jax.processing.batching import put_media, put_sequence
 from vlm_jax.processing.layout import Layout
 from vlm_jax.processing.processor import Processor
-from vlm_jax.sharding import batch_sharding
+from vlm_jax.sharding import batch_sharding, batch_shards
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,8 +34,7 @@ class Prompt:
 
 def place(prompts: list[Prompt], processor: Processor, config: ModelConfig, mesh: Mesh) -> Batch:
     """Prompts -> one batch on the mesh, padding behind them, its shapes rounded up to buckets."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows, length = row_bucket(len(prompts), ways), bucket(max(p.length for p in prompts), LENGTH)
+    rows, length = row_bucket(len(prompts), batch_shards(mesh)), bucket(max(p.length for p in prompts), LENGTH)
     names = ("tokens", "positions", "segments", "media_last", "media_first", "prefix_end")
     arrays = {name: np.zeros((rows, length), np.int32) for name in names}
     arrays["tokens"][:] = processor.pad_id

@@ -15,7 +15,7 @@ from vlm_jax.config import AlibiConfig, DecoderConfig, LearnedPositionsConfig, R
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Block
 from vlm_jax.layers.linear import Linear, Norm
-from vlm_jax.layers.stack import InterleavedLayers, run_layers, stacked
+from vlm_jax.layers.stack import LanguageInputs, run_layers, stacked
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask, alibi_of, causal_mask
 from vlm_jax.ops.rotary import rotary_angles, rotate
@@ -118,24 +118,22 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        x: Array,
+        inputs: LanguageInputs,
         positions: Array,
         segments: Array,
         *,
         cache: Cache | None = None,
         return_cache: bool = False,
-        interleaved: InterleavedLayers | None = None,
-        prefix_end: Array | None = None,
     ) -> Output:
         """Embeddings [B, T, D] -> hidden states [B, T, D].
 
         Args:
+          inputs: the embeddings, and what a fusion adds to them.
           positions, segments: [B, T] int32.
           cache: of the tokens before these, which are written behind them; None: these are the first.
           return_cache: whether the first tokens leave a cache, of T slots. Padding stands behind them then.
-          prefix_end: [B, T] int32, the last position each token sees in a prefix-LM; None: its own.
         """
-        config = self.config
+        config, (x, interleaved, prefix_end) = self.config, inputs
         rows = jnp.arange(x.shape[0])[:, None]
         slots = None if cache is None else cache.used[:, None] + jnp.arange(x.shape[1])
         put = lambda old, new: new if cache is None else old.at[rows, slots].set(new, mode="drop")

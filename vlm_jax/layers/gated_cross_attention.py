@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import DecoderConfig, GatedCrossAttentionConfig
+from vlm_jax.batch import Batch
+from vlm_jax.config import GatedCrossAttentionConfig, LanguageConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Attention, KeyValue, Mlp
 from vlm_jax.layers.linear import Norm
-from vlm_jax.layers.stack import InterleavedLayers, stacked
+from vlm_jax.layers.stack import InterleavedLayers, LanguageInputs, stacked
 from vlm_jax.ops.masks import Mask, media_mask
 from vlm_jax.sharding import constrain, named
 
@@ -100,12 +101,12 @@ class GatedCrossAttention(nn.Module):
     """All gated layers of a model, standing before language layers `i` with `i % every == offset`."""
 
     config: GatedCrossAttentionConfig
-    language: DecoderConfig
+    language: LanguageConfig
     visual_width: int
     dtype: Any
 
     def setup(self) -> None:
-        config, width = self.config, self.language.block.width
+        config, width = self.config, self.language.width
         count = len(range(config.offset, self.language.layers, config.every))
         if not 0 <= config.offset < config.every or not count:
             raise ValueError(
@@ -124,11 +125,6 @@ class GatedCrossAttention(nn.Module):
         """
         return jnp.zeros((rows, 1, 1, self.visual_width), self.dtype)
 
-    @nn.nowrap
-    def merge_visual_tokens(self, x: Array, places: Array | None, visual: Array | None) -> Array:
-        """Embeddings [B, T, D] as they are: visual tokens do not stand among them."""
-        return x
-
     def media_cache(self, visual: Array) -> MediaCache:
         """What is kept of the media while a model answers: [B, M, R, O] -> the keys and values of every gated layer."""
         slots, visual = visual.shape[1], visual.reshape(visual.shape[0], -1, visual.shape[-1])
@@ -139,6 +135,20 @@ class GatedCrossAttention(nn.Module):
         if isinstance(self.layers, tuple):
             return MediaCache(tuple(of_layer(params) for params in self.layers), slots)
         return MediaCache(jax.vmap(of_layer)(self.layers), slots)
+
+    def inputs(
+        self, x: Array, batch: Batch, *, visual: Array | None, media_cache: MediaCache | None, return_attention: bool
+    ) -> LanguageInputs:
+        """Embeddings [B, T, D] as they are, and the gated layers between those of the language model, see `interleaved`."""
+        layers = self.interleaved(
+            batch.media_first,
+            batch.media_last,
+            visual=None if media_cache is not None else visual,
+            media_cache=media_cache,
+            segments=batch.segments,
+            return_attention=return_attention,
+        )
+        return LanguageInputs(x, layers)
 
     def interleaved(
         self,

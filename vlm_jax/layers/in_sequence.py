@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import DecoderConfig, InSequenceConfig
+from vlm_jax.batch import Batch
+from vlm_jax.config import InSequenceConfig, LanguageConfig
 from vlm_jax.config.register import MODULES
+from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
@@ -26,12 +28,12 @@ Array = jax.Array
 @MODULES.add(InSequenceConfig)
 class InSequence(nn.Module):
     config: InSequenceConfig
-    language: DecoderConfig
+    language: LanguageConfig
     visual_width: int
     dtype: Any
 
     def setup(self) -> None:
-        width = self.language.block.width
+        width = self.language.width
         if self.visual_width != width:
             raise ValueError(
                 f"visual tokens of width {self.visual_width} cannot stand among the language model's, of width {width}: "
@@ -48,12 +50,11 @@ class InSequence(nn.Module):
     def media_cache(self, visual: Array | None) -> None:
         """Nothing is kept of the media beside the cache of the tokens."""
 
-    @nn.nowrap
-    def interleaved(self, media_first: Array, media_last: Array, **rest: Any) -> None:
-        """Nothing stands between the language layers."""
+    def inputs(self, x: Array, batch: Batch, *, visual: Array | None, **rest: Any) -> LanguageInputs:
+        """Embeddings [B, T, D] with visual tokens [B, M, R, D] in their places; nothing stands between the language layers."""
+        return LanguageInputs(self._merged(x, batch.visual, visual), None, batch.prefix_end if self.config.prefix_lm else None)
 
-    def merge_visual_tokens(self, x: Array, places: Array | None, visual: Array | None) -> Array:
-        """Embeddings [B, T, D] with visual tokens [B, M, R, D] where `places` [B, T] int32 says."""
+    def _merged(self, x: Array, places: Array | None, visual: Array | None) -> Array:
         if places is None or visual is None:
             return x
         table = visual.reshape(visual.shape[0], -1, visual.shape[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -65,6 +65,14 @@ class InterleavedLayers:
     offset: int
     layers: Any  # a pytree with a leading axis L, or a tuple of L
     apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
+
+
+class LanguageInputs(NamedTuple):
+    """What a fusion makes of embeddings and visual tokens: what the language model then runs on."""
+
+    embeddings: Array  # [B, T, D]
+    interleaved: InterleavedLayers | None = None
+    prefix_end: Array | None = None  # [B, T] int32, the last position each token sees in a prefix-LM; None: its own
 
 
 # So many layers are compiled one after the other, in the body of a scanned group or as a piece: a loop in a loop copies weights

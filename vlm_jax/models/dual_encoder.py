@@ -14,6 +14,7 @@ from vlm_jax.config.register import MODULES
 from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.linear import Linear
+from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.layers.vit import Vit
 from vlm_jax.sharding import named
 
@@ -78,7 +79,8 @@ class TextTower(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         decoder = Decoder(encoder, self.dtype, self.remat, name="encoder")
         last_seen = None if config.causal else jnp.full(tokens.shape, length - 1, jnp.int32)
-        out = decoder(decoder.embed(tokens, positions), positions, jnp.ones_like(positions), prefix_end=last_seen)
+        inputs = LanguageInputs(decoder.embed(tokens, positions), prefix_end=last_seen)
+        out = decoder(inputs, positions, jnp.ones_like(positions))
         pooled = jnp.take_along_axis(out.hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
         linear = {"embed": encoder.block.width}, {"projection": config.projection}
         return Linear(*linear, config.projection_bias, self.dtype, name="projection")(pooled)

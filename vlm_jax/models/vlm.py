@@ -13,6 +13,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import ModelConfig
 from vlm_jax.config.register import MODULES, module_of
 from vlm_jax.layers.decoder import Cache, Output
+from vlm_jax.layers.stack import LanguageInputs
 
 Array = jax.Array
 
@@ -120,20 +121,11 @@ class VisionLanguageModel(nn.Module):
           return_cache: whether tokens that begin their rows leave a cache.
           return_attention: also where every token looked, as the fusion tells it.
         """
-        x, interleaved, prefix_end = self.language.embed(batch.tokens, batch.positions), None, None
+        inputs = LanguageInputs(self.language.embed(batch.tokens, batch.positions))
         if self.has_vision:
-            x = self.fusion.merge_visual_tokens(x, batch.visual, visual)
-            interleaved = self.fusion.interleaved(
-                batch.media_first,
-                batch.media_last,
-                visual=None if media_cache is not None else visual,
-                media_cache=media_cache,
-                segments=batch.segments,
-                return_attention=return_attention,
-            )
-            prefix_end = batch.prefix_end if self.config.fusion.prefix_lm else None
-        tokens = (x, batch.positions, batch.segments)
-        return self.language(*tokens, cache=cache, return_cache=return_cache, interleaved=interleaved, prefix_end=prefix_end)
+            media = dict(visual=visual, media_cache=media_cache, return_attention=return_attention)
+            inputs = self.fusion.inputs(inputs.embeddings, batch, **media)
+        return self.language(inputs, batch.positions, batch.segments, cache=cache, return_cache=return_cache)
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] -> [B, T, V] float32."""

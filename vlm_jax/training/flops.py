@@ -61,7 +61,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
         if name == "scan":
             total += eqn.params["length"] * sum(inner)
         elif name == "shard_map":
-            total += _ways(eqn) * sum(inner)
+            total += _parts(eqn) * sum(inner)
         else:
             total += max(inner, default=0) if name == "cond" else sum(inner)
     return total
@@ -77,7 +77,7 @@ def _ragged(eqn: Any) -> int:
     return total // groups if set(numbers.lhs_ragged_dimensions) & set(contracted) else total
 
 
-def _ways(eqn: Any) -> int:
+def _parts(eqn: Any) -> int:
     """Into how many parts a `shard_map` cuts the work: what it shares out, not what every device repeats."""
     entries = [entry for spec in (*eqn.params["in_specs"], *eqn.params["out_specs"]) for entry in spec if entry]
     names = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}

@@ -16,7 +16,7 @@ from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
 from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.runtime import compute_dtype
-from vlm_jax.sharding import batch_sharding, unboxed
+from vlm_jax.sharding import batch_sharding, batch_shards, unboxed
 from vlm_jax.training.objective import OBJECTIVES, Objective
 from vlm_jax.training.optimizer import make_optimizer, schedule
 from vlm_jax.training.params import Blueprint, merge, split, stored, trained_rows
@@ -78,11 +78,11 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = batch_shards(mesh)
         accumulate = config.optimizer.accumulate
-        if config.data.rows % (ways * accumulate):
+        if config.data.rows % (shards * accumulate):
             raise ValueError(
-                f"config.data.rows={config.data.rows} does not divide into data*fsdp={ways} shares of "
+                f"config.data.rows={config.data.rows} does not divide into data*fsdp={shards} shares of "
                 f"accumulate={accumulate} micro-batches"
             )
         self.config, self.mesh = config, mesh

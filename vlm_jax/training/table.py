@@ -15,7 +15,7 @@ from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 
 
-def _ways(spec: Any, mesh: Any) -> tuple[str, int]:
+def _sharding(spec: Any, mesh: Any) -> tuple[str, int]:
     axes = [axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))]
     return "*".join(sorted(axes)) or "replicated", math.prod(mesh.shape[axis] for axis in axes)
 
@@ -39,19 +39,19 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
     config, mesh = trainer.config.optimizer, trainer.mesh
     state = trainer.abstract_state
     leaves = by_path(state.params)
-    rows: dict[Any, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "lay": defaultdict(int)})
+    rows: dict[Any, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sharding": defaultdict(int)})
     reasons: dict[str, int] = defaultdict(int)
     for path, leaf in leaves.items():
         rule, placement = trainer.rules[path], trainer.blueprint.placements[path]
-        lay, ways = _ways(placement.spec, mesh)
+        sharding, shards = _sharding(placement.spec, mesh)
         rate = 0.0 if rule.frozen else rule.lr * config.lr
         decay = 0.0 if rule.frozen else rule.decay * config.weight_decay
         row = rows[(path.split("/")[0], _status(rule), str(leaf.dtype), rate, decay)]
         size = math.prod(leaf.shape)
         row["count"] += size
         # Parameters, and for trained ones the gradient and Adam's two moments.
-        row["bytes"] += size * np.dtype(leaf.dtype).itemsize * (1 if rule.frozen else 4) / ways
-        row["lay"][lay] += size
+        row["bytes"] += size * np.dtype(leaf.dtype).itemsize * (1 if rule.frozen else 4) / shards
+        row["sharding"][sharding] += size
         for reason in placement.replicated:
             reasons[f"{path.split('/')[0]}: {reason}"] += 1
     table = Table(
@@ -60,8 +60,8 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
     for name in ("part", "parameters", "", "type", "peak rate", "decay", "sharding", "bytes a device"):
         table.add_column(name, justify="right" if name in ("parameters", "peak rate", "decay", "bytes a device") else "left")
     for (part, fate, dtype, rate, decay), row in sorted(rows.items(), key=lambda item: item[0][:2]):
-        lay = sorted(row["lay"].items(), key=lambda item: -item[1])
-        shares = ", ".join(f"{name} {size / row['count']:.0%}" if len(lay) > 1 else name for name, size in lay)
+        ranked = sorted(row["sharding"].items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{name} {size / row['count']:.0%}" if len(ranked) > 1 else name for name, size in ranked)
         table.add_row(part, f"{row['count']:,}", fate, dtype, f"{rate:.2g}", f"{decay:.2g}", shares, _bytes(row["bytes"]))
     table.add_section()
     total = sum(row["count"] for row in rows.values())

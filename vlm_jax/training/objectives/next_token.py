@@ -13,7 +13,7 @@ import optax
 from vlm_jax.batch import Batch
 from vlm_jax.config import NextTokenConfig
 from vlm_jax.ops.experts import load_balance
-from vlm_jax.sharding import ways
+from vlm_jax.sharding import shards
 from vlm_jax.training.objective import OBJECTIVES, Sums
 
 Array = jax.Array
@@ -81,7 +81,7 @@ def chunked_scores(
       most: None: all at once.
     """
     rows, tokens = targets.shape
-    of_token = 4 * (-(-rows // ways("batch", rows))) * (-(-vocabulary // ways("vocab", vocabulary)))
+    of_token = 4 * (-(-rows // shards("batch", rows))) * (-(-vocabulary // shards("vocab", vocabulary)))
     size = tokens if most is None else max(1, most // of_token)
     if size >= tokens:
         return scores_of(head(hidden), targets)
