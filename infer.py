@@ -130,7 +130,9 @@ def run(args: argparse.Namespace) -> None:
     import vlm_jax
     from vlm_jax import runtime
     from vlm_jax.api import open_checkpoint
-    from vlm_jax.generation.answer_file import answer_file, read_questions
+    from vlm_jax.errors import counted
+    from vlm_jax.generation.answer_file import answer_file
+    from vlm_jax.generation.questions import read_questions
     from vlm_jax.generation.request import Request, chat_file
     from vlm_jax.processing.conversation import Shot, from_prompt
     from vlm_jax.processing.pictures import picture_size
@@ -171,7 +173,11 @@ def run(args: argparse.Namespace) -> None:
         vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)
-        answer_file(vlm, args.input, questions, output=args.output, settings=settings, progress=progress)
+        refused = answer_file(vlm, questions, output=args.output, settings=settings, progress=progress)
+        if refused:
+            raise ValueError(
+                f"{counted(len(refused), 'question')} left out, see above; mend them and run the same command again"
+            )
         return
     if args.attention:
         text, maps = vlm.attention_for_request(request, **given)

@@ -6,15 +6,20 @@
 Every leaf of the recipe can be overridden. Run the same command again to resume from the newest checkpoint of `workdir`.
 """
 
+import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
+
+from vlm_jax.training.interrupt import Interrupted, handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # the imports below take a moment
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
-
-from vlm_jax.training.interrupt import handle_signals
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences transformers' "PyTorch was not found"
 
@@ -24,6 +29,7 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train in several processe
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Coordinator address, host:port, if it cannot be detected.")
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, if it cannot be detected.")
 PROCESS = flags.DEFINE_integer("process", None, "Index of this process, if it cannot be detected.")
+PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 20, "Seconds after which a silent process ends the others.", lower_bound=2)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -32,30 +38,34 @@ def main(argv: list[str]) -> int:
         sys.exit(f"train.py: unknown arguments {argv[1:]}; see --help")
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every file it writes
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
-    import jax
-
     from vlm_jax import runtime
     from vlm_jax.config import RunConfig
     from vlm_jax.config_dict import from_config_dict
+    from vlm_jax.training.peers import peers
 
     runtime.prepare()
-    if DISTRIBUTED.value or COORDINATOR.value:
-        jax.distributed.initialize(
-            coordinator_address=COORDINATOR.value, num_processes=PROCESSES.value, process_id=PROCESS.value
-        )
-    # After the distributed start: the imports below may touch the devices.
-    from vlm_jax.training.loop import NonFiniteLoss, train
-
     try:
-        result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
-    except (ValueError, OSError, NonFiniteLoss) as error:
+        with contextlib.ExitStack() as together:
+            if DISTRIBUTED.value or COORDINATOR.value:
+                process = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+                log_file = Path(WORKDIR.value).expanduser() / "train.log"
+                together.enter_context(peers(*process, timeout=PEER_TIMEOUT.value, log_file=log_file))
+            from vlm_jax.training.loop import train  # after the distributed start: it may touch the devices
+
+            result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        logging.disable()  # of what the threads of a failed run still say
         return 1
+    except Interrupted as interrupted:
+        return 128 + interrupted.signal
+    except KeyboardInterrupt:
+        print("train.py: interrupted again before the step was saved; run the same command again to resume", file=sys.stderr)
+        return 130
     if result.signal is not None:
         return 128 + result.signal
     return 0
 
 
 if __name__ == "__main__":
-    with handle_signals():
-        app.run(main)
+    app.run(main)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -56,6 +57,20 @@ def bounded_memory():
     MEMORY.check()
 
 
+@pytest.fixture
+def within_a_minute():
+    """A test that waits for ever fails instead."""
+
+    def expired(*_):
+        raise AssertionError("it still waits after a minute")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """The folder of a run that was saved before its first step, its gates open, with pictures 0.png, 1.png, ... in data/."""
@@ -63,7 +78,8 @@ def run(tmp_path_factory) -> Path:
 
     from tests.tiny import mesh_of, tiny_run, write_data
     from vlm_jax.processing.tokenizer import train_tokenizer
-    from vlm_jax.training.checkpoint import Checkpoints, write_or_check_config
+    from vlm_jax.training.checkpoint import Checkpoints
+    from vlm_jax.training.run_folder import write_or_check_config
     from vlm_jax.training.step import Trainer
 
     folder = tmp_path_factory.mktemp("runs") / "a"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 import infer
 import vlm_jax
 from vlm_jax import api
+from vlm_jax.files import lock
 from vlm_jax.generation import answer_file
 
 NEW = "--max-new-tokens=8"
@@ -75,6 +77,9 @@ def test_shots_come_before_the_question(run):
         (["--prompt=x", "--image={run}/config.json"], "config.json: is not a picture"),
         (["--prompt=<image> and <image>", "--image={run}/data/1.png"], "2 <image> markers and 1 image:"),
         (["--prompt=<image>?"], "1 <image> marker and 0 images"),
+        (["--prompt=x\udcff"], "a text has half of a surrogate pair, or bytes that are not UTF-8: 'x\\udcff'"),
+        (["--prompt=x", "--stop=\udcff"], "stop has half of a surrogate pair"),
+        (["--prompt=x", "--image=/dev/zero"], "/dev/zero: is not a regular file"),
         (["--prompt=" + "long " * 300], "but the model reads at most 256"),
         (["--prompt=x", "--mesh=tensor=3"], "'tensor=3' does not fit: there are 8 devices"),
         (["--prompt=x", "--mesh=model=8"], "expected sizes for some of data, fsdp, tensor"),
@@ -88,8 +93,8 @@ def test_shots_come_before_the_question(run):
         (["--prompt=x", "--messages=a.json"], "give one of --prompt, --messages and --input"),
         (["--messages=a.json", "--image=a.png"], "with --messages, images belong in the file"),
         (["--messages=nowhere.json"], "--messages=nowhere.json: No such file"),
-        (["--messages={run}/data/0.png"], "0.png: 'utf-8' codec can't decode"),
-        (["--messages={run}/data/data.jsonl"], "data.jsonl:2: is not JSON: Extra data"),
+        (["--messages={run}/data/0.png"], "0.png: is not UTF-8"),
+        (["--messages={run}/data/data.jsonl"], "data.jsonl: is not JSON: Extra data at line 2"),
         (["--input=a.jsonl"], "--input and --output go together"),
         (["--input=nowhere.jsonl", "--output=b.jsonl"], "nowhere.jsonl: No such file"),
         (["--prompt=x", "--max-new-tokens=many"], "invalid int value: 'many'"),
@@ -109,7 +114,10 @@ def asked(*messages: dict) -> str:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "x"', "in.jsonl:2: not JSON"),
+        ('{"prompt": "x"', "in.jsonl:2: is not JSON"),
+        ("[" * 100_000, "in.jsonl:2: is nested too deeply"),
+        ('{"prompt": "\\ud800"}', "in.jsonl:2: the line has half of a surrogate pair"),
+        ('{"id": "\\udfff", "prompt": "x"}', "in.jsonl:2: the line has half of a surrogate pair"),
         ("[1]", "in.jsonl:2: expected an object"),
         ('{"id": 1}', "in.jsonl:2: 'prompt' is missing"),
         ('{"prompt": 3}', "in.jsonl:2: 'prompt' is 3; expected a str"),
@@ -129,26 +137,80 @@ def asked(*messages: dict) -> str:
 )
 def test_a_bad_line_is_named(capsys, run, tmp_path, line, message):
     path = run / "data" / "in.jsonl"
-    path.write_text('{"prompt": "x", "image": "0.png"}\n' + line + "\n")
+    path.write_text("\n" + line + "\n")
     output = tmp_path / "out.jsonl"
     assert message in fails(capsys, f"--checkpoint={run}", f"--input={path}", f"--output={output}")
     assert not output.exists()
 
 
-def test_a_line_that_does_not_fit_leaves_the_answers_before_it(capsys, run, tmp_path, monkeypatch):
-    """A file is laid out some batches at a time, and not as a whole before the first answer."""
+def test_questions_that_cannot_be_asked_leave_the_others_theirs(capsys, run, tmp_path, monkeypatch):
+    """Known from the file, from the prompt, or from the pixels; a file is laid out some batches at a time."""
     monkeypatch.setattr(answer_file, "WINDOW", 2)
-    lines = [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "z"}, {"prompt": "long " * 300}]
-    path, output = run / "data" / "long.jsonl", tmp_path / "out.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    command = (f"--checkpoint={run}", f"--input={path}", f"--output={output}", "--batch=1", NEW)
+    broken = (run / "data" / "0.png").read_bytes()[:-30]
+    (run / "data" / "broken.png").write_bytes(broken)
+    lines = [
+        '{"prompt": "x\u2028\u0085y"}',
+        '{"prompt": "y"',
+        '{"prompt": "' + "long " * 300 + '"}',
+        '{"prompt": "z", "image": "broken.png"}',
+        '{"prompt": "z", "image": "1.png"}',
+        '{"prompt": "v"}',
+    ]
+    path, output = run / "data" / "some.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n')
+    command = (f"--checkpoint={run}", f"--input={path}", f"--output={output}", "--batch=2", NEW)
     assert infer.main(list(command)) == 2
-    assert "long.jsonl:4: the prompt is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for problem in (
+        "some.jsonl:2: is not JSON",
+        "some.jsonl:3: the prompt is",
+        "some.jsonl:4: picture",
+        "some.jsonl:7: is not UTF-8",
+        "4 questions left out",
+    ):
+        assert problem in said
     before = read(output)
-    assert sorted(before) == [1, 2]
-    path.write_text("\n".join(map(json.dumps, [*lines[:3], {"prompt": "short"}])))
+    assert sorted(before) == [1, 5, 6] and before[1]["prompt"] == "x\u2028\u0085y"
+    lines[1:4] = '{"prompt": "y"}', '{"prompt": "short"}', '{"prompt": "z", "image": "0.png"}'
+    path.write_text("\n".join(lines))
     succeeds(capsys, *command)
-    assert sorted(read(output)) == [1, 2, 3, 4] and before.items() <= read(output).items()
+    assert sorted(read(output)) == [1, 2, 3, 4, 5, 6] and before.items() <= read(output).items()
+
+
+def test_a_question_with_another_picture_is_asked_again(capsys, run, tmp_path):
+    for name, number in {"a.png": 0, "b.png": 1}.items():
+        (tmp_path / name).write_bytes((run / "data" / f"{number}.png").read_bytes())
+    lines = [{"prompt": "which?", "image": "a.png"}, {"prompt": "which?", "image": "b.png"}, {"prompt": "which?"}]
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    command = (f"--checkpoint={run}", f"--input={path}", f"--output={output}", NEW)
+    succeeds(capsys, *command)
+    before = read(output)
+    assert before[1]["pictures"] != before[2]["pictures"] and "pictures" not in before[3]
+    (tmp_path / "b.png").write_bytes((run / "data" / "2.png").read_bytes())
+    assert infer.main(list(command)) == 0
+    said = capsys.readouterr().err
+    assert "2 of 3 were answered already" in said and "1 question will be asked again" in said
+    after = read(output)
+    assert after[1] == before[1] and after[3] == before[3] and after[2]["pictures"] != before[2]["pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "in.jsonl", "out.jsonl"]
+
+
+def test_two_at_once_do_not_write_one_file(capsys, run, tmp_path):
+    output = tmp_path / "out.jsonl"
+    command = (f"--checkpoint={run}", f"--input={questions(run)}", f"--output={output}", NEW)
+    with output.open("a") as file:
+        lock(file, "")
+        assert "another infer.py is writing it" in fails(capsys, *command)
+    succeeds(capsys, *command)
+
+
+@pytest.mark.usefixtures("within_a_minute")
+def test_an_output_that_is_no_file(capsys, run, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for name in (tmp_path / "fifo", tmp_path, "/dev/full"):
+        command = (f"--checkpoint={run}", f"--input={questions(run)}", f"--output={name}", NEW)
+        assert f"--output={name}: is not a regular file" in fails(capsys, *command)
 
 
 def test_a_chat_in_a_file(capsys, run, tmp_path):
@@ -169,7 +231,9 @@ def test_a_chat_in_a_file(capsys, run, tmp_path):
     lines = [{"id": "c", "messages": json.loads((chats / "a.json").read_text())}, {"prompt": "which?", "image": "../2.png"}]
     (chats / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     succeeds(capsys, *command, f"--input={chats / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
-    assert read(tmp_path / "out.jsonl") == {
+    answers = read(tmp_path / "out.jsonl")
+    assert all(len(answer.pop("pictures")) == 16 for answer in answers.values())
+    assert answers == {
         1: {"line": 1, "id": "c", "prompt": "and é?", "answer": expected},
         2: {"line": 2, "id": 2, "prompt": "which?", "answer": vlm.generate("which?", [picture(2)], max_new_tokens=8)},
     }
@@ -189,7 +253,7 @@ def questions(run: Path) -> Path:
 
 
 def read(path: Path) -> dict[int, dict]:
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     assert len({entry["line"] for entry in entries}) == len(entries)
     return {entry["line"]: entry for entry in entries}
 
@@ -205,8 +269,8 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
     generator = load(str(run), rows=2).generator
     batches, seen = type(generator).batches, []
 
-    def interrupted(self, *args):
-        for batch in batches(self, *args):
+    def interrupted(self, *args, **rest):
+        for batch in batches(self, *args, **rest):
             yield batch
             raise KeyboardInterrupt
 
@@ -218,9 +282,9 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
     with parts.open("a") as file:
         file.write('{"line": 7, "id"')  # a line that a crash cut short
 
-    def counted(self, prompts, settings):
+    def counted(self, prompts, settings, **rest):
         seen.extend(prompts)
-        return batches(self, prompts, settings)
+        return batches(self, prompts, settings, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(generator), "batches", counted)

@@ -24,6 +24,7 @@ from vlm_jax.config.generation import Settings
 from vlm_jax.config.register import module_of
 from vlm_jax.encoders import Encoder
 from vlm_jax.errors import RequestError
+from vlm_jax.files import write_checksums
 from vlm_jax.generation.attention_map import AttentionMaps, attention_maps, check_visible
 from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.request import Request, chat_request
@@ -34,8 +35,9 @@ from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.pictures import Picture
 from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import AXES, make_mesh
-from vlm_jax.training.checkpoint import PUBLISHED, load_run, read_config
+from vlm_jax.training.checkpoint import load_run
 from vlm_jax.training.processors import run_processor, write_template
+from vlm_jax.training.run_folder import PUBLISHED, read_config
 
 DTYPES = ("float32", "bfloat16")
 
@@ -239,6 +241,8 @@ def load(
 def export(path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None) -> int:
     """Writes a trained model as a folder that transformers loads with `from_pretrained`.
 
+    It gets a file `checksums.sha256`, and is read here only as long as it is what was written.
+
     Args:
       path: a run started from a published checkpoint (`config.init_from`), or such a checkpoint itself.
       folder: a new one.
@@ -254,7 +258,9 @@ def export(path: str | Path, folder: str | Path, *, step: int | None = None, mes
     device_mesh = parse_mesh(mesh)
     checkpoint = open_checkpoint(path, step)
     with jax.set_mesh(device_mesh):
-        return checkpoint.convert(folder, device_mesh)
+        written = checkpoint.convert(folder, device_mesh)
+    write_checksums(Path(folder).expanduser())
+    return written
 
 
 def parse_mesh(text: str | None) -> Mesh:

@@ -23,6 +23,17 @@ def abbreviated(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
+def check_text(name: str, text: str) -> None:
+    """
+    Raises:
+      RequestError: half of a surrogate pair, as bytes that are not UTF-8 leave it; no tokenizer reads it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} has half of a surrogate pair, or bytes that are not UTF-8: {abbreviated(text)!a}") from None
+
+
 def counted(number: int, name: str) -> str:
     """1, "tile" -> "1 tile"; 2, "tile" -> "2 tiles"."""
     return f"{number} {name}{'' if number == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 
 import pytest
@@ -55,6 +56,24 @@ def one(root, record) -> tuple:
     return names_of(root, example), tuple(joined(rendered(example.conversations[0], DATA)))
 
 
+def test_pictures_under_images(root):
+    """As questions have them; a chat's parts without a path take them in their order."""
+    assert one(root, chat("<image> or <image>?", "A", images=["a.png", "b.png"]))[0] == (("a.png",), ("b.png",))
+    beside = messages({"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}) | {"images": ["b.png", "a.png"]}
+    assert one(root, beside)[0] == (("b.png",), ("a.png",))
+    assert one(root, chat("Q", "A") | {"images": [], "image_id": 3})[0] == ()
+
+
+@pytest.mark.usefixtures("within_a_minute")
+def test_what_is_no_regular_file_is_not_read(root):
+    os.mkfifo(root / "fifo.png")
+    os.mkfifo(root / "fifo.jsonl")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: picture .*fifo\.png: is not a regular file"):
+        store_of(source(root, chat("Q", "A", image="fifo.png")))
+    with pytest.raises(DataError, match=r"fifo\.jsonl: is not a regular file"):
+        opened(root / "fifo.jsonl")
+
+
 def question(example: Example) -> str:
     return example.conversations[0][0].text
 
@@ -104,7 +123,8 @@ def test_interleaved(root):
 BAD = [
     ("{", "is not JSON: Expecting property name"),
     ('{"a": 1} x', "is not JSON: Extra data at column 10"),
-    ("[" * 100_000, "is not JSON"),
+    ("[" * 100_000, "is nested too deeply"),
+    ('{"id": ' + "1" * 5_000 + "}", "has a number of more than 4,300 digits"),
     ("3", "is 3; expected an object"),
     ({"id": "1"}, r"has the keys \['id'\]; expected one of 'conversations', 'messages', 'content'"),
     (chat("Q", "A") | {"content": []}, r"has the keys \['content', 'conversations', 'id'\]; expected one of"),
@@ -126,6 +146,11 @@ BAD = [
     (chat("Q", "A", image="text.png"), "text.png: is not a picture"),
     (chat("Q", "A", image="sub"), "is a directory"),
     (chat("Q\ud800", "A"), "half of a surrogate pair"),
+    (chat("Q", "A", image="a.png") | {"images": ["a.png"]}, "has 'image' and 'images'; expected one of them"),
+    (chat("Q", "A") | {"video": "a.mp4"}, "has the key 'video', which is not read; expected its pictures in 'image'"),
+    (chat("Q", "A") | {"image_path": "a.png"}, "has the key 'image_path', which is not read"),
+    ({"content": [{"text": "a"}], "images": ["a.png"]}, "has the key 'images', .* expected its pictures in parts of 'content'"),
+    (messages({"image": "a.png"}) | {"images": ["a.png"]}, "0 parts of type 'image' without a path, and 1 pictures"),
     ({"content": [{"text": "a", "lern": False}]}, "part 1 has the unknown key 'lern'"),
     ({"content": [{"text": "a"}, {"image": "a.png", "text": "b"}]}, "part 2 is .*; expected 'text'"),
     ({"content": [{"image": "a.png", "learn": True}]}, "part 1 is"),

@@ -1,15 +1,17 @@
 """From a configuration to batches. Axis letters as in vlm_jax/batch.py."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import parts, picture, processor_of, run_config, write_lines
+from PIL import Image
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import AugmentConfig, DataConfig, JsonLinesConfig, SampleRule
-from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches
+from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches, tokens_of
 from vlm_jax.errors import DataError
 from vlm_jax.processing.layout import prefix_ends, targets_of
 from vlm_jax.training.processors import TOKENIZER, build_processor
@@ -245,13 +247,68 @@ def test_what_fits_in_no_row_is_named(jsonl_config, caplog):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_cut_short_is_named(jsonl_config, folder, workers):
-    from PIL import Image
-
-    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "p7.png")
-    data = (folder / "p7.png").read_bytes()
-    (folder / "p7.png").write_bytes(data[: len(data) // 2])
+    cut_short(folder / "p7.png")
     with pytest.raises(DataError, match=r"train\.jsonl:\d+: picture .*p7\.png: is damaged or cut short"):
         train(replace(jsonl_config, workers=workers))
+
+
+def cut_short(path: Path) -> None:
+    """Its header is whole, and half of its pixels."""
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_pixels_are_left_out_counted_and_reported(jsonl_config, folder, workers, caplog):
+    """The same examples after a resume, and nothing else of their rows is missing."""
+    cut_short(folder / "p7.png")  # of lines 3 and 8
+    source = replace(jsonl_config.source, bad_lines="skip")
+    data = replace(jsonl_config, workers=workers, source=source, augment=AugmentConfig())
+    processor, examples = parts(data)
+    with TrainBatches(run_config(data), processor, examples) as batches:
+        whole = list(batches)
+        assert batches.left_out > 0
+    assert "left out: " in caplog.text and "p7.png: is damaged or cut short" in caplog.text
+    assert_equal(whole[2:], train(data, start=2))
+    learned = lambda batches: {tuple(s["targets"][s["weights"] > 0]) for batch in batches for s in segments_of(batch)}
+    store = tokens_of(data, processor, examples)
+    kept = {tuple(store.written(i).tokens.tolist()) for i in range(len(store)) if store.example[i] not in (2, 7)}
+    shown = [s["tokens"] for batch in eval_batches(data, processor, examples) for s in segments_of(batch)]
+    assert sorted(map(len, shown)) == sorted(len(tokens) - 1 for tokens in kept)
+    assert learned(eval_batches(data, processor, examples)) <= learned(whole)
+
+
+def test_all_pictures_are_checked_before_the_first_step_if_asked(jsonl_config, folder, caplog):
+    cut_short(folder / "p7.png")
+    data = replace(jsonl_config, check_pictures=True)
+    processor, examples = parts(data)
+    with pytest.raises(DataError, match=r"train\.jsonl:3: picture .*p7\.png: is damaged or cut short"):
+        tokens_of(data, processor, examples)
+    skipping = replace(data, source=replace(data.source, bad_lines="skip"))
+    with TrainBatches(run_config(skipping), *parts(skipping)) as batches:
+        list(batches)
+        assert batches.left_out == 0
+    assert "2 of 12 examples are left out" in caplog.text
+
+
+def test_without_that_it_says_what_was_checked(jsonl_config, caplog):
+    with caplog.at_level(logging.INFO):
+        tokens_of(jsonl_config, *parts(jsonl_config))
+    assert "pictures: their headers were read; --config.data.check_pictures=True decodes them all" in caplog.text
+
+
+@pytest.mark.parametrize("bad_lines", ["error", "skip"])
+def test_a_picture_that_was_changed_or_removed_ends_the_run(jsonl_config, folder, bad_lines):
+    """A disk that is gone must not look like broken pictures."""
+    data = replace(jsonl_config, source=replace(jsonl_config.source, bad_lines=bad_lines))
+    tokens_of(data, *parts(data))
+    Image.effect_noise((8, 8), 50).convert("RGB").save(folder / "p7.png")  # of the same size
+    with pytest.raises(DataError, match=r"p7\.png was changed since it was tokenised: delete"):
+        train(data)
+    (folder / "p7.png").unlink()
+    with pytest.raises(DataError, match=r"p7\.png: there is no such file"):
+        train(data)
 
 
 def test_the_tokenizer_is_kept(jsonl_config, tmp_path):

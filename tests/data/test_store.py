@@ -73,6 +73,21 @@ def test_a_second_opening_reads(root, monkeypatch, caplog):
     assert "turns are left out of conversations that are too long" in caplog.text
 
 
+def test_a_damaged_store_is_not_read(root):
+    folder = store_of(source(root), **LEFT_OUT).folder
+    for name in ("tokens.bin", "file_bytes.bin", "offsets.npy", "meta.json"):
+        path = folder / name
+        intact = path.read_bytes()
+        middle = len(intact) // 2
+        flipped = intact[:middle] + bytes([intact[middle] ^ 4]) + intact[middle + 1 :]
+        for damaged in (intact[:middle], flipped) if name != "meta.json" else (intact[:middle],):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=f"{folder.name} is damaged: remove it"):
+                store_of(source(root), **LEFT_OUT)
+        path.write_bytes(intact)
+    store_of(source(root), **LEFT_OUT)
+
+
 def test_whatever_the_tokens_depend_on_makes_another_store(root):
     (root / "x.jsonl").write_text("".join((root / "x.jsonl").read_text().splitlines(keepends=True)[:4]))
 
@@ -93,6 +108,7 @@ def test_whatever_the_tokens_depend_on_makes_another_store(root):
         folder(image_size=16),
         folder(image_fit="crop"),
         folder(too_long="drop_turns"),
+        folder(check_pictures=True),
         folder(sampling=(SampleRule(pattern="q", share=0.5),)),
         folder(sampling=(SampleRule(pattern="q", share=0.25),)),
         token_store(data, RecipeProcessor(byte_tokenizer(), data), source(root), skip=True).folder.name,

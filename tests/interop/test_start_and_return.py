@@ -21,11 +21,13 @@ from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.pipeline import TrainBatches, build_source
 from vlm_jax.errors import RequestError
+from vlm_jax.files import CHECKSUMS, ChecksumError
+from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path
-from vlm_jax.training.checkpoint import CheckpointError
 from vlm_jax.training.loop import train
 from vlm_jax.training.processors import build_processor
+from vlm_jax.training.run_folder import CheckpointError
 from vlm_jax.training.step import check_pictures
 
 
@@ -81,6 +83,23 @@ def test_what_has_no_published_name_is_not_exported(tmp_path):
     with pytest.raises(RequestError, match="was not started from a published checkpoint"):
         vlm_jax.export(tmp_path / "run", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_an_exported_folder_is_read_as_it_was_written(tmp_path):
+    """A flipped bit in any of its files is named; what was not exported has no checksums."""
+    idefics_folder(tmp_path / "a")
+    vlm_jax.export(tmp_path / "a", tmp_path / "b")
+    jax.tree.map(np.testing.assert_array_equal, vlm_jax.load(tmp_path / "b").params, vlm_jax.load(tmp_path / "a").params)
+    files = [file for file in (tmp_path / "b").iterdir() if file.name != CHECKSUMS]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} < {file.name for file in files}
+    for file in files:
+        intact = file.read_bytes()
+        middle = len(intact) // 2
+        file.write_bytes(intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :])
+        # What is JSON no more is named before any checksum is read.
+        with pytest.raises((ChecksumError, PublishedError), match=f"{file.name}(: is not the file that was| is damaged)"):
+            vlm_jax.load(tmp_path / "b")
+        file.write_bytes(intact)
 
 
 def test_the_type_that_is_held_is_the_type_that_is_written(tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,9 @@ import pytest
 
 from tests.tiny import mesh_of, tiny_run
 from vlm_jax.config_dict import to_dict
-from vlm_jax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    differences,
-    fingerprint,
-    load_run,
-    read_config,
-    write_or_check_config,
-)
+from vlm_jax.files import ChecksumError
+from vlm_jax.training.checkpoint import Checkpoints, fingerprint, load_run
+from vlm_jax.training.run_folder import CheckpointError, differences, read_config, seal, write_or_check_config, writing
 from vlm_jax.training.step import Trainer
 
 
@@ -94,12 +90,137 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(saved, 
     assert (folder / "damaged" / "3").is_dir() and not (folder / "checkpoints" / "3").exists()
 
 
-def test_when_all_are_damaged_the_run_does_not_begin_anew_in_silence(saved, tmp_path):
+def test_when_all_are_damaged_the_run_does_not_begin_anew(saved, tmp_path):
+    """Nor at a second start, which finds none any more."""
     folder = copy_of(saved[0], tmp_path / "run")
     for step in (1, 2, 3):
         damage_by_lying(folder / "checkpoints" / str(step))
-    with pytest.raises(CheckpointError, match="all 3 checkpoints"):
-        restore(folder)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"all checkpoints of .* are damaged; they are in .*damaged\. Restore one"):
+            restore(folder)
+    (folder / "damaged" / "2").rename(folder / "checkpoints" / "2")
+    damage_by_lying(folder / "checkpoints" / "2")  # and back
+    assert restore(folder)[1] == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EIO, "Input/output error"),
+        ValueError("RESOURCE_EXHAUSTED: out of memory"),
+        ValueError("Error reading /x: Too many open files"),
+    ],
+    ids=repr,
+)
+def test_what_says_nothing_about_a_checkpoint_sets_none_aside(saved, tmp_path, monkeypatch, error):
+    folder = copy_of(saved[0], tmp_path / "run")
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_restore", fails)
+        patch.setattr("vlm_jax.training.checkpoint._params_of", fails)
+        for read in (lambda: restore(folder), lambda: load_run(folder, mesh_of(1, 1, 1))):
+            with pytest.raises(CheckpointError, match=r"cannot be read at the moment .* it was left where it is"):
+                read()
+    assert not (folder / "damaged").exists() and restore(folder)[1] == 3
+
+
+def damage_by_lying_of_parameters(step):
+    path = next(path for path in (step / "meta").rglob("*") if path.is_file())
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"params": meta["params"] ^ 1}))
+
+
+def test_damaged_weights_are_not_used_for_inference(saved, tmp_path, caplog):
+    folder = copy_of(saved[0], tmp_path / "run")
+    damage_by_lying_of_parameters(folder / "checkpoints" / "3")
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        assert load_run(folder, mesh).step == 2
+        assert f"{folder / 'checkpoints' / '3'} is damaged (its parameters are not those that were saved)" in caplog.text
+        with pytest.raises(CheckpointError, match="all are damaged"):
+            load_run(folder, mesh, step=3)
+
+
+def test_a_flipped_bit_of_any_file_is_noticed(saved, tmp_path):
+    """Wherever it is: what is read is right, or refused."""
+    whole, mesh = jax.device_get(load_run(saved[0], mesh_of(1, 1, 1)).params), mesh_of(1, 1, 1)
+    files = [path.relative_to(saved[0]) for path in (saved[0] / "checkpoints" / "3").rglob("*") if path.is_file()]
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(16):
+        folder = copy_of(saved[0], tmp_path / str(number))
+        path = (
+            folder / files[rng.integers(len(files))]
+            if number % 2
+            else max((folder / file for file in files), key=lambda file: file.stat().st_size)
+        )
+        data = bytearray(path.read_bytes())
+        if not data:
+            continue
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        try:
+            params = load_run(folder, mesh, step=3).params
+        except CheckpointError:
+            refused += 1
+            continue
+        for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert refused > 3
+
+
+def test_other_data_than_before_are_refused(saved, tmp_path):
+    folder, mesh = tmp_path / "run", mesh_of(1, 1, 1)
+    write_or_check_config(folder, tiny_run())
+    with jax.set_mesh(mesh):
+        saving = Checkpoints(folder, 1, 0, data={"train": 7, "eval": 8})
+        trainer = Trainer(tiny_run(), mesh)
+        saving.save(trainer.init(), 4)
+        saving.wait()
+        assert saving.restore(trainer)[1] == 4
+        saving.close()
+        changed = Checkpoints(folder, 1, 0, data={"train": 9, "eval": 8})
+        with pytest.raises(CheckpointError, match=r"the data of train are not those .* until step 4: bring those back"):
+            changed.restore(trainer)
+        assert changed.restore(Trainer(tiny_run(accept_changed_data=True), mesh))[1] == 4
+        changed.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.json"])
+def test_a_changed_file_of_a_run_is_named(saved, tmp_path, name):
+    folder = copy_of(saved[0], tmp_path / "run")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    seal(folder)
+    read_config(folder)
+    (folder / name).write_text((folder / name).read_text().replace("1", "2") + " ")
+    with pytest.raises(ChecksumError, match=rf"{name}: is not the file that was written .*remove .*checksums\.sha256"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_type": "llama"}', "{" * 100_000])
+def test_a_config_that_is_none(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged, or was written by another version"):
+        read_config(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"--workdir=.*file is a file"), writing(tmp_path / "file"):
+        pass
+    with pytest.raises(CheckpointError, match="--workdir=/proc/here: No such file"), writing(Path("/proc/here")):
+        pass
+
+
+def test_a_folder_is_written_by_one_run(tmp_path):
+    with writing(tmp_path), pytest.raises(CheckpointError, match=r"another train\.py is writing it"), writing(tmp_path):
+        pass
+    with writing(tmp_path):
+        pass
 
 
 def test_the_last_ones_and_the_best_one_are_kept(tmp_path):

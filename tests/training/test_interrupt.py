@@ -38,14 +38,18 @@ def test_a_signal_is_heard_while_compiled_code_runs(armed):
     # A wait in C for a lock that is never released: Python cannot run its handlers meanwhile, as in a compilation.
     script = f"""
         import ctypes, sys
-        from vlm_jax.training.interrupt import Interrupt, handle_signals
-        with handle_signals(), Interrupt() as interrupt:
-            if {armed}:
-                interrupt.defer_signals()
-            print("ready", flush=True)
-            ctypes.CDLL(None).usleep(3_000_000)
-            ctypes.CDLL(None).usleep(3_000_000)
-        sys.exit(7 if interrupt.signal else 8)
+        from vlm_jax.training.interrupt import Interrupt, Interrupted, handle_signals
+        handle_signals()
+        try:
+            with Interrupt() as interrupt:
+                if {armed}:
+                    interrupt.defer_signals()
+                print("ready", flush=True)
+                ctypes.CDLL(None).usleep(3_000_000)
+                ctypes.CDLL(None).usleep(3_000_000)
+            sys.exit(7 if interrupt.signal else 8)
+        except Interrupted as interrupted:
+            sys.exit(128 + interrupted.signal)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -27,11 +27,23 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start(data, cache, workdir, *flags, devices=1, log=None):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(data, cache, workdir, *flags, devices=1, limit=None):
+    """
+    Args:
+      limit: of the bytes of a file.
+    """
     command = [sys.executable, "train.py", "--config=tests/tiny.py", f"--workdir={workdir}", *flags]
     command += [f"--config.data.source.train={data}", f"--config.data.source.eval={data}"]
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     env = os.environ | {"XLA_FLAGS": xla, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    if limit:
+        command = ["prlimit", f"--fsize={limit}", *command]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -134,11 +146,86 @@ def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(data, cache, t
     assert "not finite for 3 steps in a row" in output and "Traceback" not in output
 
 
+def test_a_second_train_py_of_one_folder_is_refused(undisturbed, data, cache, tmp_path):
+    first = start(data, cache, tmp_path, "--config.steps=100000")
+    wait_for(lambda: (tmp_path / "train.lock").exists(), first)
+    code, output = finish(start(data, cache, tmp_path))
+    first.kill()
+    first.communicate()
+    assert code == 1 and output.count("\n") == 1
+    assert (
+        output == f"train.py: --workdir={tmp_path}: another train.py is writing it: wait for it, or choose another --workdir\n"
+    )
+
+
+def test_changed_data_are_named_and_a_flag_goes_on(undisturbed, cache, tmp_path):
+    """One answer more, in the middle of a run; with the flag the steps already done are kept."""
+    file = write_data(tmp_path / "data")
+    process = start(file, cache, tmp_path / "run", "--config.save_every=2")
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "2").is_dir(), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    file.write_text(file.read_text().replace('"red"', '"blue"', 1))
+    flags = ("--config.save_every=2", "--config.data.workers=0")
+    code, output = finish(start(file, cache, tmp_path / "run", *flags))
+    assert code == 1 and "the data of train and eval are not those" in output and "Traceback" not in output
+    code, output = finish(start(file, cache, tmp_path / "run", *flags, "--config.accept_changed_data=True"))
+    assert code == 0 and "going on, as config.accept_changed_data says" in output and "resuming at step" in output
+
+
+def test_odd_lines_of_the_metrics_are_named(undisturbed, data, cache, tmp_path):
+    assert finish(start(data, cache, tmp_path, "--config.steps=1"))[0] == 0
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(b"[1]\n\xff\n" + good + b'{"step": "x"}\n{"st')
+    code, output = finish(start(data, cache, tmp_path, "--config.steps=1"))
+    assert code == 0 and "3 lines are no metrics and are dropped, the first is line 1" in output
+    assert path.read_bytes() == good
+
+
+def test_a_full_disk_is_one_line(undisturbed, data, cache, tmp_path):
+    """A file may have 20 kB, as on a disk that is full: the tracebacks are in the log."""
+    command = start(data, cache, tmp_path, limit=20_000)
+    code, output = finish(command)
+    assert code == 1 and "Traceback" not in output
+    said = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and f"cannot be written into {tmp_path}" in said[0] and "run the same command again" in said[0]
+    assert "Traceback" in (tmp_path / "train.log").read_text()
+    assert finish(start(data, cache, tmp_path))[0] == 0 and metrics(tmp_path) == undisturbed[0]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
+def test_ctrl_c_in_the_first_moments_is_one_line(undisturbed, data, cache, tmp_path, seconds):
+    process = start(data, cache, tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    if seconds > 0.1 or code == 130:  # before that, Python itself may still be starting
+        assert (code, output) == (130, "SIGINT before the first step; run the same command again to resume\n")
+
+
+def test_when_a_process_dies_the_other_ends_and_says_so(undisturbed, data, cache, tmp_path):
+    """Each of the two: the one that coordinates, and the other. A restart goes on from the last checkpoint."""
+    flags = ["--processes=2", "--peer_timeout=4", "--config.save_every=2", "--config.steps=100000", "--config.mesh.fsdp=2"]
+    for killed in (0, 1):
+        address = [f"--coordinator=localhost:{free_port()}"]
+        both = [start(data, cache, tmp_path, *flags, *address, f"--process={index}", devices=2) for index in range(2)]
+        steps = lambda: [int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]
+        before = max(steps(), default=0)
+        wait_for(lambda before=before, steps=steps: max(steps(), default=0) > before, both[1 - killed])
+        both[killed].kill()
+        both[killed].communicate()
+        began = time.time()
+        code, output = finish(both[1 - killed], timeout=60)
+        assert time.time() - began < 30
+        assert code == 1 and "Traceback" not in output and "***" not in output
+        said = [line for line in output.splitlines() if line.startswith("train.py: ")]
+        cause = "process 1 of 2 gave no sign of life for 4 s" if killed else "the first process, which coordinates"
+        assert len(said) == 1 and said[0].startswith(f"train.py: {cause}") and "this one ends too" in said[0]
+
+
 def test_two_processes_train_to_the_curve_of_one(undisturbed, data, cache, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    flags = [f"--coordinator=localhost:{port}", "--processes=2"]
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
     both = [start(data, cache, tmp_path, *flags, f"--process={index}", devices=2) for index in range(2)]
     for code, output in [finish(process) for process in both]:
         assert code == 0, output

@@ -7,7 +7,7 @@ import difflib
 import numbers
 from typing import Any
 
-from vlm_jax.errors import RequestError
+from vlm_jax.errors import RequestError, check_text
 
 # Names of these settings in other libraries, and ours.
 OTHER_NAMES = {
@@ -62,6 +62,8 @@ class Settings:
             )
         strings = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         check("stop", strings, "strings that are not empty")
+        for text in self.stop:
+            check_text("stop", text)
         check("seed", 0 <= self.seed < 2**63, "0 or more")
 
     def changed(self, **changes: Any) -> Settings:

@@ -74,6 +74,7 @@ class RunConfig:
     save_every: int = 500
     keep_last: int = 2
     keep_best: int = 1
+    accept_changed_data: bool = False  # go on with a run whose training data were changed since its last checkpoint
     init_from: str = ""  # a run, or a published checkpoint's folder or name, with the initial parameters
     pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed
     init_parts: tuple[PartInit, ...] = ()  # or initial parameters of some parts; the others are initialised

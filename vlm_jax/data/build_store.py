@@ -22,7 +22,7 @@ import numpy as np
 
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
-from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, dtype_of, locked
+from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, content_of, dtype_of, locked
 from vlm_jax.data.tokenise import Chunk, DatasetTokenizer
 from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
@@ -30,7 +30,7 @@ from vlm_jax.processing.processor import Processor
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
 CHUNK = 512  # examples that are tokenised in one go
 MOST_PROCESSES = 16  # each holds a tokenizer
 MAX_CHUNKS_ALONE = 8  # chunks that are not worth starting processes for
@@ -48,7 +48,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
       DataError: such an example; a cache folder that cannot be written.
     """
     parts = [VERSION, source.fingerprint, processor.fingerprint, config.tokens, config.images, config.frames]
-    parts += [config.sampling, config.too_long, skip]
+    parts += [config.sampling, config.too_long, config.check_pictures, skip]
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
     cache = Path(config.cache_dir).expanduser()
     try:
@@ -57,15 +57,29 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
             made = not (cache / key / "meta.json").is_file()
             if made:
                 _StoreBuilder(cache / key, DatasetTokenizer(source, processor, config), skip=skip).run()
+        store = _intact(cache / key)
     except OSError as error:
         where = error.filename or cache
         raise DataError(f"{where}: {error.strerror or error} (data.cache_dir={cache} is where the tokens are kept)") from error
-    store = TokenStore(cache / key)
     _report(store, made=made)
+    if made and not config.check_pictures and store.file_bytes.any():
+        log.info("pictures: their headers were read; --config.data.check_pictures=True decodes them all before the first step")
     if not len(store):
         reason = f"none of the {len(store.slots)} examples can be trained on; the first: {store.meta['shown'][0]}"
         raise DataError(reason if store.meta["problems"] else "the data set has no example to learn from")
     return store
+
+
+def _intact(folder: Path) -> TokenStore:
+    """
+    Raises:
+      DataError: it is not what was written.
+    """
+    with contextlib.suppress(ValueError, KeyError, FileNotFoundError):
+        store = TokenStore(folder)
+        if store.content() == store.meta["content"]:
+            return store
+    raise DataError(f"{folder} is damaged: remove it, and the next start makes it anew")
 
 
 def _report(store: TokenStore, *, made: bool) -> None:
@@ -190,7 +204,8 @@ class _StoreBuilder:
         for name, field in OFFSETS.items():
             np.save(self.folder / f"{name}.npy", np.concatenate([[0], np.cumsum(read(field), dtype=np.int64)]).astype(np.int64))
         meta = {name: self.state[name] for name in ("problems", "shown", "dropped", "seconds")}
-        (self.folder / "meta.json").write_text(json.dumps(meta | {"ids": self.ids, "version": VERSION}, indent=2) + "\n")
+        meta |= {"ids": self.ids, "version": VERSION, "content": content_of(self.folder)}
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         shutil.rmtree(self.target, ignore_errors=True)
         self.folder.rename(self.target)
         (self.target / "state.json").unlink(missing_ok=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vlm_jax.data.example import Example
-from vlm_jax.errors import RequestError, abbreviated
+from vlm_jax.errors import RequestError, abbreviated, check_text
 from vlm_jax.processing.conversation import (
+    IMAGE_KEYS,
     MARKER,
     Medium,
     Text,
@@ -16,12 +18,14 @@ from vlm_jax.processing.conversation import (
     assistant,
     content_of,
     from_messages,
-    has_surrogate,
     user,
 )
 
 KINDS = ("conversations", "messages", "content")
 HUMAN, GPT = ("human", "user"), ("gpt", "assistant")
+PICTURES = ("image", "images")
+# Keys under which other formats name what is to be seen: a record that has one would be trained without it.
+MISTAKEN = re.compile(r"(image|img|picture|photo|video|frame|media)s?([_-]?(file|path|name|url|list)s?)?", re.IGNORECASE)
 
 
 class RecordError(Exception):
@@ -40,9 +44,19 @@ def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
     if value is not default and not isinstance(value, kind):
         names = {str: "a string", list: "a list", bool: "true or false"}
         raise RecordError(f"{key!r} is {as_json(value)}; expected {names[kind]}")
-    if kind is str and has_surrogate(value):
-        raise RecordError(f"{key!r} has half of a surrogate pair, which is not a character")
+    if kind is str:
+        try:
+            check_text(repr(key), value)
+        except RequestError as error:
+            raise RecordError(str(error)) from None
     return value
+
+
+def _parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
+    """Those of all messages that are objects; what else there is, `from_messages` refuses."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from (part for part in (content if isinstance(content, list) else ()) if isinstance(part, dict))
 
 
 class Record:
@@ -60,11 +74,26 @@ class Record:
         if len(kinds) != 1:
             names = ", ".join(map(repr, KINDS))
             raise RecordError(f"has the keys {sorted(self._record)}; expected one of {names}")
+        self._check_keys()
         read = {"conversations": self._conversation, "messages": self._messages, "content": self._interleaved}[kinds[0]]
         turns = read()
         if not any(turn.learn for turn in turns):
             raise RecordError('has nothing to learn: no text of gpt or the assistant, or no text with "learn": true')
         return Example(self._where, tuple(self._media), (tuple(turns),))
+
+    def _check_keys(self) -> None:
+        taken = () if "content" in self._record else PICTURES
+        for key, value in self._record.items():
+            if MISTAKEN.fullmatch(key) and key not in taken and value:
+                expected = "parts of 'content'" if not taken else "'image' or 'images'"
+                raise RecordError(f"has the key {key!r}, which is not read; expected its pictures in {expected}")
+
+    def _pictures(self) -> list[Any]:
+        """Of `image` or `images`: one path, or a list of them."""
+        given = [self._record[key] for key in PICTURES if self._record.get(key) is not None]
+        if len(given) > 1:
+            raise RecordError("has 'image' and 'images'; expected one of them")
+        return [path for found in given for path in (found if isinstance(found, list) else [found])]
 
     def _next_medium(self, paths: Any) -> Medium:
         self._media.append(tuple(self._picture(path) for path in paths))
@@ -72,8 +101,7 @@ class Record:
 
     def _conversation(self) -> list[Turn]:
         said = _take(self._record, "conversations", list)
-        found = self._record.get("image")
-        paths = [] if found is None else found if isinstance(found, list) else [found]
+        paths = self._pictures()
         turns: list[Turn] = []
         values: list[tuple[str, str]] = []
         for number, turn in enumerate(said, 1):
@@ -107,12 +135,26 @@ class Record:
 
     def _messages(self) -> list[Turn]:
         try:
-            turns, media = from_messages(_take(self._record, "messages", list))
+            turns, media = from_messages(self._with_pictures(_take(self._record, "messages", list)))
         except RequestError as error:
             raise RecordError(str(error)) from None
         for paths in media:
             self._next_medium(paths)
         return list(turns)
+
+    def _with_pictures(self, messages: list[Any]) -> list[Any]:
+        """The messages, with the record's pictures in the parts that name none."""
+        paths = self._pictures()
+        if not paths:
+            return messages
+        places = [part for part in _parts(messages) if part.get("type") == "image" and not part.keys() & set(IMAGE_KEYS)]
+        if len(places) != len(paths):
+            raise RecordError(
+                f"{len(places)} parts of type 'image' without a path, and {len(paths)} pictures; expected equally many"
+            )
+        for part, path in zip(places, paths, strict=True):
+            part["image"] = path
+        return messages
 
     def _interleaved(self) -> list[Turn]:
         turns: list[Turn] = []

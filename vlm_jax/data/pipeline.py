@@ -7,6 +7,8 @@ global batches are the same for any number of processes, and worker processes ch
 
 from __future__ import annotations
 
+import functools
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +27,11 @@ from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.processing.batching import Arrays
 from vlm_jax.processing.processor import Processor
+
+log = logging.getLogger(__name__)
+
+LEFT_OUT = "left_out"  # beside the fields of a batch on its way from a worker: how many examples are, and their numbers
+MAX_REPORTED = 5  # of them
 
 _STORES: weakref.WeakKeyDictionary[Any, tuple[Any, TokenStore]] = weakref.WeakKeyDictionary()
 
@@ -73,6 +80,11 @@ def check_same(store: TokenStore) -> None:
         )
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
 def _share(config: DataConfig, *, process_index: int, process_count: int) -> range:
     """The rows of a global batch that a process makes."""
     if config.rows % process_count:
@@ -82,17 +94,17 @@ def _share(config: DataConfig, *, process_index: int, process_count: int) -> ran
 
 
 class _LocalBatch:
-    """Number of a step -> its rows of this process, as arrays. It pickles."""
+    """Number of a step -> its rows of this process, as arrays, and the examples that are left out. It pickles."""
 
     def __init__(self, config: DataConfig, rows: PackedRows, maker: RowMaker, share: range):
         self._config, self._rows, self._maker, self._share = config, rows, maker, share
 
     def __call__(self, step: int) -> Arrays:
-        arrays = empty_rows(self._config, len(self._share))
+        arrays, left_out = empty_rows(self._config, len(self._share)), []
         for place, offset in enumerate(self._share):
             number = int(step) * self._config.rows + offset
-            self._maker.fill(arrays, place, self._rows[number], number)
-        return arrays
+            left_out += self._maker.fill(arrays, place, self._rows[number], number)
+        return arrays | {LEFT_OUT: np.asarray([len(left_out), *left_out])}
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -113,6 +125,7 @@ class TrainBatches:
 
     Attributes:
       position: the step whose batch comes next. It is all a checkpoint has to keep.
+      left_out: examples of the batches so far that are left out because a picture cannot be used (bad_lines="skip").
     """
 
     def __init__(
@@ -137,10 +150,9 @@ class TrainBatches:
         rows = PackedRows(store, tokens=data.tokens, images=data.images, per_image=data.sequences_per_image, seed=config.seed)
         rows.locate(start * data.rows)  # planned here, where it can be interrupted, not by every worker
         share = _share(data, process_index=process_index, process_count=process_count)
-        self.position = start
-        made = grain.MapDataset.range(start, max(start, config.steps)).map(
-            _LocalBatch(data, rows, RowMaker(data, store, source, processor.spread, config.seed), share)
-        )
+        self.position, self.left_out = start, 0
+        self._maker = RowMaker(data, store, source, processor.spread, config.seed)
+        made = grain.MapDataset.range(start, max(start, config.steps)).map(_LocalBatch(data, rows, self._maker, share))
         # One thread: NumPy's small operations hold the interpreter, more threads only take turns.
         ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         if data.workers:
@@ -165,6 +177,10 @@ class TrainBatches:
             raise StopIteration
         arrays = next(self._held[0]) if self._started else self._first()
         self.position += 1
+        for example in arrays.pop(LEFT_OUT)[1:].tolist():
+            self.left_out += 1
+            if self.left_out <= MAX_REPORTED:
+                _warn_once(f"left out: {self._maker.why(example)}")
         batch = Batch(**arrays)
         arrays.clear()  # Grain keeps the last dict to the very end; arrays shared with a worker would then stay unfreed
         return batch
@@ -214,5 +230,6 @@ def eval_batches(
         arrays = empty_rows(config, len(share))
         for place, offset in enumerate(share):
             if first + offset < count:
-                maker.fill(arrays, place, plan[first + offset], first + offset)
+                for example in maker.fill(arrays, place, plan[first + offset], first + offset):
+                    _warn_once(f"left out: {maker.why(example)}")
         yield Batch(**arrays)

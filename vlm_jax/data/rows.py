@@ -15,7 +15,7 @@ from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.batching import Arrays, Tiles, put_media, put_sequence
 from vlm_jax.processing.layout import targets_of
 from vlm_jax.processing.media import Medium
-from vlm_jax.processing.pictures import ImageError, Size, picture_name, picture_size
+from vlm_jax.processing.pictures import FileUnavailable, ImageError, Size, file_bytes, picture_name, picture_size
 from vlm_jax.processing.processor import Spread
 
 CACHE_BYTES = 64 << 20  # of tiles, kept by each process that makes rows
@@ -47,6 +47,7 @@ class RowMaker:
           seed: of the augmentation; None: no augmentation.
         """
         self._config, self._store, self._source, self._spread = config, store, source, spread
+        self._skips = config.source.bad_lines == "skip"
         self._seed = None if config.blank_images or config.augment == AugmentConfig() else seed
         self._init()
 
@@ -56,14 +57,17 @@ class RowMaker:
         self._room = CACHE_BYTES
 
     def __getstate__(self) -> Any:
-        return self._config, self._store, self._source, self._spread, self._seed
+        return self._config, self._store, self._source, self._spread, self._skips, self._seed
 
     def __setstate__(self, state: Any) -> None:
-        self._config, self._store, self._source, self._spread, self._seed = state
+        self._config, self._store, self._source, self._spread, self._skips, self._seed = state
         self._init()
 
-    def fill(self, arrays: Arrays, place: int, units: list[np.ndarray], number: int) -> None:
+    def fill(self, arrays: Arrays, place: int, units: list[np.ndarray], number: int) -> list[int]:
         """Fills row `place` of `arrays` with the units of the row whose global number is `number`.
+
+        Returns:
+          the examples that are left out because a picture of theirs cannot be used.
 
         Raises:
           DataError: a picture cannot be read; it names the example.
@@ -72,9 +76,14 @@ class RowMaker:
         rng = None if self._seed is None else np.random.default_rng((self._seed, number))
         tile_tokens = self._spread.media.tile_tokens
         slot = begin = segment = 0
+        left_out: list[int] = []
         for conversations in units:
             example = int(self._store.example[conversations[0]])
-            media = self._tiles(example) if self._store.slots[example] else []
+            try:
+                media = self._tiles(example) if self._store.slots[example] else []
+            except ImageError:
+                left_out.append(example)
+                continue
             if rng is not None:
                 media = [self._augment(tiles, rng) for tiles in media]
             try:
@@ -93,6 +102,15 @@ class RowMaker:
                 put_sequence(row, layout, begin, slot=slot + before, segment=segment, tile_tokens=tile_tokens)
                 begin = end
             slot += taken
+        return left_out
+
+    def why(self, number: int) -> str:
+        """Why an example is left out."""
+        try:
+            self._tiles(number)
+        except ImageError as error:
+            return f"{self._source[number].id}: {error}"
+        return f"{self._source[number].id}: its pictures could not be read, and now can"
 
     def _augment(self, tiles: Tiles, rng: np.random.Generator) -> Tiles:
         if len(tiles) == 1:
@@ -106,8 +124,8 @@ class RowMaker:
         if kept is not None:
             return kept
         example = self._source[number]
-        sizes = self._store.media_of(number)  # sizes of the referenced media, which are the first
-        made = [self._pixels(example, *one) for one in zip(example.media[: len(sizes)], sizes, strict=True)]
+        known = zip(self._store.media_of(number), self._store.file_bytes_of(number), strict=True)
+        made = [self._pixels(example, *one) for one in zip(example.media, known, strict=False)]  # others are not referenced
         size = sum(tile.nbytes for tiles in made for tile in tiles)
         with self._lock:
             # An epoch reads every example once, so keeping the first ones is as good as keeping the last ones.
@@ -116,13 +134,20 @@ class RowMaker:
                 self._cache[number] = made
         return made
 
-    def _pixels(self, example: Example, medium: Medium, size: Size) -> Tiles:
+    def _pixels(self, example: Example, medium: Medium, known: tuple[Size, int]) -> Tiles:
+        """
+        Raises:
+          DataError: it is not the picture that was tokenised, or cannot be used and data.source.bad_lines is "error".
+          ImageError: it cannot be used, and is to be left out.
+        """
         try:
-            if picture_size(medium[0]) != size:
+            if (picture_size(medium[0]), file_bytes(medium[0])) != known:
                 raise DataError(
                     f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
                     f"delete {self._store.folder}, which is made anew, and start again"
                 )
             return self._spread.media.pixels(medium)
         except (ImageError, RequestError) as error:
+            if isinstance(error, ImageError) and not isinstance(error, FileUnavailable) and self._skips:
+                raise
             raise DataError(f"{example.id}: {error}") from error

@@ -29,6 +29,7 @@ from vlm_jax.processing.pictures import Size
 
 log = logging.getLogger(__name__)
 
+BLOCK = 1 << 22  # bytes that are read at once
 REPORT_S = 10.0  # seconds between progress lines
 
 # Type of each array as it is written while the store is made; "ids" is uint16 or int32, as the vocabulary needs.
@@ -44,6 +45,7 @@ FIELDS = {
     "slots": "int32",  # [examples] image slots of the example
     "example_media": "int32",  # [examples] its media
     "sizes": "int32",  # [media, 2] height and width of a medium
+    "file_bytes": "int64",  # [media] of its file, or of its first frame's
 }
 
 
@@ -99,6 +101,10 @@ class TokenStore:
         arrays = (self.counts, self.lengths, self.example, self.slots)
         return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 
+    def content(self) -> int:
+        """Checksum of all that it holds, which takes a second a gigabyte; `meta` has that of what was written."""
+        return content_of(self.folder)
+
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""
         here = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
@@ -109,10 +115,24 @@ class TokenStore:
         begin, end = self.media_offsets[example], self.media_offsets[example + 1]
         return [(int(height), int(width)) for height, width in self.sizes[begin:end]]
 
+    def file_bytes_of(self, example: int) -> list[int]:
+        """The bytes of the files of an example's media."""
+        return self.file_bytes[self.media_offsets[example] : self.media_offsets[example + 1]].tolist()
+
     def sizes_of(self, index: int) -> list[Size]:
         """The sizes of a conversation's media, in the order of their places."""
         first = int(self.first_medium[index])
         return self.media_of(int(self.example[index]))[first : first + int(self.media[index])]
+
+
+def content_of(folder: Path) -> int:
+    """Checksum of a store's arrays."""
+    value = 0
+    for name in (*(f"{field}.bin" for field in FIELDS), *(f"{name}.npy" for name in OFFSETS)):
+        with (folder / name).open("rb") as file:
+            while block := file.read(BLOCK):
+                value = zlib.crc32(block, value)
+    return value
 
 
 def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:

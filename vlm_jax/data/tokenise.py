@@ -13,10 +13,10 @@ from vlm_jax.data.example import Example, Source
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.conversation import Conversation, media_of, plain_text
 from vlm_jax.processing.layout import TokenizedConversation
-from vlm_jax.processing.pictures import ImageError, Picture, Size, picture_size
+from vlm_jax.processing.pictures import ImageError, Picture, Size, file_bytes, picture_size
 from vlm_jax.processing.processor import Processor
 
-KNOWN_PICTURES = 4096  # files whose size is remembered while a store is made
+KNOWN_PICTURES = 4096  # files that are remembered while a store is made
 
 
 @dataclasses.dataclass
@@ -44,7 +44,7 @@ class DatasetTokenizer:
         """
         self.source, self.processor, self.config = source, processor, config
         self.rules = [_compiled(rule) for rule in config.sampling]
-        self._sizes = functools.lru_cache(KNOWN_PICTURES)(picture_size)
+        self._known = functools.lru_cache(KNOWN_PICTURES)(self._look_at)
 
     def __reduce__(self):
         return type(self), (self.source, self.processor, self.config)
@@ -59,7 +59,7 @@ class DatasetTokenizer:
             slots = media = 0
             try:
                 example = self.source[index]
-                sizes, found = self._measured(example)
+                sizes, of_files, found = self._measured(example)
                 rows = [self._written(example, turns, sizes) for turns in found]
                 # Media used only by dropped turns take no slot.
                 sizes = sizes[: max((place + 1 for turns, _, _ in rows for place in media_of(turns)), default=0)]
@@ -69,6 +69,7 @@ class DatasetTokenizer:
                 for turns, written, length in rows:
                     self._add(out, index, turns, written, length)
                 out.fields["sizes"].append(np.asarray(sizes, np.int32).reshape(-1))
+                out.fields["file_bytes"].append(np.asarray(of_files[:media], np.int64))
             except (DataError, RequestError, ImageError) as error:
                 out.problems.append(str(error))
                 if not skip:
@@ -85,25 +86,33 @@ class DatasetTokenizer:
     def _slots(self, sizes: list[Size]) -> int:
         return sum(self.processor.media.tiles(size) for size in sizes) if self._in_sequence else len(sizes)
 
-    def _measured(self, example: Example) -> tuple[list[Size], tuple[Conversation, ...]]:
-        """The sizes of its media, from the headers of all their files."""
-        sizes = []
+    def _measured(self, example: Example) -> tuple[list[Size], list[int], tuple[Conversation, ...]]:
+        """The sizes of its media, from the headers of all their files, and the bytes of these."""
+        sizes, of_files = [], []
         for medium in example.media:
             try:
-                of_frames = [self._size(frame) for frame in medium]
+                of_frames = [self._looked_at(frame) for frame in medium]
             except ImageError as error:
                 raise DataError(f"{example.id}: {error}") from None
-            sizes.append(of_frames[0])
+            sizes.append(of_frames[0][0])
+            of_files.append(of_frames[0][1])
         if not example.conversations:
             raise DataError(f"{example.id}: has no text")
         for turns in example.conversations:
             places = media_of(turns)
             if places != list(range(places[0], places[0] + len(places)) if places else []):
                 raise DataError(f"{example.id}: its media are used in the order {places}; expected consecutive ones")
-        return sizes, example.conversations
+        return sizes, of_files, example.conversations
 
-    def _size(self, picture: Picture) -> Size:
-        return self._sizes(picture) if isinstance(picture, str) else picture_size(picture)
+    def _looked_at(self, picture: Picture) -> tuple[Size, int]:
+        return self._known(picture) if isinstance(picture, str) else self._look_at(picture)
+
+    def _look_at(self, picture: Picture) -> tuple[Size, int]:
+        """Its size, and the bytes of its file."""
+        size = picture_size(picture)
+        if self.config.check_pictures:
+            self.processor.media.pixels((picture,))
+        return size, file_bytes(picture)
 
     def _written(
         self, example: Example, turns: Conversation, sizes: list[Size]

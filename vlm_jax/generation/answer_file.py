@@ -1,199 +1,180 @@
-"""A file of questions -> a file of answers: in batches, and resumable.
+"""A file of answers: in batches, and resumable. A line of it, in the order the answers come::
 
-A line of the input, pictures relative to the file; `shots` are solved examples shown before the question::
+    {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue", "pictures": "5b3c..."}
 
-    {"id": "7", "prompt": "what color is it?", "image": "a.png"}
-    {"id": "8", "prompt": "<image> or <image>?", "images": ["a.png", "b.png"],
-     "shots": [{"image": "c.png", "question": "what color is it?", "answer": "red"}]}
-
-    {"id": "9", "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}]}
-
-A line of the output, in the order the answers come::
-
-    {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue"}
+`pictures` is a hash of the files of the pictures: a question whose pictures were changed is asked again.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import errno
+import functools
+import hashlib
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vlm_jax.config.generation import Settings
-from vlm_jax.errors import RequestError
-from vlm_jax.generation.generator import Prompt
-from vlm_jax.generation.request import Request, chat_request
-from vlm_jax.processing.conversation import Shot, from_prompt
+from vlm_jax.errors import RequestError, counted
+from vlm_jax.files import JsonError, lock, open_regular, parse_json, sha256
+from vlm_jax.generation.questions import Question, Questions
+from vlm_jax.generation.request import Request
 from vlm_jax.processing.pictures import ImageError
 from vlm_jax.progress import human_time
 
 WINDOW = 16  # batches whose questions are sorted by length together
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Question:
-    line: int  # of the input, counted from 1
-    id: Any
-    prompt: str
-    request: Request  # its seed is the number of the line
+class _Answers:
+    """The file of answers, which no other process can write meanwhile."""
 
+    def __init__(self, path: Path, questions: Questions) -> None:
+        """
+        Raises:
+          RequestError: it is not of this input, is left as it is; or another process writes it.
+        """
+        self.path = path
+        self._sha256 = functools.lru_cache(4096)(sha256)
+        with self._named():
+            self._file = _locked(path, "ab")
+        found = self._found(questions)
+        self.done = {number for number, (_, same) in found.items() if same}
+        self.stale = len(found) - len(self.done)
+        if self.stale:
+            with self._named():
+                self._keep([line for line, same in found.values() if same])
 
-def read_questions(path: Path) -> list[Question]:
-    """All questions of a file; empty lines are passed over.
-
-    Raises:
-      RequestError: what is wrong with which line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RequestError(f"--input={path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--input={path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    questions = [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise RequestError(f"--input={path}: holds no questions")
-    return questions
-
-
-def _question(path: Path, number: int, line: str) -> Question:
-    where = f"{path}:{number}"
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    if isinstance(entry, dict) and "messages" in entry:
-        _check(where, entry, {"id", "messages"}, {"messages"})
-        try:
-            request = chat_request(entry["messages"], path.parent, seed=number)
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
-        _check_files(where, request)
-        return Question(number, entry.get("id", number), request.turns[-1].text, request)
-    _check(where, entry, {"id", "prompt", "image", "images", "shots"}, {"prompt"})
-    shots = []
-    for place, shot in enumerate(_take(where, entry, "shots", list, []), 1):
-        name = f"{where}: shot {place}"
-        _check(name, shot, {"image", "images", "question", "answer"}, {"question", "answer"})
-        texts = (_take(name, shot, key, str, "") for key in ("question", "answer"))
-        shots.append(Shot(_images(name, path, shot), *texts))
-    prompt = _take(where, entry, "prompt", str, "")
-    try:
-        request = Request(*from_prompt(prompt, _images(where, path, entry), shots), seed=number)
-    except RequestError as error:
-        raise RequestError(f"{where}: {error}") from None
-    _check_files(where, request)
-    return Question(number, entry.get("id", number), prompt, request)
-
-
-def _check(where: str, entry: Any, known: set[str], needed: set[str]) -> None:
-    if not isinstance(entry, dict):
-        raise RequestError(f"{where}: expected an object with {sorted(known)}, found {type(entry).__name__}")
-    if not needed <= entry.keys():
-        raise RequestError(f"{where}: {min(needed - entry.keys())!r} is missing")
-    if entry.keys() - known:
-        raise RequestError(f"{where}: unknown key {min(entry.keys() - known)!r}; expected {sorted(known)}")
-
-
-def _take(where: str, entry: dict[str, Any], key: str, kind: type, default: Any) -> Any:
-    value = entry.get(key, default)
-    if not isinstance(value, kind):
-        raise RequestError(f"{where}: {key!r} is {json.dumps(value)[:60]}; expected a {kind.__name__}")
-    return value
-
-
-def _images(where: str, path: Path, entry: dict[str, Any]) -> tuple[str, ...]:
-    if "image" in entry and "images" in entry:
-        raise RequestError(f"{where}: has 'image' and 'images'; expected one of them")
-    names = [_take(where, entry, "image", str, "")] if "image" in entry else _take(where, entry, "images", list, [])
-    files = []
-    for name in names:
-        if not isinstance(name, str):
-            raise RequestError(f"{where}: {json.dumps(name)[:60]} among 'images'; expected paths")
-        files.append(str(path.parent / name))
-    return tuple(files)
-
-
-def _check_files(where: str, request: Request) -> None:
-    for picture in (picture for medium in request.media for picture in medium):
-        if not Path(picture).is_file():
-            raise RequestError(f"{where}: picture {picture}: there is no such file")
-
-
-def answered(output: Path, questions: list[Question]) -> set[int]:
-    """The input lines that the output answers already. A last line that was cut short is removed.
-
-    Raises:
-      RequestError: the output is not of this input, and is left as it is.
-    """
-    if not output.exists():
-        return set()
-    by_line = {question.line: question for question in questions}
-    whole, newline, rest = output.read_bytes().rpartition(b"\n")
-    found = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        where = f"--output={output}: line {number}"
-        try:
-            entry = json.loads(line)
-            same = by_line[entry["line"]]
-            same = (entry["id"], entry["prompt"]) == (same.id, same.prompt)
-        except (ValueError, KeyError, TypeError):
+    def _found(self, questions: Questions) -> dict[int, tuple[bytes, bool]]:
+        """Line of the input -> what answers it, and whether its pictures are the same. Removes a line that was cut short."""
+        by_line = {question.line: question for question in questions.asked}
+        with self._named(), open_regular(self.path) as file:
+            whole, newline, rest = file.read().rpartition(b"\n")
+        found = {}
+        for number, line in enumerate(whole.split(b"\n") if newline else [], 1):
             same = False
-        if not same:
-            raise RequestError(f"{where} is not an answer to a line of the input: give another --output, or remove the file")
-        found.add(entry["line"])
-    if rest:
-        with output.open("r+b") as file:
-            file.truncate(len(whole) + len(newline))
-    return found
+            try:
+                entry = parse_json(line)
+                place = entry["line"]
+                if place in questions.refused:
+                    same = current = True
+                else:
+                    question = by_line[place]
+                    same = (entry["id"], entry["prompt"]) == (question.id, question.prompt)
+                    current = entry.get("pictures") in (None, self._pictures(question.request))
+            except (JsonError, KeyError, TypeError, AttributeError):
+                pass
+            if not same:
+                raise RequestError(
+                    f"--output={self.path}: line {number} is not an answer to a line of the input: give another --output, or "
+                    "remove the file"
+                )
+            found[place] = (line, current)
+        if rest:
+            with self._named():
+                os.truncate(self.path, len(whole) + len(newline))
+        return found
+
+    def _keep(self, lines: list[bytes]) -> None:
+        part = self.path.with_name(f"{self.path.name}.part")
+        file = _locked(part, "wb")
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+        part.replace(self.path)
+        self._file.close()
+        self._file = file
+
+    def _pictures(self, request: Request) -> str | None:
+        """A hash of the pictures' files, in their order; None: there are none, or one cannot be read."""
+        files = [str(picture) for medium in request.ordered for picture in medium if isinstance(picture, str | Path)]
+        try:
+            return hashlib.sha256("".join(map(self._sha256, files)).encode()).hexdigest()[:16] if files else None
+        except OSError:
+            return None
+
+    def add(self, question: Question, answer: str) -> None:
+        entry = {"line": question.line, "id": question.id, "prompt": question.prompt, "answer": answer}
+        if pictures := self._pictures(question.request):
+            entry["pictures"] = pictures
+        with self._named():
+            self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+
+    def flush(self) -> None:
+        with self._named():
+            self._file.flush()
+
+    def close(self) -> None:
+        with self._named():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RequestError(f"--output={self.path}: {error.strerror or error}") from error
+
+
+def _locked(path: Path, mode: str) -> BinaryIO:
+    """Opened for writing, by one process of the machine at a time."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file")
+    file = path.open(mode)
+    lock(file, "another infer.py is writing it: wait for it, or give another --output")
+    return file
 
 
 def answer_file(
-    vlm: Any, source: Path, questions: list[Question], output: Path, settings: Settings, progress: Callable[[str], None]
-) -> int:
-    """Answers what is not answered yet, each answer on disk as soon as it is there. Returns how many were answered.
+    vlm: Any, questions: Questions, *, output: Path, settings: Settings, progress: Callable[[str], None]
+) -> list[str]:
+    """Answers what is not answered yet, each answer on disk as soon as it is there.
 
     The samples of a line depend on the seed and its number alone, so that a resumed run gives what an undisturbed one does.
 
     Args:
       vlm: of `api.load`.
-      progress: gets a line of progress now and then.
+      progress: gets a line of progress now and then, and what is wrong with questions that cannot be asked.
+
+    Returns:
+      what was wrong with the questions that are left out.
 
     Raises:
-      RequestError: a question that does not fit the model, or a wrong output; ImageError: a picture that cannot be read. What
-        was answered before is kept.
+      RequestError: a wrong output. What was answered before is kept.
     """
-    done = answered(output, questions)
-    left = [question for question in questions if question.line not in done]
-    if done:
-        progress(f"{len(done)} of {len(questions)} were answered already")
-    began, count, window = time.perf_counter(), 0, WINDOW * vlm.generator.rows
-    try:
-        file = output.open("a", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"--output={output}: {error.strerror}") from error
-    with file:
+    refused = list(questions.refused.values())
+    for problem in refused:
+        progress(problem)
+
+    def refuse(question: Question, error: Exception) -> None:
+        refused.append(f"{questions.path}:{question.line}: {error}")
+        progress(refused[-1])
+
+    with contextlib.closing(_Answers(output, questions)) as answers:
+        left = [question for question in questions.asked if question.line not in answers.done]
+        if answers.done:
+            progress(f"{len(answers.done)} of {len(questions.asked)} were answered already")
+        if answers.stale:
+            progress(f"{counted(answers.stale, 'question')} will be asked again: their pictures were changed")
+        began, count, window = time.perf_counter(), 0, WINDOW * vlm.generator.rows
         for start in range(0, len(left), window):
-            prompts = [_prompt(vlm, source, question, settings) for question in left[start : start + window]]
-            for batch in vlm.generator.batches(prompts, settings):
+            some = []
+            for question in left[start : start + window]:
+                try:
+                    some.append((question, vlm.generator.prompt(question.request, question.line, settings)))
+                except (RequestError, ImageError) as error:
+                    refuse(question, error)
+            prompts = [prompt for _, prompt in some]
+            for batch in vlm.generator.batches(prompts, settings, refuse=lambda i, error, some=some: refuse(some[i][0], error)):
                 for index, answer in batch.items():
-                    question = left[start + index]
-                    entry = {"line": question.line, "id": question.id, "prompt": question.prompt, "answer": answer.text}
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                file.flush()
+                    answers.add(some[index][0], answer.text)
+                answers.flush()
                 count += len(batch)
                 rate = count / (time.perf_counter() - began)
-                progress(
-                    f"{len(done) + count}/{len(questions)}  {rate:.3g} answers/s  left {human_time((len(left) - count) / rate)}"
-                )
-    return count
-
-
-def _prompt(vlm: Any, source: Path, question: Question, settings: Settings) -> Prompt:
-    try:
-        return vlm.generator.prompt(question.request, question.line, settings)
-    except (RequestError, ImageError) as error:
-        raise RequestError(f"{source}:{question.line}: {error}") from None
+                done = len(answers.done) + count
+                time_left = human_time((len(questions.asked) - done) / rate)
+                progress(f"{done}/{len(questions.asked)}  {rate:.3g} answers/s  left {time_left}")
+    return refused

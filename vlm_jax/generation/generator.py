@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from vlm_jax.generation.request import Request
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import TextStream, cut, stop_sequences
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.processing.processor import Processor
+from vlm_jax.processing.pictures import ImageError
+from vlm_jax.processing.processor import LANGUAGE_ONLY, Processor
 from vlm_jax.sharding import batch_sharding
 
 DEFAULTS = Settings()
@@ -80,13 +82,38 @@ class Generator:
             answers |= done
         return [answers[index] for index in range(len(requests))]
 
-    def batches(self, prompts: list[Prompt], settings: Settings = DEFAULTS) -> Iterator[dict[int, Answer]]:
-        """The same, batch by batch: {number of the prompt: answer}. Prompts of similar length go together."""
+    def batches(
+        self,
+        prompts: list[Prompt],
+        settings: Settings = DEFAULTS,
+        *,
+        refuse: Callable[[int, Exception], None] | None = None,
+    ) -> Iterator[dict[int, Answer]]:
+        """The same, batch by batch: {number of the prompt: answer}. Prompts of similar length go together.
+
+        Args:
+          refuse: called with the number of each prompt whose pictures cannot be used, and why; None: the first raises.
+        """
         size = lambda i: (bucket(len(prompts[i].request.media)), prompts[i].length)
         order = sorted(range(len(prompts)), key=size)
         for start in range(0, len(order), self.rows):
             chosen = order[start : start + self.rows]
-            yield dict(zip(chosen, self._answer([prompts[i] for i in chosen], settings), strict=True))
+            try:
+                answers = self._answer([prompts[i] for i in chosen], settings)
+            except (RequestError, ImageError):
+                if refuse is None:
+                    raise
+                chosen = [i for i in chosen if self._can_be_placed(prompts[i], functools.partial(refuse, i))]
+                answers = self._answer([prompts[i] for i in chosen], settings) if chosen else []
+            yield dict(zip(chosen, answers, strict=True))
+
+    def _can_be_placed(self, prompt: Prompt, refuse: Callable[[Exception], None]) -> bool:
+        try:
+            self.place([prompt])
+        except (RequestError, ImageError) as error:
+            refuse(error)
+            return False
+        return True
 
     def stream(self, request: Request, settings: Settings = DEFAULTS) -> Iterator[str]:
         """The answer piece by piece, as it is generated; the pieces together are `Answer.text`.
@@ -113,7 +140,7 @@ class Generator:
           RequestError: it is too long, or has pictures for a model that does not see.
         """
         if request.media and not self.model.has_vision:
-            raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
+            raise RequestError(LANGUAGE_ONLY)
         layout = self.processor.lay_out(request.turns, request.sizes, open=True)
         most = self.model.config.language.max_positions
         if len(layout.tokens) >= most:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import RequestError
+from vlm_jax.files import JsonError, parse_json, read_regular
 from vlm_jax.processing.conversation import (
     Conversation,
     Media,
@@ -94,10 +94,8 @@ def chat_file(path: Path) -> Request:
       RequestError: what is wrong with it.
     """
     try:
-        return chat_request(json.loads(path.read_text(encoding="utf-8")), path.parent)
+        return chat_request(parse_json(read_regular(path)), path.parent)
     except OSError as error:
         raise RequestError(f"--messages={path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}:{error.lineno}: is not JSON: {error.msg} at column {error.colno}") from None
-    except (UnicodeDecodeError, RequestError) as error:
+    except (JsonError, RequestError) as error:
         raise RequestError(f"{path}: {error}") from None

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vlm_jax.config.register import module_of
 from vlm_jax.interop.engine import load_params, names_known, published_tensors
 from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.folder import new_folder
+from vlm_jax.interop.files.folder import check_folder, new_folder
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.table import Table
 from vlm_jax.processing.encoder_processor import EncoderProcessor
@@ -77,7 +77,12 @@ class Checkpoint:
     def load_params(
         self, mesh: Mesh, *, dtype: Any = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Any:
-        """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`."""
+        """Its parameters, each on the devices that `sharding.RULES` give it; see `engine.load_params`.
+
+        Raises:
+          ChecksumError: the weights are not those that `api.export` wrote.
+        """
+        check_folder(self.path, weights=True)
         source = self.open_source()
         table = max(self.tables, key=lambda table: names_known(table, source))
         return load_params(

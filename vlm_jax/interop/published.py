@@ -13,7 +13,15 @@ from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, Vit
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
 from vlm_jax.interop.checkpoint import Checkpoint, Config
-from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, known_type, open_weights, read_config
+from vlm_jax.interop.files.folder import (
+    check_folder,
+    check_tokenizer,
+    copy_settings,
+    find,
+    known_type,
+    open_weights,
+    read_config,
+)
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.register import FAMILIES, FILES, LANGUAGE, LanguageFamily
 from vlm_jax.interop.table import Table
@@ -147,9 +155,11 @@ def open_published(name: str | Path, *, pickles: bool = False, pad_to_square: bo
       pad_to_square: LLaVA-1.5 only, see `PublishedMedia.background`.
 
     Raises:
-      PublishedError: it is missing or damaged; ValueError: an unsupported setting in its configuration.
+      PublishedError: it is missing or damaged; ChecksumError: it is not what `api.export` wrote; ValueError: an unsupported
+        setting in its configuration.
     """
     path = find(name, pickles=pickles)
+    check_folder(path, weights=False)
     family = FAMILIES[known_type(path, FAMILIES)] if path.is_dir() else None
     if pad_to_square and not (family and family.pads_to_square):
         raise PublishedError(f"{path}: only LLaVA-1.5 was evaluated with pictures padded to squares")

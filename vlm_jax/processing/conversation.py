@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.errors import RequestError, abbreviated, counted
+from vlm_jax.errors import RequestError, abbreviated, check_text, counted
 from vlm_jax.processing.pictures import Picture
 
 MARKER = "<image>"  # places a picture in a prompt or in a line of data
@@ -27,7 +27,15 @@ IMAGE_KEYS = ("image", "path", "url", "image_url")  # where a message's picture 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Text:
+    """
+    Raises:
+      RequestError: a text that cannot be encoded.
+    """
+
     text: str
+
+    def __post_init__(self) -> None:
+        check_text("a text", self.text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,8 +207,7 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{where}: 'text' is {abbreviated(repr(part.get('text')))}; expected a string")
-        if has_surrogate(part["text"]):
-            raise RequestError(f"{where}: 'text' has half of a surrogate pair, which is not a character")
+        check_text(f"{where}: 'text'", part["text"])
         return Text(part["text"])
     if kind in ("image", "image_url"):
         found = next((part[key] for key in IMAGE_KEYS if key in part), None)
@@ -215,11 +222,6 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
             f"{where} is {abbreviated(repr(part))}; expected 'type': 'text' or 'image', or 'video' with 'frames'"
         )
     return Medium(len(media) - 1)
-
-
-def has_surrogate(text: str) -> bool:
-    """Whether the text has half of a surrogate pair, which cannot be encoded."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _picture(where: str, found: Any) -> Picture:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.errors import RequestError
+from vlm_jax.errors import RequestError, check_text
 from vlm_jax.processing.media import picture_bytes
 from vlm_jax.processing.pictures import Picture, open_picture
 
@@ -60,6 +60,8 @@ class EncoderProcessor:
         if not self.has_text:
             raise RequestError("this checkpoint only encodes images: it has no text encoder")
         check_list("texts", texts)
+        for text in texts:
+            check_text("a text", text)
         tokenizer = self.hf_processor.tokenizer
         made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
         return made["input_ids"].astype(np.int32)

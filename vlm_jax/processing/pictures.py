@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from vlm_jax.files import NotRegular, open_regular
 
 PAD = (122, 116, 104)  # CLIP's mean colour
 GREY = 128  # of a blanked picture
@@ -16,6 +21,10 @@ GREY = 128  # of a blanked picture
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names the file and the cause."""
+
+
+class FileUnavailable(ImageError):
+    """The picture's file cannot be opened or read: nothing is known of the picture itself."""
 
 
 Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, or pixels [height, width, 3] uint8
@@ -32,26 +41,38 @@ def picture_name(picture: Picture) -> str:
     return str(picture) if isinstance(picture, str | Path) else "<pixels>"
 
 
-def _refuse(source: Picture, cause: str) -> ImageError:
-    return ImageError(f"picture {picture_name(source)}: {cause}")
+def _refuse(source: Picture, cause: str, kind: type[ImageError] = ImageError) -> ImageError:
+    return kind(f"picture {picture_name(source)}: {cause}")
 
 
-def _open(source: str | Path | bytes) -> Image.Image:
-    """Opens the file and reads its header.
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """The picture with its header read.
 
     Raises:
       ImageError: see `open_picture`.
     """
     try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    except FileNotFoundError:
+        raise _refuse(source, "there is no such file", FileUnavailable) from None
+    except IsADirectoryError:
+        raise _refuse(source, "is a directory, not a picture", FileUnavailable) from None
+    except PermissionError:
+        raise _refuse(source, "may not be read (file permissions)", FileUnavailable) from None
+    except NotRegular as error:
+        raise _refuse(source, error.strerror, FileUnavailable) from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise _refuse(source, f"cannot be read: {getattr(error, 'strerror', None) or error}", FileUnavailable) from None
+    with file, _header(source, file) as image:
+        yield image
+
+
+def _header(source: Picture, file: BinaryIO) -> Image.Image:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError:
-        raise _refuse(source, "there is no such file") from None
-    except IsADirectoryError:
-        raise _refuse(source, "is a directory, not a picture") from None
-    except PermissionError:
-        raise _refuse(source, "may not be read (file permissions)") from None
+            return Image.open(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS
         raise _refuse(source, f"more than {limit:,} pixels (PIL.Image.MAX_IMAGE_PIXELS); make it smaller") from None
@@ -71,8 +92,15 @@ def picture_size(picture: Picture) -> Size:
         return _checked(picture).shape[:2]
     if isinstance(picture, Image.Image):
         return _upright_size(picture)
-    with _open(picture) as image:
+    with _opened(picture) as image:
         return _upright_size(image)
+
+
+def file_bytes(picture: Picture) -> int:
+    """The bytes of a picture's file; 0: it is none."""
+    if isinstance(picture, str | Path):
+        return os.stat(picture).st_size
+    return len(picture) if isinstance(picture, bytes) else 0
 
 
 def _upright_size(image: Image.Image) -> Size:
@@ -94,13 +122,15 @@ def open_picture(picture: Picture) -> Image.Image:
     try:
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture)
-        with _open(picture) as image:
+        with _opened(picture) as image:
             image.seek(0)
             image.load()
             return ImageOps.exif_transpose(image)
     except ImageError:
         raise
-    except Exception as error:  # as in `_open`
+    except Exception as error:  # as in `_header`
+        if isinstance(error, OSError) and error.errno:  # of the file, not of what it holds
+            raise _refuse(picture, error.strerror, FileUnavailable) from error
         raise _refuse(picture, f"is damaged or cut short: {error}") from error
 
 

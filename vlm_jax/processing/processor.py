@@ -26,6 +26,7 @@ from vlm_jax.processing.layout import Layout, TokenizedConversation, spread
 from vlm_jax.processing.media import MediaProcessor
 from vlm_jax.processing.pictures import Size
 
+LANGUAGE_ONLY = "the request has pictures, but this model is a language model alone: leave them out"  # an error
 VERSION = 1  # of what processors make: token stores of another version are not read
 
 

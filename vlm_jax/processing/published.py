@@ -16,7 +16,7 @@ from vlm_jax.errors import RequestError
 from vlm_jax.processing.conversation import Conversation, Text, Turn, media_of
 from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.media import FittedMedia, MediaProcessor
-from vlm_jax.processing.processor import Processor, Spread
+from vlm_jax.processing.processor import LANGUAGE_ONLY, Processor, Spread
 from vlm_jax.processing.spans import Marks, Span, append_answer, flag_tokens, tokenize_continuation
 from vlm_jax.processing.templates import render
 
@@ -213,7 +213,7 @@ class PublishedProcessor(Processor):
     def _check(self, conversation: Conversation) -> None:
         media = media_of(conversation)
         if media and not self.has_vision:
-            raise RequestError("the request has pictures, but this model is a language model alone: leave them out")
+            raise RequestError(LANGUAGE_ONLY)
         if self.has_vision and any(self.image_token in turn.text for turn in conversation):
             raise RequestError(
                 f"a text says {self.image_token!r}, which marks an image in this checkpoint's texts: write it differently"

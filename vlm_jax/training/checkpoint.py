@@ -1,59 +1,38 @@
-"""A run's folder, and its checkpoints.
-
-RUN/config.json         what the run was started with
-RUN/tokenizer/          the tokenizer, as transformers saves it; or
-RUN/processor/          a published checkpoint's own processing (`processors.py`)
-RUN/checkpoints/STEP/   Orbax: `state` (sharded arrays) and `meta` (place in the data, fingerprint)
-RUN/published/          of the published checkpoint it was started from, everything but the weights
-RUN/damaged/STEP/       checkpoints that could not be read, moved aside
-RUN/metrics.jsonl       a line a step; RUN/tensorboard/ the same for TensorBoard
-"""
+"""The checkpoints of a run: saved, restored onto any mesh, checked."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import errno
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from vlm_jax.config import RunConfig
 from vlm_jax.config.register import module_of
-from vlm_jax.config_dict import from_dict, to_dict
 from vlm_jax.errors import first_line
 from vlm_jax.training.params import Blueprint, merge, split
+from vlm_jax.training.run_folder import LOG, CheckpointError, read_config
 from vlm_jax.training.step import Trainer, TrainState
 
-PUBLISHED = "published"
+log = logging.getLogger(__name__)
 
-# What may change between a start and its continuation: nothing that changes the numbers.
-MAY_CHANGE_ON_RESUME = {
-    "mesh",
-    "remat",
-    "log_every",
-    "eval_every",
-    "eval_rows",
-    "save_every",
-    "keep_last",
-    "keep_best",
-    "init_from",
-    "init_parts",
-    "data.workers",
-    "data.cache_dir",
-    "data.processor",  # it is kept in the run's folder
-    "pickles",
-    "data.source.cache_dir",
-}
+# Errors that say nothing about a checkpoint.
+PASSING = (errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
+STATUSES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED")
 
 
-class CheckpointError(ValueError):
-    """A run's folder that is missing, damaged, or of another configuration."""
+class DamageError(ValueError):
+    """A checkpoint is not what was written."""
 
 
 def fingerprint(tree: Any) -> jax.Array:
@@ -69,76 +48,25 @@ def fingerprint(tree: Any) -> jax.Array:
     return jnp.sum(jnp.stack([of(leaf) * jnp.uint32(2 * i + 1) for i, leaf in leaves]), dtype=jnp.uint32)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: old -> new` for every leaf that differs, those in `MAY_CHANGE_ON_RESUME` left out."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
-        if name in MAY_CHANGE_ON_RESUME or before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{name}.")
-        else:
-            found.append(f"{name}: {before!r} -> {after!r}")
-    return found
-
-
-def read_config(folder: str | Path) -> RunConfig:
-    """The configuration of a run.
-
-    Raises:
-      CheckpointError: there is no such folder, it is not a run, or one of another version.
-    """
-    path = Path(folder).expanduser() / "config.json"
-    if not path.parent.is_dir():
-        raise CheckpointError(f"no checkpoint at {path.parent}: there is no such folder")
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path.parent}: it holds no config.json, so it is not a run's --workdir")
-    try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or was written by another version of vlm_jax, and only that version can read it: {error}"
-        ) from error
-
-
-def write_or_check_config(folder: Path, config: RunConfig) -> None:
-    """Writes the configuration of a new run, or compares that of an old one with `config`.
-
-    Raises:
-      CheckpointError: the run was started with another configuration; the message shows the difference.
-    """
-    path = folder / "config.json"
-    as_json = lambda config: json.loads(json.dumps(to_dict(config)))
-    new = as_json(config)
-    if path.exists():
-        # Fields that an older version did not have are at their defaults.
-        changed = differences(as_json(read_config(folder)), new)
-        if changed:
-            raise CheckpointError(
-                f"{folder} was started with another configuration:\n  " + "\n  ".join(changed) + "\n"
-                "Continue with the old values, or start in another --workdir "
-                f"(with --config.init_from={folder} to take its parameters along)."
-            )
-    elif jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(new, indent=2) + "\n")
-        part.rename(path)
-
-
 class Checkpoints:
     """Saves and restores a `TrainState`: asynchronous, atomic, sharded, the last and the best ones kept."""
 
     def __init__(
-        self, folder: Path, keep_last: int, keep_best: int, *, ranks: str = "accuracy", read_only: bool = False
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_best: int,
+        *,
+        ranks: str = "accuracy",
+        data: dict[str, int] | None = None,
+        read_only: bool = False,
     ) -> None:
         """
         Args:
           ranks: evaluation metric that ranks checkpoints (higher is better).
+          data: checksums of the data sets by name, kept in every checkpoint.
         """
-        self.folder = folder
+        self.folder, self.data = folder, data or {}
         policies = [keep.LatestN(keep_last)]
         if keep_best:
             best = keep.BestN(get_metric_fn=lambda metrics: metrics[ranks], n=keep_best, keep_checkpoints_without_metrics=False)
@@ -163,10 +91,20 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write the state; training goes on meanwhile. `metrics` are of an evaluation, and rank the best ones."""
-        meta = {"position": step, "fingerprint": int(jax.jit(fingerprint)(state))}
+        """Starts to write the state; training goes on meanwhile. `metrics` are of an evaluation, and rank the best ones.
+
+        Raises:
+          CheckpointError: this one or the one before it cannot be written.
+        """
+        meta = {
+            "position": step,
+            "fingerprint": int(jax.jit(fingerprint)(state)),
+            "params": int(jax.jit(fingerprint)((state.trained, state.frozen))),
+            "data": self.data,
+        }
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self.manager.save(step, args=items, metrics=metrics)
+        with self._writes():
+            self.manager.save(step, args=items, metrics=metrics)
 
     def restore(self, trainer: Trainer) -> tuple[TrainState, int] | None:
         """The newest readable checkpoint on the trainer's mesh, and the place in the data. None: there is none.
@@ -174,27 +112,56 @@ class Checkpoints:
         A damaged one is named in the log and moved to `damaged/`, and the one before it is used.
 
         Raises:
-          CheckpointError: there are checkpoints, and all of them are damaged.
+          CheckpointError: all are damaged, one cannot be read for another reason, or it was trained on other data.
         """
-        steps = self.steps
-        for step in reversed(steps):
+        for step in reversed(self.steps):
             try:
-                return self._restore(trainer, step)
+                state, meta = self._restore(trainer, step)
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-                _log_damaged(self.folder, step, error)
+                _check_damaged(self.folder, step, error)
                 self._set_aside(step)
-        if steps:
-            raise CheckpointError(f"all {len(steps)} checkpoints of {self.folder} are damaged; they are now in damaged/")
+                continue
+            self._check_data(trainer.config, meta)
+            return state, step
+        aside = self.folder / "damaged"
+        if aside.is_dir() and any(aside.iterdir()):
+            raise CheckpointError(
+                f"all checkpoints of {self.folder} are damaged; they are in {aside}. Restore one into "
+                f"{self.folder / 'checkpoints'} from a copy; or start over in another --workdir; or, to start over here, "
+                f"remove {aside}"
+            )
         return None
 
-    def _restore(self, trainer: Trainer, step: int) -> tuple[TrainState, int]:
+    def _check_data(self, config: RunConfig, meta: dict[str, Any]) -> None:
+        before = meta.get("data", {})
+        changed = [name for name, checksum in self.data.items() if before.get(name, checksum) != checksum]
+        if not changed:
+            return
+        names = " and ".join(changed)
+        what = f"the data of {names} are not those that {self.folder} was trained on until step {meta['position']}"
+        if not config.accept_changed_data:
+            raise CheckpointError(f"{what}: bring those back, or go on with --config.accept_changed_data=True")
+        log.warning("%s; going on, as config.accept_changed_data says", what)
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore each raise their own, some from the thread that writes
+            log.exception("a checkpoint of %s cannot be written", self.folder)
+            raise CheckpointError(
+                f"a checkpoint cannot be written into {self.folder} ({first_line(error)[:200]}); {self.folder / LOG} has the "
+                "details. Mend the cause and run the same command again to resume"
+            ) from error
+
+    def _restore(self, trainer: Trainer, step: int) -> tuple[TrainState, dict[str, Any]]:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         target = jax.tree.map(place, trainer.abstract_state, trainer.shardings)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         restored = self.manager.restore(step, args=items)
-        if int(jax.jit(fingerprint)(restored.state)) != restored.meta["fingerprint"]:
-            raise CheckpointError("its arrays are not those that were saved")
-        return restored.state, restored.meta["position"]
+        if int(jax.jit(fingerprint)(restored.state)) != restored.meta["fingerprint"] or restored.meta["position"] != step:
+            raise DamageError("its arrays are not those that were saved")
+        return restored.state, restored.meta
 
     def _set_aside(self, step: int) -> None:
         self.manager.close()
@@ -213,8 +180,9 @@ class Checkpoints:
         self._open()
 
     def wait(self) -> None:
-        """Until what was saved is on disk."""
-        self.manager.wait_until_finished()
+        """Until what was saved is on disk; raises as `save`."""
+        with self._writes():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         self.manager.close()
@@ -235,7 +203,7 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
       step: which checkpoint; None: the newest readable one.
 
     Raises:
-      CheckpointError: no run, no checkpoint, or none that can be read.
+      CheckpointError: no run, no checkpoint, or none that can be read; ChecksumError: a damaged file beside them.
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
@@ -248,7 +216,7 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
             try:
                 params = _params_of(checkpoints, config, mesh, candidate)
             except Exception as error:
-                _log_damaged(folder, candidate, error)
+                _check_damaged(folder, candidate, error)
                 continue
             if dtype is not None:
                 params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
@@ -258,8 +226,17 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
         checkpoints.close()
 
 
-def _log_damaged(folder: Path, step: int, error: Exception) -> None:
-    logging.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(step), first_line(error)[:300])
+def _check_damaged(folder: Path, step: int, error: Exception) -> None:
+    """Logs a damaged checkpoint.
+
+    Raises:
+      CheckpointError: the error says nothing about the checkpoint: memory ran out, or a disk or the network failed.
+    """
+    name, cause = folder / "checkpoints" / str(step), first_line(error)[:300]
+    passing = any(words in str(error) for words in (*STATUSES, *map(os.strerror, PASSING)))
+    if passing or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING):
+        raise CheckpointError(f"checkpoint {name} cannot be read at the moment ({cause}); it was left where it is") from error
+    log.error("checkpoint %s is damaged (%s)", name, cause)
 
 
 def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> Any:
@@ -267,9 +244,14 @@ def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: in
     blueprint = Blueprint.of(model, config.optimizer.rules, mesh)
     # The optimizer's moments are left on disk: `partial_restore` reads what the target names.
     target = dict(zip(("trained", "frozen"), split(blueprint.abstract, blueprint.rules), strict=True))
-    path = checkpoints.folder.absolute() / "checkpoints" / str(step) / "state"
+    path = checkpoints.folder.absolute() / "checkpoints" / str(step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(path, args=args)
+        restored = checkpointer.restore(path / "state", args=args)
+    meta = checkpoints.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if "params" not in meta:
+        log.warning("checkpoint %s was written by an older version, without a fingerprint of its parameters", path)
+    elif int(jax.jit(fingerprint)((restored["trained"], restored["frozen"]))) != meta["params"]:
+        raise DamageError("its parameters are not those that were saved")
     return merge(restored["trained"], restored["frozen"])

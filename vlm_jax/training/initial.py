@@ -13,7 +13,8 @@ from vlm_jax.interop.files.folder import is_published
 from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named
-from vlm_jax.training.checkpoint import PUBLISHED, CheckpointError, Checkpoints, load_run
+from vlm_jax.training.checkpoint import Checkpoints, load_run
+from vlm_jax.training.run_folder import PUBLISHED, CheckpointError
 from vlm_jax.training.step import Trainer, TrainState
 
 Params = Any

@@ -6,13 +6,11 @@ waiting. `handle_signals` therefore listens beside the main thread, where the pr
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from types import FrameType
 
 PATIENCE_S = 1.0  # how long the main thread may take to end a start
@@ -83,23 +81,15 @@ class Interrupt:
         return self.signal is not None
 
 
-@contextlib.contextmanager
-def handle_signals() -> Iterator[None]:
-    """Around all that train.py does: says at once that a signal came, and ends a start that does not end by itself, because it
-    compiles for example."""
+def handle_signals() -> None:
+    """For the rest of the process, which is train.py's: says at once that a signal came, and ends a start that does not end by
+    itself, because it compiles for example."""
     read, write = os.pipe()
     os.set_blocking(write, False)
-    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(read,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_start)
-    try:
-        yield
-    except Interrupted as interrupted:
-        sys.exit(128 + interrupted.signal)
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(write)  # ends the thread
+        signal.signal(number, _end_process)
 
 
 def _listen(read: int) -> None:
@@ -115,12 +105,16 @@ def _listen(read: int) -> None:
         if _DEFERRING is None and not _STEPS_DONE.is_set():
             _report(byte[0])
             os._exit(128 + byte[0])
-    os.close(read)
+
+
+def _end_process(number: int, frame: FrameType | None) -> None:
+    """Before and after `Interrupt`, while modules are imported for example: there is nothing to save."""
+    if not _STEPS_DONE.is_set():
+        _report(number)
+    os._exit(128 + number)
 
 
 def _end_start(number: int, frame: FrameType | None) -> None:
-    if _STEPS_DONE.is_set():
-        raise KeyboardInterrupt
     _report(number)
     raise Interrupted(number)
 

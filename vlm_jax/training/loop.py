@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -17,17 +18,18 @@ from vlm_jax.config import RunConfig
 from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_batches, tokens_of
 from vlm_jax.progress import human_rate, human_time
 from vlm_jax.sharding import make_mesh
-from vlm_jax.training.checkpoint import Checkpoints, write_or_check_config
+from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
 from vlm_jax.training.processors import build_processor
-from vlm_jax.training.report import Reporter, StepTimer
+from vlm_jax.training.report import Reporter, StepTimer, logged
+from vlm_jax.training.run_folder import LOG, seal, write_or_check_config, writing
 from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
 from vlm_jax.training.table import print_table
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(FloatingPointError):
     """Too many updates in a row were skipped."""
 
 
@@ -45,12 +47,14 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
 
     Raises:
       ValueError: the data does not lay pictures out as the model reads them.
-      CheckpointError: `workdir` belongs to another configuration, or all its checkpoints are damaged.
+      CheckpointError: `workdir` belongs to another configuration, other data or another train.py that still runs, cannot be
+        written, or all its checkpoints are damaged.
       Interrupted: a signal before the first step.
       NonFiniteLoss: more than `config.optimizer.max_bad_steps` updates in a row were not finite.
     """
-    with Interrupt() as interrupt:
-        return _train(config, Path(workdir).expanduser(), interrupt)
+    folder = Path(workdir).expanduser()
+    with Interrupt() as interrupt, writing(folder), logged(folder / LOG):
+        return _train(config, folder, interrupt)
 
 
 def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
@@ -61,15 +65,20 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
     known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
     if needed > known:
         raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
-    for of_split in (source, held_out):  # what is wrong with the data is found before the model is made
-        check_same(tokens_of(config.data, processor, of_split))
+    data = {}
+    for name, of_split in {"train": source, "eval": held_out}.items():  # its errors are found before the model is made
+        store = tokens_of(config.data, processor, of_split)
+        check_same(store)
+        data[name] = store.meta["content"]
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
         if jax.process_index() == 0:
             print_table(trainer)
-        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=trainer.objective.checkpoint_metric)
+        ranks = trainer.objective.checkpoint_metric
+        checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=ranks, data=data)
         state, start = first_state(trainer, checkpoints, folder)
+        seal(folder)
         reporter = Reporter(folder, start)
         run = _Run(
             config=config,
@@ -84,8 +93,10 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         try:
             return run.go(state, start)
         finally:
-            reporter.close()
-            checkpoints.close()
+            # All that counts was written before, or its error is on its way.
+            for part in (reporter, checkpoints):
+                with contextlib.suppress(Exception):
+                    part.close()
 
 
 def _this_process() -> dict[str, int]:
@@ -123,7 +134,7 @@ class _Run:
                 last, logs = step == config.steps, step % config.log_every == 0
                 if last or logs:
                     self._flush(step)
-                    self._log(step, timer.elapsed(), flops)
+                    self._log(step, timer.elapsed(), flops, left_out=data.left_out)
                 with timer.pause():
                     metrics = {}
                     if last or step % config.eval_every == 0:
@@ -201,7 +212,7 @@ class _Run:
                 )
         self.reporter.flush()
 
-    def _log(self, step: int, seconds: float, flops: int) -> None:
+    def _log(self, step: int, seconds: float, flops: int, *, left_out: int) -> None:
         """The progress line of the steps since the last one."""
         mesh, config, last, steps = self.trainer.mesh, self.config, self.lap[-1], len(self.lap)
         objective = self.trainer.objective
@@ -211,6 +222,7 @@ class _Run:
         peak = peak_flops(mesh.devices.flat[0])
         share = f" ({rate / (peak * mesh.size):.1%} of peak)" if peak else ""
         skipped = f"  skipped {last['skipped']:.0f}" if last["skipped"] else ""
+        skipped += f"  examples left out {left_out}" if left_out else ""
         self.reporter.say(
             f"step {step:>{len(str(config.steps))}}/{config.steps}  {objective.training_line(mean)}  "
             f"{human_rate(examples, ' examples/s')}  {human_rate(rate, 'FLOP/s')}{share}{skipped}  "

@@ -97,7 +97,13 @@ def _tokenizer(config: DataConfig, source: Source) -> Tokenizer:
 
 def _texts(config: DataConfig, source: Source) -> Iterator[str]:
     for index in range(len(source)):
-        for conversation in source[index].conversations:
+        try:
+            conversations = source[index].conversations
+        except DataError:
+            if config.source.bad_lines == "error":
+                raise
+            continue  # it is reported where the data are tokenised
+        for conversation in conversations:
             yield from texts_of(conversation, config)
 
 

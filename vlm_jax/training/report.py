@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,10 @@ from typing import Any
 import jax
 from rich.console import Console
 from tensorboardX import SummaryWriter
+
+from vlm_jax.files import JsonError, parse_json, read_regular
+
+log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -29,9 +36,10 @@ class Reporter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _truncate_metrics(self.path, first_step)
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        with self._writes():
+            _truncate_metrics(self.path, first_step)
+            self.file = self.path.open("a")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -43,39 +51,113 @@ class Reporter:
         named = {f"{prefix}{name}": value for name, value in metrics.items()}
         # JSON has no NaN; a loss that is not finite is written as null.
         clean = {name: value if math.isfinite(value) else None for name, value in named.items()}
-        self.file.write(json.dumps({"step": step} | clean) + "\n")
+        with self._writes():
+            self.file.write(json.dumps({"step": step} | clean) + "\n")
 
     def plot(self, step: int, metrics: dict[str, float]) -> None:
         """To TensorBoard alone."""
         if self.active:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
+            with self._writes():
+                for name, value in metrics.items():
+                    self.board.add_scalar(name, value, step)
 
     def flush(self) -> None:
         if self.active:
-            self.file.flush()
-            self.board.flush()
+            with self._writes():
+                self.file.flush()
+                self.board.flush()
 
     def close(self) -> None:
         if self.active:
-            self.file.close()
-            self.board.close()
+            with self._writes():
+                self.file.close()
+                self.board.close()
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"metrics cannot be written into {self.path.parent} ({error.strerror or error}). Mend the cause and run the "
+                "same command again to resume"
+            ) from error
 
 
 def _truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps that will be repeated, and an incomplete last line."""
-    if not path.exists():
+    """Drops the lines of steps that will be repeated, and an incomplete last line.
+
+    Raises:
+      OSError: the file cannot be read or written.
+    """
+    try:
+        lines = read_regular(path).split(b"\n")[:-1]
+    except FileNotFoundError:
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
+    kept, odd = [], []
+    for number, line in enumerate(lines, 1):
+        at = _step_of(line)
+        if at is None:
+            odd.append(number)
+        elif at <= step:
+            kept.append(line + b"\n")
+    if odd:
+        log.warning("%s: %d lines are no metrics and are dropped, the first is line %d", path, len(odd), odd[0])
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_bytes(b"".join(kept))
     part.replace(path)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        step = parse_json(line)["step"]
+    except (JsonError, KeyError, TypeError, IndexError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return kind + (record.getMessage().splitlines() or [""])[0]
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
+def _log_uncaught(args: Any) -> None:
+    log.error("raised in a thread", exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Warnings and errors go to a file. The terminal shows a line of each, and none of those that have a traceback: whoever
+    raises in the end says it in a line and names the file."""
+    root, before = logging.getLogger(), (sys.unraisablehook, threading.excepthook)
+    file = logging.FileHandler(path, delay=True)
+    file.setLevel(logging.WARNING)
+    file.handleError = lambda record: None  # where the disk is full, what is raised in the end says so
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown = {handler: handler.formatter for handler in root.handlers}
+    for handler in shown:
+        handler.setFormatter(_OneLine())
+        handler.addFilter(_without_traceback)
+    root.addHandler(file)
+    logging.captureWarnings(True)
+    # Threads of TensorStore and Orbax, whose errors reach the main thread as well.
+    sys.unraisablehook = threading.excepthook = _log_uncaught
+    try:
+        yield
+    finally:
+        sys.unraisablehook, threading.excepthook = before
+        logging.captureWarnings(False)
+        root.removeHandler(file)
+        with contextlib.suppress(OSError):
+            file.close()
+        for handler, formatter in shown.items():
+            handler.setFormatter(formatter)
+            handler.removeFilter(_without_traceback)
 
 
 class StepTimer:

@@ -1,7 +1,7 @@
 """The user's own data: a JSON-lines file and image files. Its three formats have different keys and may be mixed in a file.
 
-A conversation in LLaVA's format. `image` is one path, a list of them, or missing; each `<image>` marks the place of the next
-image, and without any marker all images come before the first turn. The turns of "gpt" are learned::
+A conversation in LLaVA's format. `image` (or `images`) is one path, a list of them, or missing; each `<image>` marks the place
+of the next image, and without any marker all images come before the first turn. The turns of "gpt" are learned::
 
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
@@ -12,6 +12,8 @@ An OpenAI-style list of messages (`processing/conversation.py`); the assistant's
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
+
+Parts {"type": "image"} without a path take those of a list `images` beside `messages`, in their order.
 
 Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless "learn" is false; `frames` are one video::
 
@@ -41,6 +43,7 @@ from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
 from vlm_jax.data.jsonl_record import Record, RecordError, as_json
 from vlm_jax.errors import DataError
+from vlm_jax.files import JsonError, open_regular, parse_json
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
 
@@ -60,13 +63,16 @@ class JsonLinesSource(Source):
         """
         self._path = Path(path).expanduser()
         self._root = Path(image_root).expanduser() if image_root else self._path.parent
-        if not self._path.is_file():
-            raise DataError(f"{self._path}: there is no such file")
+        try:
+            with open_regular(self._path) as file:
+                self._changed = os.fstat(file.fileno()).st_mtime_ns
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DataError(f"{self._path}: there is no such file") from None
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}") from error
         if not self._root.is_dir():
             raise DataError(f"data.source.image_root={str(self._root)!r}: there is no such folder")
-        self._changed = self._path.stat().st_mtime_ns
-        with self._path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
         # The same file in another place has other pictures.
         self.fingerprint = f"{content} {self._path.absolute()} {self._root.absolute()}"
         self._index_file = Path(cache_dir).expanduser() / f"records-{content[:24]}{self._path.suffix}.npy"
@@ -106,7 +112,7 @@ class JsonLinesSource(Source):
     def __getitem__(self, index: int) -> Example:
         with self._lock:
             if self._file is None:
-                self._file = self._path.open("rb")
+                self._file = open_regular(self._path)
                 if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
                     raise DataError(f"{self._path}: was changed during the run; start again")
         line, start, size = self._index[index].tolist()
@@ -115,16 +121,8 @@ class JsonLinesSource(Source):
     def _parse(self, raw: bytes, line: int) -> Example:
         where = f"{self._path}:{line}"
         try:
-            record = json.loads(raw)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: is not UTF-8: {error}") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: is not JSON: {error}") from None
-        try:
-            return Record(where, record, self._picture).example()
-        except RecordError as error:
+            return Record(where, parse_json(raw), self._picture).example()
+        except (JsonError, RecordError) as error:
             raise DataError(f"{where}: {error}") from None
 
     def _picture(self, path: Any) -> str:
@@ -140,7 +138,7 @@ class JsonLinesSource(Source):
 def _line_records(path: Path) -> Iterator[tuple[int, int, int]]:
     """(line, first byte, bytes) of each line that is not blank."""
     start = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
                 yield line, start, len(raw)
@@ -182,12 +180,12 @@ def _list_records(path: Path) -> Iterator[tuple[int, int, int]]:
             if text[at] == "]":
                 return
             _, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             if longer():  # the record may go on
                 continue
-            if isinstance(error, json.JSONDecodeError):
-                raise DataError(f"{path}:{line + text.count(chr(10), at, error.pos)}: is not JSON: {error.msg}") from None
-            raise DataError(f"{path}:{line}: is not JSON: {error}") from None
+            raise DataError(f"{path}:{line + text.count(chr(10), at, error.pos)}: is not JSON: {error.msg}") from None
+        except (RecursionError, ValueError):
+            raise DataError(f"{path}:{line}: is nested too deeply, or has a number of thousands of digits") from None
         size = len(text[at:end].encode())
         yield line, start, size
         go_to(end)
@@ -200,7 +198,7 @@ def _blocks(path: Path) -> Iterator[str]:
       DataError: it is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while True:
             raw = file.read(BLOCK)
             try:

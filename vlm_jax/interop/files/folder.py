@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import first_line
+from vlm_jax.files import CHECKSUMS, check_checksums
 from vlm_jax.interop.files import safetensors_files
 from vlm_jax.interop.files.packages import locate, packaged_weights
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
@@ -20,6 +21,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OPEN_CLIP = "open_clip_model.safetensors"
 PACKAGE = "pypi:"
 FILES = (".gguf", ".onnx")
+WEIGHTS = (".safetensors", ".bin", ".pt")
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
@@ -79,6 +81,16 @@ def _snapshot(path: Path) -> Path:
     if found is None:
         raise PublishedError(f"no checkpoint at {path}: its snapshots folder is empty; fetch it again")
     return found
+
+
+def check_folder(path: Path, *, weights: bool) -> None:
+    """Compares a folder with the checksums that `api.export` left in it: those of its weights, or of all else.
+
+    Raises:
+      ChecksumError: it is not what was written.
+    """
+    advice = f"Export or copy the folder again; if it was changed on purpose, remove {path / CHECKSUMS}"
+    check_checksums(path, advice=advice, only=lambda name: name.endswith(WEIGHTS) == weights)
 
 
 def model_type(folder: Path) -> str | None:

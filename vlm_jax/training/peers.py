@@ -1,0 +1,123 @@
+"""The processes of one run: started together, and ended together where one of them dies or fails.
+
+JAX ends the others as well, but after minutes and with the stacks of its C++; where a collective waits for ever, not at all. So
+each process says every second, in the key-value store of JAX's coordinator, that it is alive, and looks when the others did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging as absl_logging
+
+BEAT_S = 1.0  # between two signs of life
+JAX_TIMEOUTS = 5  # times ours, so that JAX's own check comes later
+KEY, LEFT, FAILED = "vlm_jax/alive", "left", "failed"
+ADVICE = "this one ends too; run the same command again on all machines to resume from the last checkpoint"
+
+
+@contextlib.contextmanager
+def peers(coordinator: str | None, processes: int | None, index: int | None, *, timeout: int, log_file: Path) -> Iterator[None]:
+    """Within, this process and the others are one JAX system, and this one ends when another one does.
+
+    Args:
+      coordinator: host:port of the first process; None, as the other two: found by JAX, on a TPU pod for example.
+      timeout: seconds of silence after which a process is taken for dead.
+      log_file: for what C++ writes to the standard error.
+    """
+    _catch_aborts(log_file)
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=processes,
+        process_id=index,
+        heartbeat_timeout_seconds=JAX_TIMEOUTS * timeout,
+    )
+    others = _Peers(timeout)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        # A collective fails at once where the connection to a dead process breaks: `others` finds out which one it was.
+        time.sleep(timeout + 3 * BEAT_S)
+        raise
+    except BaseException:
+        others.say(FAILED)
+        raise
+    others.say(LEFT)
+
+
+class _Peers:
+    def __init__(self, timeout: int) -> None:
+        # JAX has no public name for it; Orbax takes it from here as well.
+        from jax._src.distributed import global_state
+
+        self.client, self.timeout = global_state.client, timeout
+        self.me = jax.process_index()
+        self.seen = {index: ("", time.monotonic()) for index in range(jax.process_count()) if index != self.me}
+        self.last = ""  # what this process said last, if it says no more
+        for run in (self._beat, self._watch):
+            threading.Thread(target=run, daemon=True).start()
+
+    def say(self, word: str) -> None:
+        """The last sign of this process."""
+        self.last = word
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.client.key_value_set(f"{KEY}/{self.me}", word, allow_overwrite=True)
+
+    def _beat(self) -> None:
+        """Its calls fail or hang where the coordinator is gone; nothing is seen from then on."""
+        count = 0
+        while not self.last:
+            count += 1
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self.client.key_value_set(f"{KEY}/{self.me}", str(count), allow_overwrite=True)
+                for key, value in self.client.key_value_dir_get(KEY):
+                    index = int(key.rpartition("/")[2])
+                    if index != self.me and self.seen[index][0] != value:
+                        self.seen[index] = (value, time.monotonic())
+            time.sleep(BEAT_S)
+
+    def _watch(self) -> None:
+        while not self.last:
+            for index, (said, at) in self.seen.items():
+                if said == FAILED:
+                    self._end(f"process {index} of {jax.process_count()} ended with an error, which it printed")
+                if said != LEFT and time.monotonic() - at > self.timeout:
+                    self._end(f"process {index} of {jax.process_count()} gave no sign of life for {self.timeout} s")
+            time.sleep(BEAT_S)
+
+    def _end(self, cause: str) -> None:
+        """At once: whatever waits for the others would wait for ever."""
+        print(f"train.py: {cause}: {ADVICE}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _catch_aborts(log_file: Path) -> None:
+    """JAX's client aborts the process as soon as the coordinator is gone: its stacks go to a file, and a line is printed."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.dup(2)
+    with log_file.open("a") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="backslashreplace")
+    absl_logging.get_absl_handler().python_handler.stream = sys.stderr
+
+    def on_abort(number: int) -> None:
+        line = f"train.py: the first process, which coordinates the others, is gone, or JAX failed ({log_file}): {ADVICE}\n"
+        os.write(terminal, line.encode())
+        os._exit(1)
+
+    # Python's own handlers run after the C handler returns, and then it is too late.
+    _KEPT.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _KEPT[-1])
+
+
+_KEPT: list[Any] = []  # functions that C calls
