@@ -6,8 +6,12 @@ einops einops-exts`; its pinned requirements do not go together with today's).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def feed_forward(width: int) -> nn.Sequential:
@@ -122,3 +126,17 @@ class Flamingo(nn.Module):
         self.media = self.perceiver(patches.unflatten(0, pixels.shape[:2])[:, :, None])
         self.places = input_ids == self.image_id
         return self.lang_encoder(input_ids=input_ids, use_cache=False).logits
+
+
+def open_clip_pixels(picture: Image.Image, side: int) -> torch.Tensor:
+    """[3, side, side], normalised: what open_clip's transform for inference makes of a picture.
+
+    torchvision rounds the longer side down, and the corner of the cut as Python does: 0.5 to 0, 1.5 to 2.
+    """
+    width, height = picture.size
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - side) / 2.0), round((size[1] - side) / 2.0)
+    picture = picture.crop((left, top, left + side, top + side)).convert("RGB")
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

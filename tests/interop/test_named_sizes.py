@@ -1,6 +1,9 @@
 """Sizes by name are those of the published configurations, to the last setting."""
 
+from types import SimpleNamespace
+
 import pytest
+from mosaic_gpt_reference import HUB
 from test_published_sizes import CLIP_L, SO400M, sizes
 from transformers import (
     CLIPVisionConfig,
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from vlm_jax.config.register import RegisterError
-from vlm_jax.families import clip, gemma, gpt_neox, llama, mixtral, mpt, opt, phi, siglip, stablelm
+from vlm_jax.families import clip, gemma, gpt_neox, llama, mixtral, mosaic_gpt, mpt, opt, phi, siglip, stablelm
 from vlm_jax.models.sizes import LANGUAGE, VISION, language, vision
 
 rope = lambda base, share=1.0: dict(
@@ -58,6 +61,7 @@ LANGUAGES = {
     "opt-1.3b": (opt, opt_of(2048, 24, 32)),
     "opt-2.7b": (opt, opt_of(2560, 32, 32)),
     "opt-6.7b": (opt, opt_of(4096, 32, 32)),
+    "mpt-1b": (mosaic_gpt, SimpleNamespace(**HUB)),
     "mpt-7b": (mpt, MptConfig(d_model=4096, n_heads=32, n_layers=32, vocab_size=50_432, no_bias=True)),
     "pythia-2.8b": (gpt_neox, GPTNeoXConfig(**sizes(2560, 32, 32, 10_240, 50_304), **rope(10_000.0, 0.25))),
     "redpajama-3b": (

@@ -1,18 +1,26 @@
-"""CLIP under its original names: against torch modules that have them, with torch's own attention and its fused weights."""
+"""CLIP under its original names, against torch modules that have them, with torch's own attention and its fused weights; and
+open_clip's pictures, from files.
+"""
 
+import importlib.util
 from collections import OrderedDict
 
 import jax
 import numpy as np
 import pytest
 import torch
+from folders import picture
+from openflamingo_reference import MEAN, STD, open_clip_pixels
+from PIL import Image
 from torch import nn
 from torch_helpers import VOCAB, compare, converted, pixel_values, random_images, randomised, shapes_of, state_of
-from transformers import CLIPConfig
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from vlm_jax.families import clip, open_clip
+from vlm_jax.families.open_clip import OpenClipTransform
 from vlm_jax.interop.engine import to_ours
 from vlm_jax.models.dual_encoder import DualEncoder
+from vlm_jax.processing.media import PublishedMedia
 
 
 class Activation(nn.Module):
@@ -116,3 +124,62 @@ def test_the_original_names(vision, text, embed):
     parts = {name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": value for name, value in state.items()}
     parts |= {name: np.array(1) for name in ("input_resolution", "context_length", "vocab_size")}
     jax.tree.map(np.testing.assert_array_equal, to_ours(parts, table, shapes), params)
+
+
+SIDE = 16
+
+
+def written(folder, mode, size, kind):
+    """A picture's file; a mode with alpha has transparent places."""
+    image = picture(size[0], *size)
+    if mode == "P":
+        image = image.quantize(7)
+    elif mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(picture(size[1], *size).convert("L"))
+    path = folder / f"{mode}_{size[0]}x{size[1]}.{kind}"
+    image.convert(mode).save(path)
+    return path
+
+
+# The corner of the cut lies at 5.5, 3.5, 2.5, 0.5 and 1.5 pixels; at whole ones; at none; and pictures grow.
+SIZES = [(29, 17), (30, 44), (20, 27), (17, 16), (16, 19), (17, 20), (33, 33), (9, 14), (1, 5)]
+MODES = [("RGB", "png"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("RGB", "jpg"), ("CMYK", "jpg")]
+
+
+@pytest.mark.parametrize("mode, kind", MODES)
+def test_pictures_are_open_clips(tmp_path, mode, kind):
+    media = PublishedMedia(OpenClipTransform(SIDE), SIDE, tile_tokens=0)
+    for size in SIZES:
+        path = written(tmp_path, mode, size, kind)
+        (ours,) = media.pixels((path,))
+        theirs = open_clip_pixels(Image.open(path), SIDE) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        np.testing.assert_array_equal(ours, (255 * theirs).round().permute(1, 2, 0).numpy(), err_msg=path.name)
+
+
+def test_half_a_pixel_is_cut_elsewhere_than_by_transformers():
+    square = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    theirs, ours = PublishedMedia(CLIPImageProcessorPil(**square), SIDE, 0), PublishedMedia(OpenClipTransform(SIDE), SIDE, 0)
+    same = [np.array_equal(*(media.pixels((picture(3, 16, 16 + more),))[0] for media in (theirs, ours))) for more in range(8)]
+    assert same == [True, True, True, False, True, True, True, False]  # halves of 0, 1, 2, ... pixels: 1.5 and 3.5 go up
+
+
+def test_a_thin_picture_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    media = PublishedMedia(OpenClipTransform(SIDE), SIDE, tile_tokens=0)
+    assert media.pixels((picture(0, 1, 39),))[0].shape == (SIDE, SIDE, 3)
+    with pytest.raises(
+        ValueError, match=r"picture <pixels>: .*40x1 is too thin: resized to 16x640 it has more than 10,000 pixels"
+    ):
+        media.pixels((picture(0, 1, 40),))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")
+def test_the_reference_is_what_torchvision_computes():
+    from torchvision import transforms
+
+    cut = transforms.Compose([transforms.Resize(SIDE, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(SIDE)])
+    rest = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    for height, width in SIZES:
+        image = picture(height, height, width)
+        compare(open_clip_pixels(image, SIDE), rest(cut(image).convert("RGB")), 1e-6)

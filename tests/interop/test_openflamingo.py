@@ -1,4 +1,4 @@
-"""OpenFlamingo: its modules, its checkpoint's names, and answers, with MPT and GPT-NeoX as language models."""
+"""OpenFlamingo: its modules, its checkpoint's names, and answers, with each language model that it is made of."""
 
 import dataclasses
 import importlib.util
@@ -8,20 +8,24 @@ import sys
 import numpy as np
 import pytest
 import torch
-from folders import laid_out, logits, picture, tokenizer, verbatim
-from openflamingo_reference import Flamingo, GatedCrossAttentionBlock, PerceiverResampler
+from folders import laid_out, load, logits, picture, tokenizer, verbatim
+from mosaic_gpt_reference import MosaicGpt
+from openflamingo_reference import Flamingo, GatedCrossAttentionBlock, PerceiverResampler, open_clip_pixels
 from safetensors.numpy import load_file
 from torch_helpers import compare, randomised
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MptConfig,
     MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 import vlm_jax
@@ -30,10 +34,44 @@ from vlm_jax.config.generation import Settings
 SIDE, LATENTS, DEPTH = 16, 5, 2
 
 
+# A vocabulary -> a language model, where its layers are, they themselves, and what the authors save of it: all trained
+# parameters, everything with "embed" in its name, and heads that are tied to the embeddings.
+
+
+def mosaic(vocabulary: int):
+    model = MosaicGpt(vocabulary)
+    parts = model.transformer
+    return model, "transformer.blocks", parts["blocks"], {"transformer.wte": lambda: parts["wte"]}
+
+
 def mpt(vocabulary: int):
     config = MptConfig(vocab_size=vocabulary, d_model=32, n_heads=4, n_layers=4, max_seq_len=128)
     model = MptForCausalLM(config)
-    return model, "transformer.blocks", model.transformer.blocks, {"transformer.wte": model.get_input_embeddings}
+    saved = {"transformer.wte": model.get_input_embeddings, "lm_head": model.get_output_embeddings}
+    return model, "transformer.blocks", model.transformer.blocks, saved
+
+
+def opt(vocabulary: int):
+    sizes = dict(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=4, num_attention_heads=4, ffn_dim=56)
+    model = OPTForCausalLM(OPTConfig(vocab_size=vocabulary, max_position_embeddings=128, **sizes))
+    decoder = model.model.decoder
+    saved = {"model.decoder.embed_tokens": model.get_input_embeddings, "lm_head": model.get_output_embeddings}
+    saved |= {"model.decoder.embed_positions": lambda: decoder.embed_positions}
+    return model, "model.decoder.layers", decoder.layers, saved
+
+
+def llama(vocabulary: int):
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=56,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config)
+    return model, "model.layers", model.model.layers, {"model.embed_tokens": model.get_input_embeddings}
 
 
 def neox(vocabulary: int):
@@ -51,8 +89,13 @@ def neox(vocabulary: int):
     return model, "gpt_neox.layers", model.gpt_neox.layers, embeddings
 
 
-def made(folder, build, every, only_last=True, prefix=""):
-    """(reference, tokenizer with the added tokens), and the folder that `load` reads."""
+def made(folder, build, every, only_last=True, prefix="", tower_alone=False, more=20):
+    """(reference, tokenizer with the added tokens, what the checkpoint holds), and the folder that `load` reads.
+
+    Args:
+      tower_alone: whether the vision folder holds CLIP's vision tower only.
+      more: tokens that the language model has beside the tokenizer's, before any is added.
+    """
     torch.manual_seed(0)
     words = tokenizer()
     vision = CLIPVisionConfig(
@@ -60,10 +103,8 @@ def made(folder, build, every, only_last=True, prefix=""):
     )
     text = CLIPTextConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     clip = randomised(CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text.to_dict())), seed=1)
-    clip.save_pretrained(folder / "clip")
-    square = {"height": SIDE, "width": SIDE}
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square).save_pretrained(folder / "clip")
-    language, layers, modules, embeddings = build(len(words) + 20)  # padded, as the published ones are
+    (clip.vision_model if tower_alone else clip).save_pretrained(folder / "clip")
+    language, layers, modules, saved = build(len(words) + more)  # padded, as the published ones are
     randomised(language, seed=2).save_pretrained(folder / "lm")
     words.save_pretrained(folder / "lm")
     words.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
@@ -77,7 +118,7 @@ def made(folder, build, every, only_last=True, prefix=""):
     for number, block in reference.gated.items():
         for name, tensor in block.state_dict().items():
             state[f"lang_encoder.{layers}.{number}.gated_cross_attn_layer.{name}"] = tensor
-    for name, module in embeddings.items():
+    for name, module in saved.items():
         state[f"lang_encoder.{name}.weight"] = module().weight.detach()
     state = {prefix + name: tensor for name, tensor in state.items()}
     torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {"m": torch.zeros(3)}}, folder / "checkpoint.pt")
@@ -86,19 +127,20 @@ def made(folder, build, every, only_last=True, prefix=""):
     return reference.eval(), words, state
 
 
-def pixels_of(vlm, pictures):
-    vision = vlm.model.config.vision
-    made = np.stack([vlm.processor.media.pixels((one,))[0] for one in pictures])
-    scaled = (made / 255.0 - np.array(vision.mean)) / np.array(vision.std)
-    return torch.tensor(scaled.transpose(0, 3, 1, 2)[None], dtype=torch.float32)
+def pixels_of(pictures):
+    return torch.stack([open_clip_pixels(one, SIDE) for one in pictures])[None]
 
 
 TEXT = "two dogs <image>a cat sits.<|endofchunk|><image>what color"
 
 
-@pytest.mark.parametrize("build, every", [(mpt, 1), (mpt, 4), (neox, 2)], ids=["mpt_1", "mpt_4", "neox_2"])
-def test_logits_answers_and_back(tmp_path, build, every):
-    reference, words, state = made(tmp_path, build, every)
+@pytest.mark.parametrize(
+    "build, every, tower_alone",
+    [(mosaic, 1, False), (mpt, 4, True), (neox, 2, False), (opt, 2, False), (llama, 4, True)],
+    ids=["mosaic_1", "mpt_4", "neox_2", "opt_2", "llama_4"],
+)
+def test_logits_answers_and_back(tmp_path, build, every, tower_alone):
+    reference, words, state = made(tmp_path, build, every, tower_alone=tower_alone)
     with pytest.raises(ValueError, match=r"checkpoint.pt is a pickle. Allow it with"):
         vlm_jax.load(tmp_path)
     vlm = vlm_jax.load(tmp_path, dtype="float32", pickles=True)
@@ -106,7 +148,7 @@ def test_logits_answers_and_back(tmp_path, build, every):
     request = verbatim(vlm, TEXT, pictures)
     ids = laid_out(vlm, request).tokens.tolist()
     assert ids == words(TEXT)["input_ids"]
-    pixels = pixels_of(vlm, pictures)
+    pixels = pixels_of(pictures)
     with torch.no_grad():
         compare(logits(vlm, request), reference(torch.tensor([ids]), pixels)[0])
         expected = list(ids)
@@ -116,10 +158,10 @@ def test_logits_answers_and_back(tmp_path, build, every):
     assert answer == expected[len(ids) :][: len(answer)] and len(answer) in (8, answer.index(answer[-1]) + 1)
     vlm.checkpoint.export(vlm.params, tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
-    assert back.keys() == state.keys()
-    for name, tensor in state.items():
-        np.testing.assert_array_equal(back[name], tensor.numpy(), err_msg=name)
-    again = vlm_jax.load(tmp_path / "back", dtype="float32")
+    assert back.keys() == state.keys() - {"lang_encoder.lm_head.weight"}  # which is the embedding
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(tensor, state[name].numpy(), err_msg=name)
+    again = vlm_jax.load(tmp_path / "back", dtype="float32", pickles=build is mosaic)
     assert again.answer([request], max_new_tokens=8)[0].tokens == answer
 
 
@@ -134,7 +176,7 @@ def test_the_quirk_of_all_previous_images(tmp_path):
     request = verbatim(vlm, TEXT, pictures)
     ids = torch.tensor([laid_out(vlm, request).tokens.tolist()])
     with torch.no_grad():
-        compare(logits(vlm, request), reference(ids, pixels_of(vlm, pictures))[0])
+        compare(logits(vlm, request), reference(ids, pixels_of(pictures))[0])
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -159,6 +201,43 @@ def test_end_of_chunk_ends_an_answer(tmp_path):
     words = vlm.processor.tokenizer.hf_tokenizer
     assert vlm.processor.ends == {words.convert_tokens_to_ids("<|endofchunk|>")}
     assert vlm.settings() == Settings()
+
+
+HEAD = "lang_encoder.lm_head.weight"
+
+
+def test_a_frozen_tied_embedding_is_saved_as_the_head(tmp_path):
+    _, _, state = made(tmp_path, mpt, 4)
+    embedding = state.pop("lang_encoder.transformer.wte.weight")
+    torch.save(state, tmp_path / "checkpoint.pt")
+    vlm = load(tmp_path, pickles=True)
+    np.testing.assert_array_equal(vlm.params["language"]["embedding"], embedding)
+    state["lang_encoder.transformer.wte.weight"] = embedding + 1.0
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"not equal to their original.*\n.*lm_head.weight and lang_encoder.transformer.wte"):
+        load(tmp_path, pickles=True)
+
+
+def test_a_head_without_the_added_rows_is_refused(tmp_path):
+    """LLaMA's, which the authors neither train nor save: they resize it at random."""
+    reference, words, state = made(tmp_path, llama, 4, more=-1)
+    few, many = len(words) - 2, len(words)
+    message = rf"checkpoint.pt: its vocabulary has {many} tokens, and lm_head.weight of .*lm has rows for {few}: .*{HEAD}"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, pickles=True)
+    state[HEAD] = reference.lang_encoder.lm_head.weight.detach()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    np.testing.assert_array_equal(load(tmp_path, pickles=True).params["language"]["lm_head"]["kernel"], state[HEAD].T)
+
+
+def test_a_tokenizer_that_the_checkpoint_was_not_made_with_is_refused(tmp_path):
+    made(tmp_path, neox, 2)
+    words = tokenizer()
+    words.add_tokens(["one", "more"])
+    words.save_pretrained(tmp_path / "lm")
+    message = rf"checkpoint.pt: its vocabulary has {len(words) - 1} tokens, and the tokenizer of .*lm has {len(words) + 1} with"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, pickles=True)
 
 
 @pytest.mark.skipif(

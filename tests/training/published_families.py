@@ -20,11 +20,11 @@ import torch
 import transformers
 from conversations import Message, random_conversation
 from folders import picture
+from openflamingo_reference import open_clip_pixels
 from references import END, opened, strings, upright
+from test_openflamingo import SIDE, neox
 from test_openflamingo import made as openflamingo_made
-from test_openflamingo import neox
 from torch_helpers import randomised
-from transformers import CLIPImageProcessorPil
 
 import vlm_jax
 from configs import finetune
@@ -143,10 +143,10 @@ def paligemma_extended(inputs: Inputs, more: int) -> Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class OpenFlamingoProcessor:
-    """The two halves that `open_flamingo.create_model_and_transforms` gives."""
+    """What `open_flamingo.create_model_and_transforms` gives beside the model."""
 
     tokenizer: Any
-    image_processor: CLIPImageProcessorPil
+    image_processor: Callable[[Any], torch.Tensor]
 
 
 class OpenFlamingo(torch.nn.Module):
@@ -163,7 +163,7 @@ class OpenFlamingo(torch.nn.Module):
 def openflamingo(only_last: bool) -> Callable[..., tuple[torch.nn.Module, Any]]:
     def make(folder: Path, seed: int = 0) -> tuple[torch.nn.Module, Any]:
         reference, words, _ = openflamingo_made(folder, neox, 2, only_last)
-        return OpenFlamingo(reference), OpenFlamingoProcessor(words, CLIPImageProcessorPil.from_pretrained(folder / "clip"))
+        return OpenFlamingo(reference), OpenFlamingoProcessor(words, lambda picture: open_clip_pixels(picture, SIDE))
 
     return make
 
@@ -174,9 +174,8 @@ def openflamingo_prompt(processor: OpenFlamingoProcessor, messages: Sequence[Mes
         said = "".join("<image>" if part["type"] == "image" else part["text"] for part in message["content"])
         text += f" {said}<|endofchunk|>" if message["role"] == "assistant" else said
     pictures = upright(messages)
-    size = processor.image_processor.crop_size
-    blank = torch.zeros(1, 3, size["height"], size["width"])  # which no token sees
-    made = processor.image_processor(pictures, return_tensors="pt")["pixel_values"] if pictures else blank
+    blank = torch.zeros(3, SIDE, SIDE)  # which no token sees
+    made = torch.stack([processor.image_processor(picture) for picture in pictures] or [blank])
     return dict(input_ids=processor.tokenizer(text, return_tensors="pt")["input_ids"], pixel_values=made[None])
 
 

@@ -49,4 +49,5 @@ class BlockConfig:
     shared_norm: bool = False  # and the same norm of it (Phi)
     experts: ExpertsConfig | None = None  # Mixtral
     layer_scale: bool = False  # a learned factor for what each half adds (Touvron et al. 2021; DINOv2)
+    qk_norm: bool = False  # `norm` of the queries and of the keys too, over all heads at once (MPT-1B)
     query_init: float = 1.0  # times LeCun's standard deviation: above 1, untrained attention starts out peaked

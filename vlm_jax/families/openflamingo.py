@@ -1,22 +1,24 @@
 """OpenFlamingo's names and settings (Awadalla et al. 2023; layer names of its `open_flamingo/src/helpers.py`).
 
-Its file holds what was trained: the resampler, the gated layers and the embeddings. CLIP and the language model keep their own
-names; `VISION_PART` and `LANGUAGE_PART` in front of them let one table hold all three.
+Its file holds what was trained: the resampler, the gated layers and the embeddings, and a head that is tied to these. CLIP and
+the language model keep their own names; `VISION_PART` and `LANGUAGE_PART` in front of them let one table hold all three.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 from vlm_jax.config import GatedCrossAttentionConfig, ModelConfig, PerceiverConfig
 from vlm_jax.families import clip
 from vlm_jax.interop.register import LANGUAGE
 from vlm_jax.interop.rows import norm
-from vlm_jax.interop.table import Table, row
+from vlm_jax.interop.table import Copy, Table, row
 
 VISION_PART, LANGUAGE_PART = "vision:", "language:"
+SAVED = "lang_encoder."  # what of the language model is in the checkpoint
 LATENTS, DEPTH, HEADS, HEAD_WIDTH = 64, 6, 8, 64  # of all released models
 GATED = "gated.{}."
 
@@ -47,13 +49,17 @@ def config_from_parts(
     )
 
 
-def table(config: ModelConfig, language: Any) -> Table:
-    """Names of the joined parts <-> the paths of a `VisionLanguageModel`."""
+def table(config: ModelConfig, language: Any, saved: Collection[str]) -> Table:
+    """Names of the joined parts <-> the paths of a `VisionLanguageModel`.
+
+    Args:
+      saved: the names in the checkpoint.
+    """
     return (
         clip.vision_table(config.vision).under(f"{VISION_PART}[vision_model.]", "vision/")
         + _perceiver()
         + _gated()
-        + _language(config, language)
+        + _language(config, language, saved)
     )
 
 
@@ -98,19 +104,17 @@ def _gated() -> Table:
     return Table(rows)
 
 
-def _language(config: ModelConfig, hf_config: Any) -> Table:
-    """The language model's own table; embeddings are the checkpoint's own, because it added tokens."""
+def _language(config: ModelConfig, hf_config: Any, saved: Collection[str]) -> Table:
+    """The language model's own table; what the checkpoint holds of it is the checkpoint's, because it added tokens."""
     own = LANGUAGE[hf_config.model_type].table(config.language)
     rows, replaced = [], [copy.name for copy in own.copies]
     for one in own.rows:
         name = one.published[0]
-        # What the authors save: what was trained, and everything with "embed" in its name.
-        saved = one.ours == ("embedding",) or "embed" in name
-        part = "lang_encoder." if saved else LANGUAGE_PART
-        replaced += [name] if saved else []
+        part = SAVED if SAVED + name in saved else LANGUAGE_PART
+        replaced += [name] if part == SAVED else []
         rows.append(dataclasses.replace(one, published=(part + name,), ours=tuple(f"language/{path}" for path in one.ours)))
-    ignored = tuple(LANGUAGE_PART + name for name in (*own.ignored, *replaced))
-    return Table(tuple(rows), ignored=ignored)
+    copies = tuple(Copy(SAVED + copy.name, of=SAVED + copy.of) for copy in own.copies)
+    return Table(tuple(rows), copies, ignored=tuple(LANGUAGE_PART + name for name in (*own.ignored, *replaced)))
 
 
 def gated_name(name: str, every: int) -> str:
@@ -130,18 +134,35 @@ def layer_name(name: str, layers: str, every: int) -> str:
     match = re.fullmatch(r"gated\.(\d+)\.(.+)", name)
     if not match:
         return name
-    return f"lang_encoder.{layers}.{(int(match[1]) + 1) * every - 1}.gated_cross_attn_layer.{match[2]}"
+    return f"{SAVED}{layers}.{(int(match[1]) + 1) * every - 1}.gated_cross_attn_layer.{match[2]}"
 
 
 def language_layers(hf_config: Any) -> str:
     """Where the language model's layers are: "gpt_neox.layers"."""
-    family = LANGUAGE[hf_config.model_type]
-    names = (one.published[0] for one in family.table(family.config_from_hf(hf_config)).rows)
+    names = (one.published[0] for one in _own_table(hf_config).rows)
     return next(name.split(".{}")[0] for name in names if "{}" in name)
 
 
 def embedding_name(hf_config: Any) -> str:
     """The checkpoint's name of the input embedding."""
+    return SAVED + next(one.published[0] for one in _own_table(hf_config).rows if one.ours == ("embedding",))
+
+
+def tied_names(hf_config: Any) -> dict[str, str]:
+    """The checkpoint's name of a head that is the embedding -> that of the embedding."""
+    return {SAVED + copy.name: SAVED + copy.of for copy in _own_table(hf_config).copies}
+
+
+def vocabulary_names(hf_config: Any, saved: Collection[str]) -> list[str]:
+    """The language model's own tensors with a row for each token that the checkpoint does not hold: a head that is not tied.
+
+    Args:
+      saved: the names in the checkpoint.
+    """
+    names = (one.published[0] for one in _own_table(hf_config).rows if one.axes.startswith("V"))
+    return [name for name in names if SAVED + name not in saved]
+
+
+def _own_table(hf_config: Any) -> Table:
     family = LANGUAGE[hf_config.model_type]
-    rows = family.table(family.config_from_hf(hf_config)).rows
-    return "lang_encoder." + next(one.published[0] for one in rows if one.ours == ("embedding",))
+    return family.table(family.config_from_hf(hf_config))

@@ -10,8 +10,8 @@ A folder for `load` has the file, and a `config.json` that names the other two::
       "cross_attn_every_n_layers": 2
     }
 
-Language models of transformers' own kinds are read: MPT-7B (of the 9B) and RedPajama-3B (of the 4B), not the MPT-1B of the 3B
-models, whose architecture lives in a hub repository's code.
+Its language models are MPT-1B (3B; `"anas-awadalla/mpt-1b-redpajama-200b"`, every layer), RedPajama-3B (4B, every second) and
+MPT-7B (9B, every fourth). Pictures are prepared as open_clip does, which the authors use.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any
 
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import first_line
+from vlm_jax.families.open_clip import OpenClipTransform
 from vlm_jax.families.openflamingo import (
     LANGUAGE_PART,
+    SAVED,
     VISION_PART,
     config_from_parts,
     embedding_name,
@@ -32,29 +34,31 @@ from vlm_jax.families.openflamingo import (
     language_layers,
     layer_name,
     table,
+    tied_names,
+    vocabulary_names,
 )
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files import safetensors_files
 from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, open_weights, read_config
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
-from vlm_jax.interop.files.source import Joined, PublishedError, Renamed, Source
+from vlm_jax.interop.files.source import FirstRows, Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
 from vlm_jax.interop.register import FAMILIES, LANGUAGE
 from vlm_jax.processing.media import PublishedMedia
 from vlm_jax.processing.published import PublishedProcessor
 
 MODEL_TYPE = "open_flamingo"
-PROCESSING = "processing"  # where a run keeps the tokenizer and the picture processor
+PROCESSING = "processing"  # where a run keeps the tokenizer, and the sizes of pictures
 SETTINGS = ("checkpoint", "vision", "language", "cross_attn_every_n_layers")
 IMAGE, END_OF_CHUNK, PAD = "<image>", "<|endofchunk|>", "<PAD>"
 
 
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-    """The two halves of a transformers processor."""
+    """The two halves of a transformers processor; a chat template of the language model is none of OpenFlamingo's."""
 
     tokenizer: Any
-    image_processor: Any
+    image_processor: OpenClipTransform
 
 
 class OpenFlamingoProcessor(PublishedProcessor):
@@ -62,14 +66,19 @@ class OpenFlamingoProcessor(PublishedProcessor):
 
     after_answer = after_text = END_OF_CHUNK
 
-    def __init__(self, hf_processor: Wrapped, side: int) -> None:
-        tokenizer = hf_processor.tokenizer
+    def __init__(self, tokenizer: Any, side: int) -> None:
+        """
+        Args:
+          tokenizer: transformers'; the added tokens become part of it.
+          side: of the vision encoder's pictures in pixels.
+        """
         tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK, IMAGE]})
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
         end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
-        media = PublishedMedia(hf_processor.image_processor, side, tile_tokens=0)
-        super().__init__(hf_processor, {end}, Settings(), media=media, image_token=IMAGE)
+        pictures = OpenClipTransform(side)
+        media = PublishedMedia(pictures, side, tile_tokens=0)
+        super().__init__(Wrapped(tokenizer, pictures), {end}, Settings(), media=media, image_token=IMAGE)
 
 
 class OpenFlamingoFamily:
@@ -85,23 +94,26 @@ class OpenFlamingoFamily:
         settings = _settings(folder)
         every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles=pickles)
         vision, language = _vision_config(parts), read_config(parts["language"], LANGUAGE)
-        trained = Renamed(_trained(folder / settings["checkpoint"], pickles=pickles), lambda name: gated_name(name, every))
-        tensors, embedding = trained.tensors, embedding_name(language)
-        for name in (embedding, "perceiver.latents"):
-            if name not in tensors:
-                raise PublishedError(
-                    f"{folder / settings['checkpoint']} holds no {name}: is it the file for this language model?"
-                )
+        file = folder / settings["checkpoint"]
+        trained = _trained(file, language, every, pickles=pickles)
+        tensors = trained.tensors
         depth = len({name.split(".")[2] for name in tensors if name.startswith("perceiver.layers.")})
         latents = tensors["perceiver.latents"].shape[0]
-        vocabulary = tensors[embedding].shape[0]
+        vocabulary = tensors[embedding_name(language)].shape[0]
         config = config_from_parts(vision, language, every=every, vocabulary=vocabulary, latents=latents, depth=depth)
+        processor = OpenFlamingoProcessor(_tokenizer(parts["language"], language), config.vision.image_size)
+        if processor.tokenizer.vocab_size > vocabulary:
+            raise PublishedError(
+                f"{file}: its vocabulary has {vocabulary} tokens, and the tokenizer of {parts['language']} has "
+                f"{processor.tokenizer.vocab_size} with OpenFlamingo's: is it the file for this language model?"
+            )
         layers = language_layers(language)
 
         def source() -> Joined:
-            tower = lambda name: name if name.startswith("vision_model.") else None  # of a whole CLIP
             frozen = {name: open_weights(part, pickles) for name, part in parts.items()}
-            return Joined({VISION_PART: Renamed(frozen["vision"], tower), LANGUAGE_PART: frozen["language"], "": trained})
+            names = [name for name in vocabulary_names(language, tensors) if name in frozen["language"].tensors]
+            decoder = _resized(frozen["language"], names, vocabulary, file=file, part=parts["language"])
+            return Joined({VISION_PART: _tower(frozen["vision"]), LANGUAGE_PART: decoder, "": trained})
 
         def exported_name(name: str) -> str | None:
             # What the authors' file holds, for `load_state_dict(..., strict=False)`.
@@ -110,8 +122,8 @@ class OpenFlamingoFamily:
         return Checkpoint(
             path=folder,
             config=config,
-            processor=OpenFlamingoProcessor(_wrapped(parts), config.vision.image_size),
-            tables=(table(config, language),),
+            processor=processor,
+            tables=(table(config, language, tensors),),
             open_source=source,
             keep_files=lambda target: _keep_files(folder, parts, target),
             exported_name=exported_name,
@@ -122,11 +134,12 @@ class OpenFlamingoFamily:
         """The processor of a folder as above, whose checkpoint may be missing.
 
         Raises:
-          PublishedError: the tokenizer or the picture processor of a part it names cannot be read.
+          PublishedError: the tokenizer or the configuration of a part it names cannot be read.
         """
         kept = {name: folder / PROCESSING / name for name in ("vision", "language")}
         parts = kept if kept["language"].is_dir() else _parts(folder, _settings(folder), pickles=True)
-        return OpenFlamingoProcessor(_wrapped(parts), _vision_config(parts).image_size)
+        tokenizer = _tokenizer(parts["language"], read_config(parts["language"], LANGUAGE))
+        return OpenFlamingoProcessor(tokenizer, _vision_config(parts).image_size)
 
 
 FAMILIES.add(MODEL_TYPE)(OpenFlamingoFamily())
@@ -162,7 +175,25 @@ def _parts(folder: Path, settings: dict[str, Any], *, pickles: bool) -> dict[str
     return {name: find(p if p.is_dir() else settings[name], pickles=pickles) for name, p in beside.items()}
 
 
-def _trained(file: Path, *, pickles: bool) -> Source:
+def _trained(file: Path, language: Any, every: int, *, pickles: bool) -> Source:
+    """What the authors' file holds, by the names of the table.
+
+    Args:
+      language: transformers' configuration of the language model.
+    """
+    saved = Renamed(_saved(file, pickles=pickles), lambda name: gated_name(name, every))
+    embedding = embedding_name(language)
+    if embedding not in saved.tensors:
+        # An embedding that was frozen is saved by the name of the head that it is tied to.
+        tied = tied_names(language)
+        saved = Renamed(saved, lambda name: tied.get(name, name))
+    for name in (embedding, "perceiver.latents"):
+        if name not in saved.tensors:
+            raise PublishedError(f"{file} holds no {name}: is it the file for this language model?")
+    return saved
+
+
+def _saved(file: Path, *, pickles: bool) -> Source:
     if file.suffix == ".safetensors":
         return SafetensorsFiles([file])
     if not pickles:
@@ -175,17 +206,43 @@ def _trained(file: Path, *, pickles: bool) -> Source:
     return Renamed(saved, lambda name: plain(name) if whole or name.startswith(inside) else None)
 
 
-def _wrapped(parts: dict[str, Path]) -> Wrapped:
-    from transformers import AutoImageProcessor, AutoTokenizer
+def _tower(clip: Source) -> Source:
+    """The vision tower of a whole CLIP; a tower alone may have its prefix, or none, as transformers 5 saves it."""
+    prefix = "vision_model."
+    if not any(name.startswith(prefix) for name in clip.tensors):
+        return clip
+    return Renamed(clip, lambda name: name if name.startswith(prefix) else None)
 
-    readers = {"language": AutoTokenizer, "vision": AutoImageProcessor}
-    read = {}
-    for name, reader in readers.items():
-        try:
-            more = {"backend": "pil"} if name == "vision" else {}
-            read[name] = reader.from_pretrained(parts[name], trust_remote_code=False, **more)
-        except Exception as error:  # whatever a missing or wrong file makes transformers raise
-            cause = first_line(error)
-            raise PublishedError(f"{parts[name]}: {reader.__name__} cannot read it ({cause})") from error
-    check_tokenizer(parts["language"], read["language"])
-    return Wrapped(read["language"], read["vision"])
+
+def _resized(source: Source, names: list[str], vocabulary: int, *, file: Path, part: Path) -> Source:
+    """The language model with as many tokens as the checkpoint, which the authors' code resizes to the tokenizer's.
+
+    Args:
+      names: of the tensors with a row for each token that are not in the checkpoint.
+      file, part: the checkpoint, and the language model's folder, for the message.
+
+    Raises:
+      PublishedError: rows were added, which only the checkpoint could hold.
+    """
+    for name in names:
+        if (rows := source.tensors[name].shape[0]) < vocabulary:
+            raise PublishedError(
+                f"{file}: its vocabulary has {vocabulary} tokens, and {name} of {part} has rows for {rows}: those that were "
+                f"added are in neither. Save the checkpoint with {SAVED}{name}"
+            )
+    return FirstRows(source, dict.fromkeys(names, vocabulary))
+
+
+def _tokenizer(folder: Path, language: Any) -> Any:
+    """
+    Args:
+      language: transformers' configuration in the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, config=language, trust_remote_code=False)
+    except Exception as error:  # whatever a missing or wrong file makes transformers raise
+        raise PublishedError(f"{folder}: AutoTokenizer cannot read it ({first_line(error)})") from error
+    check_tokenizer(folder, found)
+    return found

@@ -78,7 +78,7 @@ class Family:
             config = self.config_from_hf(hf_config)
         except ValueError as error:
             raise PublishedError(f"{folder / 'config.json'}: {error}") from error
-        hf_processor = read_processor(folder, vision=config.has_vision)
+        hf_processor = read_processor(folder, vision=config.has_vision, hf_config=hf_config)
         if config.has_vision:
             config = config.with_pixels(**_pixels(getattr(hf_processor, "image_processor", hf_processor)))
         settings = _generation(folder, hf_config, getattr(hf_processor, "tokenizer", hf_processor)) if config.answers else ()
@@ -182,8 +182,11 @@ def language_processor(tokenizer: Any) -> PublishedProcessor:
     return PublishedProcessor(tokenizer, {tokenizer.eos_token_id} - {None}, Settings())
 
 
-def read_processor(folder: Path, *, vision: bool) -> Any:
+def read_processor(folder: Path, *, vision: bool, hf_config: Any = None) -> Any:
     """transformers' processor, or its tokenizer alone.
+
+    Args:
+      hf_config: of `read_config`; None: the tokenizer reads the folder's.
 
     Raises:
       PublishedError: it is missing or damaged.
@@ -195,7 +198,7 @@ def read_processor(folder: Path, *, vision: bool) -> Any:
             # The slow processors: the fast ones need torchvision.
             found = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         else:
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
     except ImportError as error:  # SigLIP's tokenizer
         needed = " ".join(str(error).split())[:200]
         raise PublishedError(f"{folder}: {needed}; pip install 'vlm_jax[sentencepiece]' has it") from error
@@ -230,7 +233,7 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     except ValueError as error:
         raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
     text_config = hf_config.get_text_config()
-    candidates = (said.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id)
+    candidates = (said.get("eos_token_id"), getattr(text_config, "eos_token_id", None), tokenizer.eos_token_id)
     end = next((value for value in candidates if value is not None), None)
     ends = set(end) if isinstance(end, list) else {end} - {None}
     ignored = [name for name in UNSUPPORTED_SETTINGS if said.get(name) not in UNSUPPORTED_SETTINGS[name]]

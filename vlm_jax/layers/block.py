@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,8 @@ class Attention(nn.Module):
     dtype: Dtype
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: NormConfig | None = None  # over the head width
+    qk_norm: NormConfig | None = None
+    qk_norm_over: Literal["head", "width"] = "head"  # each head by itself, or all of them as one vector
     query_init: float = 1.0
 
     def setup(self) -> None:
@@ -48,20 +49,27 @@ class Attention(nn.Module):
         self.value = make({"embed": self.kv_width}, {"kv_heads": self.kv_heads} | head, self.qkv_bias)
         self.out = make({"heads": self.heads} | head, {"embed": self.width}, self.out_bias)
         if self.qk_norm:
-            self.query_norm = Norm(self.qk_norm, self.head_width, self.dtype)
-            self.key_norm = Norm(self.qk_norm, self.head_width, self.dtype)
+            of = lambda heads: self.head_width * (heads if self.qk_norm_over == "width" else 1)
+            self.query_norm = Norm(self.qk_norm, of(self.heads), self.dtype)
+            self.key_norm = Norm(self.qk_norm, of(self.kv_heads), self.dtype)
 
     def queries(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, N, H]."""
         q = self.query(x)
-        q = self.query_norm(q) if self.qk_norm else q
+        q = self._normed(self.query_norm, q) if self.qk_norm else q
         return constrain(q, "batch", "length", "heads", "head")
 
     def keys_values(self, x: Array) -> KeyValue:
         """[B, S, O] -> two of [B, S, K, H]."""
         k = self.key(x)
-        k = self.key_norm(k) if self.qk_norm else k
+        k = self._normed(self.key_norm, k) if self.qk_norm else k
         return tuple(constrain(y, "batch", "length", "kv_heads", "head") for y in (k, self.value(x)))
+
+    def _normed(self, norm: Norm, x: Array) -> Array:
+        """[B, T, N, H] -> the same, normalised over H, or over N and H together."""
+        if self.qk_norm_over == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
     def output(self, y: Array) -> Array:
         """[B, T, N, H] -> [B, T, D]."""
@@ -123,6 +131,8 @@ class Block(nn.Module):
             self.dtype,
             config.qkv_bias,
             config.out_bias,
+            qk_norm=config.norm if config.qk_norm else None,
+            qk_norm_over="width",
             query_init=config.query_init,
             name="attention",
         )

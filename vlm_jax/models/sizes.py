@@ -154,10 +154,14 @@ LANGUAGE.add("opt-2.7b")(_opt(2560, 32, 32))
 LANGUAGE.add("opt-6.7b")(_opt(4096, 32, 32))
 
 
-@LANGUAGE.add("mpt-7b")
-def _mpt() -> DecoderConfig:
+def _mpt(vocabulary: int, width: int, layers: int, heads: int, **changes: Any) -> Callable[[], DecoderConfig]:
     bare = dict(norm=NormConfig(kind="layer", eps=1e-5, bias=False), qkv_bias=False, out_bias=False, mlp_bias=False)
-    return _decoder(50_432, 32, _block(4096, 32, 16_384, **bare), 2048, positions=AlibiConfig(), tied_head=True)
+    block = lambda: _block(width, heads, 4 * width, **bare | changes)
+    return lambda: _decoder(vocabulary, layers, block(), 2048, positions=AlibiConfig(), tied_head=True)
+
+
+LANGUAGE.add("mpt-1b")(_mpt(50_368, 2048, 24, 16, qk_norm=True))
+LANGUAGE.add("mpt-7b")(_mpt(50_432, 4096, 32, 32))
 
 
 def _neox(width: int, layers: int, heads: int, vocabulary: int, share: float, parallel: bool) -> Callable[[], DecoderConfig]:

@@ -99,7 +99,7 @@ class PublishedMedia:
     """A published checkpoint's own picture processor; each picture is one tile of R visual tokens.
 
     Attributes:
-      wrapped: transformers' picture processor.
+      wrapped: transformers' picture processor, or another that is called like it, as `families.open_clip.OpenClipTransform`.
       background: the colour with which pictures are first padded to squares, centred, as LLaVA-1.5 was evaluated by its
         authors; None: they are not, as transformers has it.
     """

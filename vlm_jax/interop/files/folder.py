@@ -141,10 +141,12 @@ def known_type(folder: Path, known: Collection[str]) -> str:
 
 def read_config(folder: Path, known: Collection[str]) -> Any:
     """transformers' configuration object; for `known` and the errors see `known_type`."""
-    known_type(folder, known)
-    from transformers import AutoConfig
+    kind = known_type(folder, known)
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     try:
+        if kind not in CONFIG_MAPPING:  # its code is in a hub repository: what the file says is read, and nothing is run
+            return PreTrainedConfig.from_dict(json.loads((folder / "config.json").read_text()))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a wrong value makes transformers raise
         raise PublishedError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error

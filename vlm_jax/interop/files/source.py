@@ -60,6 +60,21 @@ class Renamed:
         return self._source.read(self._old[name], index)
 
 
+class FirstRows:
+    """Another source, of which some tensors have only their first rows."""
+
+    def __init__(self, source: Source, rows: Mapping[str, int]) -> None:
+        """
+        Args:
+          rows: how many, by name.
+        """
+        self.read = source.read
+        self.tensors = dict(source.tensors)
+        for name, count in rows.items():
+            shape, dtype = source.tensors[name].shape, source.tensors[name].dtype
+            self.tensors[name] = Tensor((count, *shape[1:]), dtype)
+
+
 class Joined:
     """Several sources as one, each with a beginning of its own for its names."""
 
