@@ -27,7 +27,7 @@ solved examples before the question (few-shot); "-" instead of an image for an e
 the attention over the image for each word of the answer:
   infer.py --checkpoint=runs/flamingo --image=a.png --prompt="what color is the shape?" --attention=looks.png
 
-a file of questions; run the same command again to resume:
+a file of questions; run the same command again to resume (questions whose images were changed are asked again):
   infer.py --checkpoint=runs/flamingo --input=questions.jsonl --output=answers.jsonl
 
   a line of the input:   {"id": "7", "prompt": "what color is it?", "image": "a.png"}
