@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from PIL import Image  # noqa: E402
 
 import vlm_jax  # noqa: E402
 from tests import tiny  # noqa: E402
+from vlm_jax import runtime  # noqa: E402
 from vlm_jax.data.build_store import token_store  # noqa: E402
 from vlm_jax.data.sources.jsonl import JsonLinesSource  # noqa: E402
 from vlm_jax.generation.questions import read_questions  # noqa: E402
@@ -306,7 +308,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="KIND", help="some kinds of attack")
     args = parser.parse_args()
     logging.getLogger().addHandler(Logged())
+    warnings.simplefilter("ignore")  # Pillow's, of odd tags
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        os.environ["HOME"] = name  # the caches of compiled programs and of tokens
+        runtime.prepare()
         ground, chosen = Ground(Path(name)), args.only or list(ATTACKS)
         rest = (1 - sum(SHARES.get(kind, 0) for kind in chosen)) / max(sum(kind not in SHARES for kind in chosen), 1)
         print(f"| attack | number | {' | '.join(OUTCOMES)} |\n|---|---|{'---|' * len(OUTCOMES)}", flush=True)

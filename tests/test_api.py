@@ -162,3 +162,24 @@ def test_answer_takes_requests(vlm):
     request = vlm.request("which?")
     assert vlm.answer(request, max_new_tokens=NEW) == vlm.answer([request], max_new_tokens=NEW)
     assert vlm.answer([]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(prompt=3), "the prompt is 3; expected a string"),
+        (dict(prompt=b"which?"), "the prompt is b'which.'; expected a string"),
+        (dict(images=3), "images=3: expected a picture, or a list of them"),
+        (dict(images={}), r"images=\{\}: expected a picture"),
+        (dict(images=[None]), "image 1: a picture is None; expected a file's path"),
+        (dict(images=[[]]), "image 1 is an empty list; expected the frames of a video"),
+        (dict(examples=["red"]), r"examples: 'red': expected \(images, question, answer\)"),
+        (dict(examples=[((), "which?", 3)]), "the answer of example 1 is 3; expected a string"),
+        (dict(examples=[(3, "which?", "red")]), "images=3: expected a picture"),
+        (dict(temperature=10**40), "temperature=.*: expected 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument(vlm, given, message):
+    with pytest.raises(RequestError, match=message):
+        vlm.generate(**dict(prompt="which?") | given)

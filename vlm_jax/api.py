@@ -98,7 +98,7 @@ class Vlm:
         Raises:
           RequestError: not a list of requests, or one that does not fit the model; ImageError: an image cannot be read.
         """
-        given = [requests] if isinstance(requests, str | Request) else list(requests)
+        given = list(requests) if isinstance(requests, list | tuple) else [requests]
         wrong = [f"{one!r:.60}" for one in given if not isinstance(one, Request)]
         if wrong:
             raise RequestError(
@@ -129,17 +129,26 @@ class Vlm:
         self, prompt: str, images: Sequence[Picture] = (), examples: Sequence[Any] = (), seed: int | None = None
     ) -> Request:
         """One of the requests of `answer`."""
-        shots = [shot if isinstance(shot, Shot) else Shot(*shot) for shot in examples]
-        shots = [dataclasses.replace(shot, images=_as_list(shot.images)) for shot in shots]
-        return Request(*from_prompt(prompt, _as_list(images), shots), seed)
+        return Request(*from_prompt(prompt, _as_list(images), [_shot(example) for example in examples]), seed)
+
+
+def _shot(example: Any) -> Shot:
+    if not isinstance(example, Shot):
+        if not isinstance(example, list | tuple) or len(example) != 3:
+            raise RequestError(f"examples: {example!r:.60}: expected (images, question, answer)")
+        example = Shot(*example)
+    return dataclasses.replace(example, images=_as_list(example.images))
 
 
 def _as_list(images: Any) -> list[Any]:
     """A single image as a list."""
     if images is None:
         return []
-    alone = isinstance(images, str | Path | bytes | np.ndarray | Image.Image)
-    return [images] if alone else list(images)
+    if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
+        return [images]
+    if not isinstance(images, Sequence):
+        raise RequestError(f"images={images!r:.60}: expected a picture, or a list of them")
+    return list(images)
 
 
 class RunCheckpoint:

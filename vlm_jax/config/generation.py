@@ -18,6 +18,7 @@ OTHER_NAMES = {
     "stop_strings": "stop",
     "random_seed": "seed",
 }
+MOST = 1e38  # in float32
 KINDS = {"int": (numbers.Integral, "a whole number"), "float": (numbers.Real, "a number"), "bool": (bool, "True or False")}
 
 
@@ -49,12 +50,12 @@ class Settings:
             kind, expected = KINDS.get(field.type, (object, ""))
             check(field.name, isinstance(getattr(self, field.name), kind), expected)
         check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
-        check("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more")
+        check("temperature", 0 <= self.temperature < MOST, "0 (greedy) or more")
         check("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more")
         check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
-        check("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0")
-        check("beams", self.beams >= 1, "1 or more")
-        check("length_penalty", abs(self.length_penalty) < float("inf"), "a number")
+        check("repetition_penalty", 0 < self.repetition_penalty < MOST, "more than 0")
+        check("beams", 1 <= self.beams < 2**31, "1 or more")
+        check("length_penalty", abs(self.length_penalty) < MOST, "a number")
         if self.beams > 1 and (self.temperature or self.stop):
             raise RequestError(
                 f"beams={self.beams}: beam search neither samples nor knows stop strings: set temperature=0 and leave stop "

@@ -20,6 +20,7 @@ from vlm_jax.errors import RequestError, check_text
 from vlm_jax.files import JsonError, parse_json, read_regular
 from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.processing.conversation import Shot, from_prompt
+from vlm_jax.processing.pictures import ImageError, picture_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,5 +123,7 @@ def _images(where: str, path: Path, entry: dict[str, Any]) -> tuple[str, ...]:
 
 def _check_files(where: str, request: Request) -> None:
     for picture in (picture for medium in request.media for picture in medium):
-        if not Path(picture).is_file():
-            raise RequestError(f"{where}: picture {picture}: there is no such file")
+        try:
+            picture_size(picture)
+        except ImageError as error:
+            raise RequestError(f"{where}: {error}") from None

@@ -89,8 +89,18 @@ def plain_text(conversation: Conversation) -> str:
 
 
 def as_media(images: Sequence[Picture | Sequence[Picture]]) -> Media:
-    """Pictures, or lists of a video's frames -> media."""
-    return tuple(tuple(image) if isinstance(image, list | tuple) else (image,) for image in images)
+    """Pictures, or lists of a video's frames -> media.
+
+    Raises:
+      RequestError: one is no picture, or a video without frames.
+    """
+    media = tuple(tuple(image) if isinstance(image, list | tuple) else (image,) for image in images)
+    for number, medium in enumerate(media, 1):
+        if not medium:
+            raise RequestError(f"image {number} is an empty list; expected the frames of a video")
+        for picture in medium:
+            _picture(f"image {number}", picture)
+    return media
 
 
 def from_prompt(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] = ()) -> tuple[Conversation, Media]:
@@ -105,6 +115,8 @@ def from_prompt(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] =
     media: list[tuple[Picture, ...]] = []
 
     def ask(name: str, question: str, images: Sequence[Any]) -> None:
+        if not isinstance(question, str):
+            raise RequestError(f"{name} is {abbreviated(repr(question))}; expected a string")
         markers = question.count(MARKER)
         if markers and markers != len(images):
             raise RequestError(
@@ -116,6 +128,8 @@ def from_prompt(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] =
 
     for number, shot in enumerate(shots, 1):
         ask(f"example {number}", shot.question, shot.images)
+        if not isinstance(shot.answer, str):
+            raise RequestError(f"the answer of example {number} is {abbreviated(repr(shot.answer))}; expected a string")
         turns.append(assistant(shot.answer))
     ask("the prompt", prompt, images)
     return tuple(turns), tuple(media)
