@@ -42,7 +42,7 @@ def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
         image_size=found.processor.media.side if model.vision else 1,
         keep_shapes=model.reads_shapes,
         rows=8,
-        tokens=min(2048, model.language.max_positions),
+        tokens=min(2048, model.language.max_positions or 2048),
         images=10 if model.vision else 1,
         visual_tokens=model.visual_tokens_in_sequence,
     )

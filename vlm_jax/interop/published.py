@@ -106,11 +106,16 @@ class Family:
 
 
 def register_language(*names: str, part: LanguageFamily) -> None:
-    """Registers a language model of these `model_type`s as a part of larger models, and by itself."""
+    """Registers a language model of these `model_type`s as a part of larger models, and by itself.
+
+    A file of the model without its head has names without the prefix, as the hub's OPT-350M.
+    """
+    headless = {part.prefix: "", part.head: part.head}
     alone = Family(
         config_from_hf=lambda hf: ModelConfig(vision=None, connector=None, fusion=None, language=part.config_from_hf(hf)),
         table=lambda config, hf: part.table(config.language).under(ours="language/"),
         processor=lambda config, hf, *rest: PublishedProcessor(*rest),
+        other_tables=(lambda config: part.table(config.language).renamed(headless, "language/"),),
     )
     LANGUAGE.add(*names)(part)
     FAMILIES.add(*names)(alone)

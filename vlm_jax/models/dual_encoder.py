@@ -79,7 +79,7 @@ class TextTower(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         decoder = Decoder(encoder, self.dtype, self.remat, name="encoder")
         last_seen = None if config.causal else jnp.full(tokens.shape, length - 1, jnp.int32)
-        inputs = LanguageInputs(decoder.embed(tokens, positions), prefix_end=last_seen)
+        inputs = LanguageInputs(decoder.embed(tokens), prefix_end=last_seen)
         out = decoder(inputs, positions, jnp.ones_like(positions))
         pooled = jnp.take_along_axis(out.hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
         linear = {"embed": encoder.block.width}, {"projection": config.projection}
