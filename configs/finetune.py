@@ -1,5 +1,5 @@
-"""A published checkpoint (LLaVA-1.5, BakLLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a language model
-alone) trained further on data of your own, and written back for PyTorch.
+"""A published checkpoint (LLaVA-1.5, BakLLaVA, ViP-LLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a
+language model alone) trained further on data of your own, and written back for PyTorch.
 
     python train.py --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf --workdir=runs/tuned \\
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
