@@ -1,5 +1,5 @@
-"""A published checkpoint (LLaVA-1.5, BakLLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a language model
-alone) trained further on data of your own, and written back for PyTorch.
+"""A published checkpoint (LLaVA-1.5, BakLLaVA, ViP-LLaVA, LLaVA-NeXT, IDEFICS, IDEFICS2, OpenFlamingo, PaliGemma, or a
+language model alone) trained further on data of your own, and written back for PyTorch.
 
     python train.py --config=configs/finetune.py:llava-hf/llava-1.5-7b-hf --workdir=runs/tuned \\
         --config.data.source.train=mine/train.jsonl --config.data.source.eval=mine/eval.jsonl
@@ -42,7 +42,7 @@ def get_config(checkpoint: str = "") -> ml_collections.ConfigDict:
         image_size=found.processor.media.side if model.vision else 1,
         keep_shapes=model.reads_shapes,
         rows=8,
-        tokens=min(2048, model.language.max_positions),
+        tokens=min(2048, model.language.max_positions or 2048),
         images=10 if model.vision else 1,
         visual_tokens=model.visual_tokens_in_sequence,
     )

@@ -49,6 +49,9 @@ def runs():
     ):
         language = dataclasses.replace(run.model.language, positions=positions, window=window, block=block)
         yield dataclasses.replace(run, model=dataclasses.replace(run.model, language=language))
+    vision = dataclasses.replace(run.model.vision, feature_layer=(-2, 0))
+    endless = dataclasses.replace(run.model.language, max_positions=None)
+    yield dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision, language=endless))
     alone = ModelConfig(vision=None, connector=None, fusion=None, language=run.model.language)
     yield dataclasses.replace(run, model=alone, data=dataclasses.replace(run.data, source=EasyVqaConfig()))
 

@@ -32,7 +32,11 @@ def test_latents_that_see_nothing_stay_empty():
     assert not np.asarray(rollout(weights)).any()
 
 
-@pytest.mark.parametrize("variant", [{}, {"class_token": "kept"}], ids=["patches", "class token"])
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"class_token": "kept"}, {"class_token": "kept", "registers": 2, "keep_registers": True}],
+    ids=["patches", "class token", "registers"],
+)
 def test_maps_of_an_answer(tmp_path, variant):
     generator = tiny.generator(tiny.model_config(**variant))
     request = tiny.ask("is <image> or <image> a circle?", [tiny.picture(1), tiny.picture(2)])

@@ -19,7 +19,7 @@ from transformers import (
 from tests.tiny import mesh_of
 from vlm_jax.families import clip, siglip
 from vlm_jax.layers.decoder import Decoder
-from vlm_jax.layers.stack import LanguageInputs
+from vlm_jax.layers.stack import InterleavedLayers, LanguageInputs
 from vlm_jax.models.dual_encoder import DualEncoder, ImageTower
 from vlm_jax.sharding import place_tree
 
@@ -135,14 +135,17 @@ def test_every_hidden_state_of_the_text(case):
         normed = [tower.final_layer_norm(state) for state in hidden]
     positions = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), tokens.shape)
     config = model.config.text.encoder
-    compare(Decoder(config, jnp.float32).apply({"params": params}, tokens, positions, method="embed"), hidden[0])
+    seen = InterleavedLayers(every=1, offset=0, layers=np.zeros(config.layers), apply=lambda x, _: (x, x))
     for layers in range(1, config.layers + 1):
         lower = Decoder(dataclasses.replace(config, layers=layers), jnp.float32)
         some = {"params": params | {"layers": jax.tree.map(lambda p, n=layers: p[:n], params["layers"])}}
-        x = lower.apply(some, tokens, positions, method="embed")
+        x = lower.apply(some, tokens, method="embed")
         last_seen = None if model.config.text.causal else np.full(tokens.shape, TOKENS - 1, np.int32)
-        inputs = LanguageInputs(x, prefix_end=last_seen)
-        compare(lower.apply(some, inputs, positions, np.ones_like(tokens))[0], normed[layers])
+        inputs = LanguageInputs(x, interleaved=seen, prefix_end=last_seen)
+        out = lower.apply(some, inputs, positions, np.ones_like(tokens))
+        compare(out.hidden, normed[layers])
+    for ours, expected in zip(out.interleaved, hidden[:-1], strict=True):
+        compare(ours, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Folders of CLIP, SigLIP and image encoders as transformers saves them: read, used, and written again."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessorPil,
@@ -134,6 +137,17 @@ def test_open_clips_names_are_read(tmp_path):
         load(tmp_path)
 
 
+def test_two_towers_without_an_embedding_of_the_image_are_refused(tmp_path):
+    """transformers' own model cannot compare them either."""
+    two_towers(tmp_path, "siglip")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["vision_use_head"] = False
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"vision_use_head=False \(only True is implemented\)"):
+        load(tmp_path)
+
+
 def test_lists_are_lists(tmp_path):
     two_towers(tmp_path, "clip")
     encoder = load(tmp_path)
@@ -180,8 +194,14 @@ ALONE = {
     "clip": (CLIPVisionModel, CLIPVisionConfig(**VISION), PICTURES),
     "clip with projection": (CLIPVisionModelWithProjection, CLIPVisionConfig(**VISION, projection_dim=7), PICTURES),
     "siglip": (SiglipVisionModel, SiglipVisionConfig(**VISION), SiglipImageProcessorPil(size={"height": 16, "width": 16})),
+    "siglip without head": (
+        SiglipVisionModel,
+        SiglipVisionConfig(**VISION, vision_use_head=False),
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+    ),
     "dinov2": (Dinov2Model, Dinov2Config(**SIZES), PICTURES),
     "dinov2, another size": (Dinov2Model, Dinov2Config(**SIZES | dict(image_size=28), use_swiglu_ffn=True), PICTURES),
+    "dinov2, 0 registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**SIZES, num_register_tokens=0), PICTURES),
     "eva clip": (Blip2VisionModel, Blip2VisionConfig(**VISION), BlipImageProcessorPil(size={"height": 16, "width": 16})),
 }
 
@@ -197,6 +217,10 @@ def test_an_image_encoder_alone(tmp_path, name):
         theirs = model(pixel_values=images(pictures(), return_tensors="pt")["pixel_values"])
     if name == "clip with projection":
         compare(encoder.embed_images(pictures()), theirs.image_embeds)
+    elif name == "siglip without head":
+        assert theirs.pooler_output is None
+        with pytest.raises(RequestError, match=r"has no pooling head.*use features\(images\)"):
+            encoder.embed_images(pictures())
     elif name != "eva clip":  # whose pooled output is normalised twice
         compare(encoder.embed_images(pictures()), theirs.pooler_output)
     if not name.startswith("clip"):  # CLIP's has not seen the norm that ours has

@@ -6,7 +6,7 @@ import pytest
 
 from vlm_jax.interop.engine import to_ours, to_published
 from vlm_jax.interop.plan import ConversionError
-from vlm_jax.interop.table import Copy, Table, published_name, row
+from vlm_jax.interop.table import Copy, Empty, Table, published_name, row
 
 TABLE = Table(
     (
@@ -65,6 +65,15 @@ def test_optional_parts_ignored_names_and_equal_copies():
     back = to_published(to_ours(published, TABLE, ABSTRACT), TABLE)
     np.testing.assert_array_equal(back["layers.1.qkv"], published["model.layers.1.qkv"])
     assert not {"head", "layers.0.buffer"} & back.keys()
+
+
+def test_a_tensor_without_numbers_is_written_and_may_be_missing():
+    table = TABLE.under("[model.]") + Table((), empty=(Empty("none", (1, 0, 4)),)).under("part.")
+    for published in (state(), state() | {"part.none": np.zeros((1, 0, 4), np.float32)}):
+        back = to_published(to_ours(published, table, ABSTRACT), table)
+        assert back["part.none"].shape == (1, 0, 4) and back["part.none"].dtype == np.float32
+    with pytest.raises(ConversionError, match=r"(?s)wrong shapes.*part\.none: found \(1, 4\), expected \(1, 0, 4\)"):
+        to_ours(state() | {"part.none": np.zeros((1, 4), np.float32)}, table, ABSTRACT)
 
 
 def test_the_type_is_kept():

@@ -26,6 +26,7 @@ from torch_helpers import compare
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Dinov2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -60,6 +61,11 @@ VISION = dict(
 )
 
 
+def class_and_registers(config):
+    """How many features of a vision encoder are no patches'."""
+    return 0 if config.model_type == "siglip_vision_model" else 1 + getattr(config, "num_register_tokens", 0)
+
+
 def llava(folder, text=LlamaConfig, vision=CLIPVisionConfig, chat=CHAT, seed=0, sizes=None, tower=None, **changes):
     """(the torch model, its processor), saved in the folder."""
     words = tokenizer()
@@ -73,16 +79,16 @@ def llava(folder, text=LlamaConfig, vision=CLIPVisionConfig, chat=CHAT, seed=0, 
         tokenizer=words,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(vision is CLIPVisionConfig),
+        num_additional_image_tokens=class_and_registers(config.vision_config),
         chat_template=chat,
     )
     return saved(folder, LlavaForConditionalGeneration(config), processor, seed), processor
 
 
-def llava_next(folder, text=LlamaConfig, seed=0, sizes=None, tower=None, **changes):
+def llava_next(folder, text=LlamaConfig, vision=CLIPVisionConfig, seed=0, sizes=None, tower=None, **changes):
     words = tokenizer()
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION | (tower or {})),
+        vision_config=vision(**VISION | (tower or {})),
         text_config=text(**SIZES | (sizes or {}), vocab_size=len(words)),
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
@@ -96,13 +102,14 @@ def llava_next(folder, text=LlamaConfig, seed=0, sizes=None, tower=None, **chang
         tokenizer=words,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=class_and_registers(config.vision_config),
         chat_template=CHAT,
     )
     return saved(folder, LlavaNextForConditionalGeneration(config), processor, seed), processor
 
 
 TEXT = "USER: <image>\nwhat color is the shape? ASSISTANT:"
+FULL = dict(vision_feature_select_strategy="full")
 TWO = "USER: <image><image> two dogs? ASSISTANT: yes USER: and <image>? ASSISTANT:"
 
 
@@ -118,6 +125,10 @@ TWO = "USER: <image><image> two dogs? ASSISTANT: yes USER: and <image>? ASSISTAN
     ids=["llama", "mistral", "last_layer_full", "tied_first_layer", "siglip"],
 )
 def test_logits_and_back(tmp_path, changes):
+    compare_logits_and_back(tmp_path, changes)
+
+
+def compare_logits_and_back(tmp_path, changes):
     model, processor = llava(tmp_path / "a", **changes)
     vlm = load(tmp_path / "a")
     pictures = [picture(1, 30, 44), picture(2, 16, 16), picture(3, 50, 20)]
@@ -144,9 +155,18 @@ def test_text_alone(tmp_path):
         compare(logits(vlm, request), model(**inputs).logits[0])
 
 
-@pytest.mark.parametrize("text", [LlamaConfig, MistralConfig])
-def test_next_logits_and_back(tmp_path, text):
-    model, processor = llava_next(tmp_path / "a", text)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(text=MistralConfig),
+        dict(vision=SiglipVisionConfig, vision_feature_layer=[-1, 1], **FULL),
+        dict(vision=Dinov2Config),
+    ],
+    ids=["llama", "mistral", "siglip_two_layers", "dinov2"],
+)
+def test_next_logits_and_back(tmp_path, changes):
+    model, processor = llava_next(tmp_path / "a", **changes)
     vlm = load(tmp_path / "a")
     pictures = [picture(1, 30, 44), picture(2, 11, 60), picture(3, 70, 20)]
     inputs = asked(processor, [TWO], pictures)

@@ -13,8 +13,13 @@ def hf_config(heads: int, **changes) -> MptConfig:
 
 @pytest.mark.parametrize(
     "heads, changes",
-    [(4, dict()), (6, dict()), (3, dict(tie_word_embeddings=False, attn_config=dict(alibi_bias_max=4)))],
-    ids=["power_of_two", "six_heads", "three_heads_untied"],
+    [
+        (4, dict()),
+        (6, dict()),
+        (3, dict(tie_word_embeddings=False, attn_config=dict(alibi_bias_max=4))),
+        (4, dict(no_bias=False)),
+    ],
+    ids=["power_of_two", "six_heads", "three_heads_untied", "no_bias_false"],
 )
 def test_mpt(heads, changes):
     config = hf_config(heads, **changes)

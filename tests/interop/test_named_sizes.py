@@ -26,8 +26,13 @@ from vlm_jax.models.sizes import LANGUAGE, VISION, language, vision
 rope = lambda base, share=1.0: dict(
     rope_parameters=dict(rope_type="default", rope_theta=base, partial_rotary_factor=share)
 )  # the hub's files say it so or as `rope_theta`
-opt_of = lambda width, layers, heads: OPTConfig(
-    hidden_size=width, word_embed_proj_dim=width, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * width
+opt_of = lambda width, layers, heads, outer=None, **changes: OPTConfig(
+    hidden_size=width,
+    word_embed_proj_dim=outer or width,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    ffn_dim=4 * width,
+    **changes,
 )
 MISTRAL = sizes(4096, 32, 32, 14_336, 32_000, num_key_value_heads=8)
 LANGUAGES = {
@@ -58,6 +63,7 @@ LANGUAGES = {
     ),
     "gemma-2b": (gemma, GemmaConfig(**sizes(2048, 18, 8, 16_384, 256_000, num_key_value_heads=1))),
     "opt-125m": (opt, OPTConfig()),
+    "opt-350m": (opt, opt_of(1024, 24, 16, outer=512, do_layer_norm_before=False)),
     "opt-1.3b": (opt, opt_of(2048, 24, 32)),
     "opt-2.7b": (opt, opt_of(2560, 32, 32)),
     "opt-6.7b": (opt, opt_of(4096, 32, 32)),

@@ -19,8 +19,16 @@ SIZES = dict(
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(), dict(tie_word_embeddings=False, activation_function="gelu"), dict(enable_bias=False)],
-    ids=["relu", "untied_gelu", "no_bias"],
+    [
+        dict(),
+        dict(tie_word_embeddings=False, activation_function="gelu"),
+        dict(enable_bias=False),
+        dict(do_layer_norm_before=False, word_embed_proj_dim=16),
+        dict(do_layer_norm_before=False, tie_word_embeddings=False),
+        dict(word_embed_proj_dim=40, tie_word_embeddings=False),
+        dict(_remove_final_layer_norm=True),
+    ],
+    ids=["relu", "untied_gelu", "no_bias", "350m", "norms_behind", "projected", "no_last_norm"],
 )
 def test_opt(changes):
     config = OPTConfig(**SIZES | changes)
@@ -42,7 +50,6 @@ def test_random_sizes(seed):
     compare_language_model(OPTForCausalLM(config), ours, opt.table(ours))
 
 
-def test_the_350m_variant_is_refused():
-    config = OPTConfig(**SIZES | dict(do_layer_norm_before=False, word_embed_proj_dim=16))
-    with pytest.raises(ValueError, match=r"do_layer_norm_before=False.*; word_embed_proj_dim=16 \(only 32 is implemented\)"):
-        opt.config_from_hf(config)
+def test_norms_without_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"layer_norm_elementwise_affine=False \(only True is implemented\)"):
+        opt.config_from_hf(OPTConfig(**SIZES, layer_norm_elementwise_affine=False))

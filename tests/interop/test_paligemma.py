@@ -1,5 +1,7 @@
 """PaliGemma against transformers: the prompt sees all of itself, pictures and text, and the answer what was before it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -103,6 +105,17 @@ def test_logits_answers_and_back(tmp_path, changes):
     again = exported_again(vlm, tmp_path / "a", PaliGemmaForConditionalGeneration, tmp_path / "b")
     with torch.no_grad():
         compare(logits(vlm, requests[2]), again(**theirs).logits[0])
+
+
+def test_another_tower_is_refused(tmp_path):
+    """Of which transformers would read features that no PaliGemma was trained with."""
+    paligemma(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["model_type"] = "clip_vision_model"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model_type='clip_vision_model' \(only 'siglip_vision_model' is implemented\)"):
+        load(tmp_path)
 
 
 SUFFIXES = ((7, 4), (5, 2))  # tokens of a conversation, and of its prompt

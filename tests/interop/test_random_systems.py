@@ -9,7 +9,7 @@ from test_idefics2 import idefics2
 from test_llava import llava, llava_next
 from test_paligemma import paligemma
 from torch_helpers import compare, rounding
-from transformers import LlamaConfig, MistralConfig, SiglipVisionConfig
+from transformers import Dinov2Config, LlamaConfig, MistralConfig, SiglipVisionConfig
 
 SEEDS = range(3)
 TEXT = "USER: <image><image> two dogs? ASSISTANT: yes USER: and <image>? ASSISTANT:"
@@ -50,9 +50,9 @@ def three() -> list:
 
 
 def draw_llava(folder, draw):
-    vision = draw(None, SiglipVisionConfig)
-    choices = dict(vision_feature_layer=draw(-1, -2, 1), tie_word_embeddings=draw(False, True))
-    choices["vision_feature_select_strategy"] = "full" if vision else draw("full", "default")
+    vision = draw(None, SiglipVisionConfig, Dinov2Config)
+    choices = dict(vision_feature_layer=draw(-1, -2, 1, [-1, 0]), tie_word_embeddings=draw(False, True))
+    choices["vision_feature_select_strategy"] = "full" if vision is SiglipVisionConfig else draw("full", "default")
     choices |= dict(projector_hidden_act=draw("gelu", "relu"), multimodal_projector_bias=draw(False, True))
     text = draw(LlamaConfig, MistralConfig)
     choices |= dict(vision=vision) if vision else {}

@@ -91,6 +91,25 @@ def test_packed_and_left_padded_sequences_are_turned_as_if_alone(name):
             compare(part, randomised(LlamaForCausalLM(config))(input_ids=torch.tensor(alone)).logits)
 
 
+def test_dynamic_ntk_keeps_nothing_of_an_earlier_call():
+    """A model of transformers that has read a longer sequence turns a shorter one by that; a new one does not."""
+    config, tokens = SCALED["dynamic"], random_tokens()
+    ours = llama.config_from_hf(config)
+    oracle = LlamaForCausalLM(config)
+    params = language_params(oracle, ours, llama.table(ours))
+    for length in (TOKENS, ORIGINAL + 2):
+        logits = decoded(params, ours, tokens[:, :length], length)
+        with torch.no_grad():
+            compare(logits, randomised(LlamaForCausalLM(config))(input_ids=torch.tensor(tokens[:, :length])).logits)
+            used = oracle(input_ids=torch.tensor(tokens[:, :length])).logits.numpy()
+        assert (np.abs(used - logits).max() > 1e-2) == (length < TOKENS)
+
+
+def test_dynamic_ntk_has_no_longest_sequence():
+    assert llama.config_from_hf(SCALED["dynamic"]).max_positions is None
+    assert llama.config_from_hf(SCALED["yarn"]).max_positions == 4 * ORIGINAL
+
+
 def test_dynamic_ntk_of_a_part_of_the_head():
     rope = dict(rope_type="dynamic", factor=2.0, rope_theta=50.0, partial_rotary_factor=0.5)
     sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}

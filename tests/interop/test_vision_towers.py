@@ -37,7 +37,13 @@ FAMILIES = {  # config, model, ours of the config, its table, sizes
     "siglip": (SiglipVisionConfig, SiglipVisionModel, siglip.vision_from_hf, prefixed(siglip.vision_table), CLIP_SIZES),
     "eva_clip": (Blip2VisionConfig, Blip2VisionModel, eva_clip.config_from_hf, eva_clip.table, CLIP_SIZES),
     "dinov2": (Dinov2Config, Dinov2Model, dinov2.config_from_hf, dinov2.state_dict_table, SIZES),
-    "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, dinov2.config_from_hf, dinov2.state_dict_table, SIZES),
+    "registers": (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        dinov2.config_from_hf,
+        dinov2.with_registers(dinov2.state_dict_table),
+        SIZES,
+    ),
 }
 CASES = [
     ("clip", dict()),
@@ -54,6 +60,7 @@ CASES = [
     ("dinov2", dict(qkv_bias=False, hidden_act="gelu_new", mlp_ratio=2, patch_size=8, use_mask_token=False)),
     ("registers", dict()),
     ("registers", dict(num_register_tokens=1, use_swiglu_ffn=True, num_attention_heads=2)),
+    ("registers", dict(num_register_tokens=0)),
 ]
 
 
@@ -174,8 +181,8 @@ def test_pixels_are_normalised_as_published():
 
 
 def test_other_towers_and_pictures_are_refused():
-    with pytest.raises(ValueError, match="a vision encoder of model_type 'dinov2' is not known: expected one of 'clip_vision"):
-        VISION["dinov2"]
+    with pytest.raises(ValueError, match="a vision encoder of model_type 'vit' is not known: expected one of 'clip_vision"):
+        VISION["vit"]
     with pytest.raises(ValueError, match=r"image_size=\[16, 8\]; only squares"):
         dinov2.config_from_hf(Dinov2Config(**SIZES | dict(image_size=[16, 8])))
     with pytest.raises(ValueError, match=r"num_channels=1 \(only 3 is implemented\)"):

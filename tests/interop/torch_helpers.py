@@ -149,8 +149,10 @@ def compare_language_model(oracle: torch.nn.Module, config: DecoderConfig, table
     with torch.no_grad():
         theirs = oracle(input_ids=torch.tensor(tokens), output_hidden_states=True)
     assert len(theirs.hidden_states) == len(hidden) == config.layers + 1
-    for ours, expected in zip(hidden, theirs.hidden_states, strict=True):
-        compare(ours, expected, tolerance)
+    for number, (ours, expected) in enumerate(zip(hidden, theirs.hidden_states, strict=True)):
+        # The last of OPT-350M's has the width of its head, where ours has it not yet.
+        if number < config.layers or config.embedding_width is None:
+            compare(ours, expected, tolerance)
     compare(logits, theirs.logits, tolerance)
 
 
@@ -168,7 +170,7 @@ def run_language_model(oracle: torch.nn.Module, config: DecoderConfig, table: Ta
     seen = InterleavedLayers(every=1, offset=0, layers=jnp.zeros(config.layers), apply=lambda x, _: (x, x))
 
     def whole(decoder: Decoder, tokens: np.ndarray) -> tuple[Any, Any]:
-        inputs = LanguageInputs(decoder.embed(tokens, positions), interleaved=seen)
+        inputs = LanguageInputs(decoder.embed(tokens), interleaved=seen)
         out = decoder(inputs, positions, jnp.ones_like(positions))
         return jnp.concatenate([out.interleaved, out.hidden[None]]), decoder.head(out.hidden)
 
@@ -188,7 +190,7 @@ def decoded(params: Any, config: DecoderConfig, tokens: np.ndarray, prompt: int)
         positions = begin + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         def some(decoder: Decoder) -> tuple[Any, Cache]:
-            x = decoder.embed(tokens, positions)
+            x = decoder.embed(tokens)
             out = decoder(LanguageInputs(x), positions, jnp.ones_like(positions), cache=cache, return_cache=True)
             return decoder.head(out.hidden), out.cache
 

@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import random_params, tiny_model
 from vlm_jax.config import LearnedPositionsConfig
 from vlm_jax.layers.decoder import Decoder
-from vlm_jax.layers.stack import LanguageInputs
+from vlm_jax.layers.stack import InterleavedLayers, LanguageInputs
 
 TOKENS = np.array([[5, 9, 5]])
 POSITIONS = np.array([[0, 1, 4]])
@@ -26,16 +26,24 @@ def decoder(**changes):
 
 def test_learned_positions_start_at_the_offset():
     module, params = decoder(positions=LearnedPositionsConfig(offset=2), max_positions=6)
-    x = module.apply({"params": params}, TOKENS, POSITIONS, method="embed")
+    x = module.apply({"params": params}, TOKENS, method="embed")
+    seen = InterleavedLayers(every=1, offset=0, layers=np.zeros(3), apply=lambda x, _: (x, x))
+    inputs = LanguageInputs(x, interleaved=seen)
+    out = module.apply({"params": params}, inputs, POSITIONS, np.ones_like(POSITIONS))
     assert params["position_embedding"].shape[0] == 8
     expected = params["embedding"][TOKENS] + params["position_embedding"][POSITIONS + 2]
-    np.testing.assert_allclose(x, expected, atol=1e-6)
+    np.testing.assert_allclose(out.interleaved[0], expected, atol=1e-6)
+
+
+def test_learned_positions_have_a_number():
+    with pytest.raises(ValueError, match="max_positions=None: learned positions need their number"):
+        decoder(positions=LearnedPositionsConfig(), max_positions=None)
 
 
 @pytest.mark.parametrize("scale", [False, True])
 def test_embeddings_are_scaled_for_gemma_alone(scale):
     module, params = decoder(scale_embedding=scale)
-    x = module.apply({"params": params}, TOKENS, POSITIONS, method="embed")
+    x = module.apply({"params": params}, TOKENS, method="embed")
     np.testing.assert_allclose(x, params["embedding"][TOKENS] * (32**0.5 if scale else 1), rtol=1e-6)
 
 

@@ -29,7 +29,7 @@ def features(images=IMAGES, **changes):
 def test_hidden_states_are_counted_from_both_ends():
     for index in range(4):
         for same in (index, index - 4):
-            assert Vit(dataclasses.replace(CONFIG, feature_layer=same), jnp.float32).used_layers() == index
+            assert Vit(dataclasses.replace(CONFIG, feature_layer=same), jnp.float32).used_layers() == (index,)
     every = [features(feature_layer=index) for index in (0, 1, -2, -1)]
     for one, other in itertools.pairwise(every):
         assert np.abs(one - other).max() > 0.01
@@ -39,9 +39,18 @@ def test_hidden_states_are_counted_from_both_ends():
     np.testing.assert_allclose(jax.jit(short.apply)({"params": lower}, IMAGES), every[2], atol=1e-5)
 
 
-@pytest.mark.parametrize("index", [4, -5, 24])
-def test_a_layer_that_is_not_there_is_an_error(index):
-    with pytest.raises(ValueError, match=rf"feature_layer {index}: a ViT of 3 layers has hidden states -4\.\.3"):
+@pytest.mark.parametrize("post_norm", ["none", "applied"])
+def test_features_of_several_layers_are_joined(post_norm):
+    each = {index: features(feature_layer=index, post_norm=post_norm) for index in (0, 2, -1)}
+    chosen = (2, -1, 0, 2)
+    joined = features(feature_layer=chosen, post_norm=post_norm)
+    np.testing.assert_allclose(joined, np.concatenate([each[index] for index in chosen], axis=-1), atol=1e-6)
+    assert joined.shape[-1] == dataclasses.replace(CONFIG, feature_layer=chosen).width == 4 * 16
+
+
+@pytest.mark.parametrize("index, named", [(4, "4"), (-5, "-5"), (24, "24"), ((0, 4), "4"), ((), r"\(\)")])
+def test_a_layer_that_is_not_there_is_an_error(index, named):
+    with pytest.raises(ValueError, match=rf"feature_layer {named}: a ViT of 3 layers has hidden states -4\.\.3"):
         features(feature_layer=index)
 
 
@@ -50,7 +59,7 @@ def test_the_class_token_stands_in_front():
     assert features().shape == (2, 5, 16)
 
 
-def test_registers_are_seen_and_never_given():
+def test_registers_are_seen_and_given_if_asked():
     config = dataclasses.replace(CONFIG, registers=3)
     params = random_params(Vit(config, jnp.float32), IMAGES)
     assert params["registers"].shape == (3, 16)
@@ -61,6 +70,11 @@ def test_registers_are_seen_and_never_given():
     before = run()
     assert before.shape == (2, 5, 16)
     np.testing.assert_array_equal(run(class_token="dropped"), before[:, 1:])
+    for class_token, front in (("kept", 1), ("dropped", 0)):
+        given = run(class_token=class_token, keep_registers=True)
+        shown = dataclasses.replace(config, class_token=class_token, keep_registers=True)
+        assert given.shape[1] == shown.frame_features == 7 + front and shown.front_features == 3 + front
+        np.testing.assert_array_equal(np.delete(given, range(front, front + 3), axis=1), run(class_token=class_token))
     params["registers"] = -params["registers"]
     assert np.abs(run() - before).max() > 0.01
 
@@ -113,6 +127,14 @@ def test_larger_and_oblong_pictures_get_interpolated_positions():
     assert features(wide).shape == (1, 1 + 2 * 4, 16)
     with pytest.raises(ValueError, match="20x16 pixels"):
         features(np.zeros((1, 20, 16, 3), np.uint8))
+
+
+def test_positions_may_be_learned_for_another_size():
+    pixels = np.random.default_rng(3).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    resized = dataclasses.replace(CONFIG, image_size=32, learned_size=16)
+    ours = jax.jit(Vit(resized, jnp.float32).apply)({"params": params()}, pixels)
+    np.testing.assert_array_equal(ours, features(pixels))
+    assert resized.frame_features == ours.shape[1] == 17
 
 
 def test_initial_deviations_are_those_of_the_configuration():

@@ -96,7 +96,7 @@ def test_language_models(name):
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def whole(module):
-        return module.head(module(LanguageInputs(module.embed(tokens, tokens)), tokens, tokens)[0])
+        return module.head(module(LanguageInputs(module.embed(tokens)), tokens, tokens)[0])
 
     params = jax.eval_shape(lambda key: Decoder(config, jnp.float32).init(key, method=whole), jax.random.key(0))["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == published

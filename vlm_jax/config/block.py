@@ -29,7 +29,7 @@ class ExpertsConfig:
 
 @frozen
 class BlockConfig:
-    """One pre-norm transformer block: attention and a feed-forward, each added to the stream.
+    """One transformer block: attention and a feed-forward, each added to the stream, each with a norm in front.
 
     CLIP, DINOv2, LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, Phi, StableLM, OPT, MPT and Gemma blocks are all settings of it.
     """
@@ -47,6 +47,7 @@ class BlockConfig:
     mlp_bias: bool
     parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
     shared_norm: bool = False  # and the same norm of it (Phi)
+    post_norm: bool = False  # the norms stand behind the sums instead (Vaswani et al. 2017; OPT-350M)
     experts: ExpertsConfig | None = None  # Mixtral
     layer_scale: bool = False  # a learned factor for what each half adds (Touvron et al. 2021; DINOv2)
     qk_norm: bool = False  # `norm` of the queries and of the keys too, over all heads at once (MPT-1B)

@@ -60,13 +60,17 @@ class PerceiverConfig(ConnectorConfig):
 
 @frozen
 class MlpProjectorConfig(ConnectorConfig):
-    """Linear maps with an activation between them: LLaVA (Liu et al. 2023) has one, LLaVA-1.5 two, PaliGemma one."""
+    """Linear maps with an activation between them: LLaVA (Liu et al. 2023) has one, LLaVA-1.5 two, PaliGemma one.
+
+    ViP-LLaVA (Cai et al. 2024) has two, and a norm of the features in front of them.
+    """
 
     kind: Literal["mlp"] = "mlp"
     width: int  # of the visual tokens: the language model's
     layers: int = 2
     activation: Activation = "gelu"
     bias: bool = True
+    norm: NormConfig | None = None  # of the features
 
     def visual_width(self, features_width: int) -> int:
         return self.width

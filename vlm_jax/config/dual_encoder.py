@@ -12,11 +12,11 @@ from vlm_jax.config.vision import VitConfig
 
 @frozen
 class ImageTowerConfig:
-    """Image -> features -> one vector."""
+    """Image -> features -> one vector; with pool "none" features alone."""
 
     kind: Literal["image_tower"] = "image_tower"
     encoder: VitConfig
-    pool: Literal["class_token", "attention"]  # attention: a learned query reads the features (Zhai et al. 2022)
+    pool: Literal["class_token", "attention", "none"]  # attention: a learned query reads the features (Zhai et al. 2022)
     projection: int | None = None  # the width of a linear map of the vector; None: there is none
 
     answers: ClassVar[bool] = False

@@ -34,7 +34,10 @@ class Llama3Scaling(ScalingConfig):
 
 @frozen
 class DynamicNtkScaling(ScalingConfig):
-    """A base that grows with the sequence once it is longer than the model was trained for (bloc97, emozilla 2023)."""
+    """A base that grows with the sequence once it is longer than the model was trained for (bloc97, emozilla 2023).
+
+    So sequences of any length are read; `ops.rotary.rotary_angles` says which length counts.
+    """
 
     kind: Literal["dynamic"] = "dynamic"
     factor: float
@@ -99,7 +102,7 @@ class LanguageConfig(Kinds):
     """A language model.
 
     Attributes of every kind:
-      vocab_size; max_positions: tokens it reads, its answer included.
+      vocab_size; max_positions: tokens it reads, its answer included; None: any number.
       width: of the embeddings, and of what may stand in their places; layers: how many a fusion may stand between.
     """
 
@@ -113,12 +116,15 @@ class DecoderConfig(LanguageConfig):
     layers: int
     block: BlockConfig
     positions: PositionsConfig
-    max_positions: int
+    max_positions: int | None
     # Sliding-window attention: how many positions back, itself included; None: all. One for all layers, or one for each.
     window: int | tuple[int | None, ...] | None
     tied_head: bool
     head_bias: bool = False  # Phi
     scale_embedding: bool = False  # Gemma multiplies embeddings by sqrt(width)
+    # Of the embedding and the head, with a linear map between each of them and the layers; None: as the layers (OPT-350M).
+    embedding_width: int | None = None
+    final_norm: bool = True  # behind the last layer
 
     @property
     def width(self) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.config import VitConfig
 from vlm_jax.interop.hf_config import activation, plain_block, squares
 from vlm_jax.interop.published import class_token_family
-from vlm_jax.interop.register import FAMILIES
+from vlm_jax.interop.register import FAMILIES, VISION, VisionFamily
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, TO_HEADS, UP, linear, norm, patches, query_key_value
-from vlm_jax.interop.table import Row, Table, row
+from vlm_jax.interop.table import Empty, Row, Table, row
 
 LAYER = "encoder.layer.{}."
 GATE_AND_UP = ("(J F) D -> D F", "(J F) -> F")
+REGISTERS = "embeddings.register_tokens"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
@@ -58,10 +61,20 @@ def _table(config: VitConfig, attention: tuple[str, ...], gated: tuple[Row, ...]
         row(f"{LAYER}layer_scale2.lambda1", "layers/mlp_scale", "D -> D"),
     )
     if config.registers:
-        entries += (row("embeddings.register_tokens", "registers", "() R D -> R D"),)
+        entries += (row(REGISTERS, "registers", "() R D -> R D"),)
     if config.mask_token:
         entries += (row("embeddings.mask_token", "mask_token", "() D -> D"),)
     return Table(entries + norm("layernorm", "post_norm"))
+
+
+def with_registers(table: Callable[[VitConfig], Table]) -> Callable[[VitConfig], Table]:
+    """The table of a model whose files have a tensor of registers, even of 0."""
+
+    def whole(config: VitConfig) -> Table:
+        none = () if config.registers else (Empty(REGISTERS, (1, 0, config.block.width)),)
+        return table(config) + Table((), empty=none)
+
+    return whole
 
 
 def config_from_hf(config: Any) -> VitConfig:
@@ -93,4 +106,12 @@ def config_from_hf(config: Any) -> VitConfig:
     )
 
 
-FAMILIES.add("dinov2", "dinov2_with_registers")(class_token_family(config_from_hf, table, state_dict_table))
+def vision_from_hf(config: Any) -> VitConfig:
+    """As `config_from_hf`, with registers among the features: as larger models read them."""
+    return dataclasses.replace(config_from_hf(config), keep_registers=True)
+
+
+FAMILIES.add("dinov2")(class_token_family(config_from_hf, table, state_dict_table))
+FAMILIES.add("dinov2_with_registers")(class_token_family(config_from_hf, *map(with_registers, (table, state_dict_table))))
+VISION.add("dinov2")(VisionFamily(vision_from_hf, table, prefix="", any_size=True))
+VISION.add("dinov2_with_registers")(VisionFamily(vision_from_hf, with_registers(table), prefix="", any_size=True))

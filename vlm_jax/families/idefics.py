@@ -12,7 +12,7 @@ from typing import Any
 from vlm_jax.config import BlockConfig, DecoderConfig, GatedCrossAttentionConfig, ModelConfig, NormConfig, PerceiverConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.families import clip, llama
-from vlm_jax.interop.hf_config import activation, require, rope
+from vlm_jax.interop.hf_config import activation, max_positions, require, rope
 from vlm_jax.interop.published import Family
 from vlm_jax.interop.register import FAMILIES
 from vlm_jax.interop.rows import norm
@@ -102,6 +102,7 @@ def _head(config: DecoderConfig, additional: int) -> Table:
 def config_from_hf(config: Any) -> ModelConfig:
     """`IdeficsConfig` -> ours."""
     require(config, use_resampler=True, alpha_type="float")
+    positions = rope(config)
     perceiver = config.perceiver_config
     norm = NormConfig(kind="rms", eps=config.rms_norm_eps)
     head_width = config.hidden_size // config.num_attention_heads
@@ -144,8 +145,8 @@ def config_from_hf(config: Any) -> ModelConfig:
             vocab_size=config.vocab_size + config.additional_vocab_size,
             layers=config.num_hidden_layers,
             block=block,
-            positions=rope(config),
-            max_positions=config.max_position_embeddings,
+            positions=positions,
+            max_positions=max_positions(config, positions),
             window=None,
             tied_head=config.tie_word_embeddings,
         ),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ModelConfig
+from vlm_jax.errors import counted
 from vlm_jax.families import llava
 from vlm_jax.interop.published import Family
 from vlm_jax.interop.register import FAMILIES
@@ -80,6 +81,22 @@ def _inside(size: Size, grid: Size) -> tuple[slice, slice]:
     return slice(None), slice(padding, grid[1] - padding)
 
 
+def config_from_hf(config: Any) -> ModelConfig:
+    """`LlavaNextConfig` -> ours.
+
+    Raises:
+      ValueError: as `llava.build`; or features that are not the patches', of which the tiles of a picture are laid out.
+    """
+    ours = llava.config_from_hf(config)
+    if extra := ours.vision.front_features:
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} leaves {counted(extra, 'feature')} of "
+            f"{config.vision_config.model_type!r} that no patch has made (class token, registers), and tiles are put together "
+            "from patches alone, in transformers too: only 'default', and no registers, is implemented"
+        )
+    return ours
+
+
 def _processor(config: ModelConfig, hf_config: Any, hf_processor: Any, *rest: Any) -> PublishedProcessor:
     vision, pinpoints = config.vision, tuple((height, width) for height, width in hf_config.image_grid_pinpoints)
     sizes = (vision.image_size, vision.frame_features)
@@ -87,4 +104,4 @@ def _processor(config: ModelConfig, hf_config: Any, hf_processor: Any, *rest: An
     return PublishedProcessor(hf_processor, *rest, media=media, image_token=hf_processor.image_token)
 
 
-FAMILIES.add("llava_next")(Family(llava.config_from_hf, llava.table, _processor))
+FAMILIES.add("llava_next")(Family(config_from_hf, llava.table, _processor))

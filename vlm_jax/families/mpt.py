@@ -37,8 +37,11 @@ def table(config: DecoderConfig) -> Table:
 
 
 def config_from_hf(config: Any) -> DecoderConfig:
-    """`MptConfig` -> ours."""
-    require(config, no_bias=True, logit_scale=None, expansion_ratio=4)  # transformers makes it 4 whatever is said
+    """`MptConfig` -> ours.
+
+    Whatever `no_bias` says, there are no biases, as in transformers; a file that has some is refused by its names.
+    """
+    require(config, logit_scale=None, expansion_ratio=4)  # transformers makes it 4 whatever is said
     attention = config.attn_config
     require(
         attention, attn_type="multihead_attention", clip_qkv=None, softmax_scale=None, prefix_lm=False, qk_ln=False, alibi=True

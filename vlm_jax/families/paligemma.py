@@ -10,6 +10,7 @@ from typing import Any
 from vlm_jax.config import InSequenceConfig, MlpProjectorConfig, ModelConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.families.llava import towers
+from vlm_jax.interop.hf_config import require
 from vlm_jax.interop.published import Family
 from vlm_jax.interop.register import FAMILIES, LANGUAGE, VISION
 from vlm_jax.interop.table import Table, row
@@ -22,6 +23,7 @@ PROJECTOR = "[multi_modal_projector|model.multi_modal_projector].linear"
 
 def config_from_hf(config: Any) -> ModelConfig:
     """`PaliGemmaConfig` -> ours."""
+    require(config.vision_config, model_type="siglip_vision_model")
     text = copy.copy(config.text_config)
     text.use_bidirectional_attention = None  # of the prefix, which the fusion tells
     language = LANGUAGE[text.model_type].config_from_hf(text)

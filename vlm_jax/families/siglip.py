@@ -34,11 +34,17 @@ def image_table(config: ImageTowerConfig) -> Table:
 
 
 def _image_rows(config: ImageTowerConfig) -> Table:
-    return vision_table(config.encoder).under(ours="encoder/") + pooling_head().under(ours="pool/")
+    tower = vision_table(config.encoder).under(ours="encoder/")
+    return tower + pooling_head().under(ours="pool/") if config.pool == "attention" else tower
 
 
 def config_from_hf(config: Any) -> DualEncoderConfig:
-    """`SiglipConfig` -> ours."""
+    """`SiglipConfig` -> ours.
+
+    Raises:
+      ValueError: a vision tower without a pooling head, where transformers has no embedding of an image either.
+    """
+    require(config.vision_config, vision_use_head=True)
     return DualEncoderConfig(
         image=image_config_from_hf(config.vision_config),
         text=TextTowerConfig(
@@ -55,14 +61,10 @@ def config_from_hf(config: Any) -> DualEncoderConfig:
 
 
 def image_config_from_hf(config: Any) -> ImageTowerConfig:
-    """`SiglipVisionConfig` -> ours.
-
-    Raises:
-      ValueError: a tower without a pooling head.
-    """
-    require(config, vision_use_head=True)
-    encoder = dataclasses.replace(vision_from_hf(config), pooling_head=False)
-    return ImageTowerConfig(encoder=encoder, pool="attention")
+    """`SiglipVisionConfig` -> ours; without a pooling head it gives features alone."""
+    encoder = vision_from_hf(config)
+    pool = "attention" if encoder.pooling_head else "none"
+    return ImageTowerConfig(encoder=dataclasses.replace(encoder, pooling_head=False), pool=pool)
 
 
 def vision_table(config: VitConfig) -> Table:

@@ -116,7 +116,7 @@ def attention_maps(generator: Generator, request: Request, answer: Answer) -> At
     words, spans = group_words(generator.processor.tokenizer, ids)
     frames, vision = np.asarray(batch.frames)[0], generator.model.config.vision
     most = batch.images.shape[2]
-    chosen = chosen.reshape(*chosen.shape[:2], most, -1)[..., int(vision.class_token == "kept") :]
+    chosen = chosen.reshape(*chosen.shape[:2], most, -1)[..., vision.front_features :]
     there = [(slot, frame) for slot in range(len(frames)) for frame in range(frames[slot])]
     side = batch.images.shape[-2] // vision.patch_size
     merged = [np.mean([chosen[token] for token in span], axis=0) for span in spans]

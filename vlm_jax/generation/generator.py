@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,12 @@ class Generator:
         self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
         self.programs = Programs(model, params, mesh=mesh)
         self._allowed = processor.allowed(model.config.language.vocab_size)
+
+    @property
+    def _max_positions(self) -> float:
+        """Tokens that the model reads, with the answer."""
+        most = self.model.config.language.max_positions
+        return math.inf if most is None else most
 
     @property
     def params(self) -> Any:
@@ -142,7 +149,7 @@ class Generator:
         if request.media and not self.model.has_vision:
             raise RequestError(LANGUAGE_ONLY)
         layout = self.processor.lay_out(request.turns, request.sizes, open=True)
-        most = self.model.config.language.max_positions
+        most = self._max_positions
         if len(layout.tokens) >= most:
             raise RequestError(
                 f"the prompt is {len(layout.tokens)} tokens long, but the model reads at most {most} with the answer: "
@@ -209,7 +216,7 @@ class Generator:
     def _ready(self, prompts: list[Prompt], settings: Settings) -> tuple[Batch, np.ndarray, decode.Constraints, Any]:
         """The prompts on the mesh, how many tokens each row may have, the constraints, and how other arrays are put there."""
         batch = self.place(prompts)
-        most = self.model.config.language.max_positions
+        most = self._max_positions
         limits = np.zeros(batch.tokens.shape[0], np.int32)
         limits[: len(prompts)] = [min(settings.max_new_tokens, most - prompt.length) for prompt in prompts]
         everywhere = NamedSharding(self.mesh, PartitionSpec())

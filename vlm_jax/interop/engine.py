@@ -116,6 +116,8 @@ def published_tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarr
             parts = np.split(whole, ends[:-1]) if ends else [whole]
             for template, part in zip(one.row.published, parts, strict=True):
                 yield published_name(template, numbers), np.asarray(part, order="C")
+    for empty in table.empty:
+        yield published_name(empty.name, ()), np.zeros(empty.shape, next(iter(flat.values())).dtype)
 
 
 def _shapes(params: Any) -> Mapping[str, Shape]:

@@ -82,11 +82,17 @@ def plain_decoder(config: Any, block: BlockConfig, positions: PositionsConfig, *
     sizes = dict(
         vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(config, positions),
         window=None,
         tied_head=config.tie_word_embeddings,
     )
     return DecoderConfig(block=block, positions=positions, **sizes | changes)
+
+
+def max_positions(config: Any, positions: PositionsConfig) -> int | None:
+    """`max_position_embeddings`; None, so any number, with dynamic NTK, whose purpose is to go beyond them."""
+    dynamic = isinstance(getattr(positions, "scaling", None), DynamicNtkScaling)
+    return None if dynamic else config.max_position_embeddings
 
 
 def squares(config: Any) -> dict[str, int]:

@@ -190,7 +190,9 @@ Found = dict[tuple[str, ...], dict[tuple[int, Shape], str]]  # row -> (which of 
 
 def _match(table: Table, tensors: Mapping[str, Tensor], problems: Problems) -> Found:
     rows = [(pattern(name), row, part) for row in table.rows for part, name in enumerate(row.published)]
+    empty = [(pattern(one.name), one.shape) for one in table.empty]
     left_out = [pattern(name) for name in (*table.ignored, *(copy.name for copy in table.copies))]
+    left_out += [regex for regex, _ in empty]
     found: Found = defaultdict(dict)
     for name in sorted(tensors):
         hits = [(match, row, part) for regex, row, part in rows if (match := regex.fullmatch(name))]
@@ -203,6 +205,9 @@ def _match(table: Table, tensors: Mapping[str, Tensor], problems: Problems) -> F
             if key in found[row.published]:
                 problems.add(DOUBLE, f"{found[row.published][key]} and {name}")
             found[row.published][key] = name
+        for regex, shape in empty:
+            if regex.fullmatch(name) and tensors[name].shape != shape:
+                problems.add(SHAPE, f"{name}: found {tensors[name].shape}, expected {shape}")
     return found
 
 

@@ -57,6 +57,7 @@ class Family:
     Attributes:
       table: from our configuration and transformers'; the names that are written.
       other_tables: of the same tensors under names that are read, not written.
+      fit_pictures: our configuration for what transformers' picture processor makes, from ours, theirs and that processor.
       processor: from the same two and transformers' processor; of a model that answers, the rest as `PublishedProcessor`
         takes it.
       pads_to_square: whether it was evaluated with pictures padded to squares, see `PublishedMedia.background`.
@@ -66,6 +67,7 @@ class Family:
     table: Callable[[Any, Any], Table]
     processor: Callable[..., PublishedProcessor | EncoderProcessor]
     other_tables: tuple[Callable[[Any], Table], ...] = ()
+    fit_pictures: Callable[[Any, Any, Any], Config] = lambda config, hf_config, pictures: config
     pads_to_square: bool = False
 
     def open(self, folder: Path, *, pickles: bool, pad_to_square: bool) -> Checkpoint:
@@ -80,7 +82,8 @@ class Family:
             raise PublishedError(f"{folder / 'config.json'}: {error}") from error
         hf_processor = read_processor(folder, vision=config.has_vision, hf_config=hf_config)
         if config.has_vision:
-            config = config.with_pixels(**_pixels(getattr(hf_processor, "image_processor", hf_processor)))
+            pictures = getattr(hf_processor, "image_processor", hf_processor)
+            config = self.fit_pictures(config.with_pixels(**_pixels(pictures)), hf_config, pictures)
         settings = _generation(folder, hf_config, getattr(hf_processor, "tokenizer", hf_processor)) if config.answers else ()
         processor = self.processor(config, hf_config, hf_processor, *settings)
         if pad_to_square:
@@ -106,11 +109,16 @@ class Family:
 
 
 def register_language(*names: str, part: LanguageFamily) -> None:
-    """Registers a language model of these `model_type`s as a part of larger models, and by itself."""
+    """Registers a language model of these `model_type`s as a part of larger models, and by itself.
+
+    A file of the model without its head has names without the prefix, as the hub's OPT-350M.
+    """
+    headless = {part.prefix: "", part.head: part.head}
     alone = Family(
         config_from_hf=lambda hf: ModelConfig(vision=None, connector=None, fusion=None, language=part.config_from_hf(hf)),
         table=lambda config, hf: part.table(config.language).under(ours="language/"),
         processor=lambda config, hf, *rest: PublishedProcessor(*rest),
+        other_tables=(lambda config: part.table(config.language).renamed(headless, "language/"),),
     )
     LANGUAGE.add(*names)(part)
     FAMILIES.add(*names)(alone)

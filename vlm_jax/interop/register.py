@@ -53,6 +53,8 @@ class VisionFamily:
 
     config_from_hf: Callable[[Any], VitConfig]
     table: Callable[[VitConfig], Table]  # without a prefix
+    prefix: str = "vision_model."  # of its names in hub files of a larger model
+    any_size: bool = False  # whether pictures may have another size than its positions were learned for
 
 
 FAMILIES: Register[CheckpointFamily] = Register("a published checkpoint of model_type", PACKAGE)

@@ -52,6 +52,14 @@ class Copy:
 
 
 @dataclasses.dataclass(frozen=True)
+class Empty:
+    """A published tensor without numbers, so no parameter of ours: DINOv2's 0 registers. It may be there, and is written."""
+
+    name: str
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """Rows, and the published names that need none.
 
@@ -62,6 +70,7 @@ class Table:
     rows: tuple[Row, ...]
     copies: tuple[Copy, ...] = ()
     ignored: tuple[str, ...] = ()  # published names that are no parameters of ours: buffers, parts we do not have
+    empty: tuple[Empty, ...] = ()
 
     def under(self, published: str = "", ours: str = "") -> Table:
         """The table of the same part inside a larger model."""
@@ -79,10 +88,12 @@ class Table:
             for r in self.rows
         )
         copies = (Copy(new(copy.name), new(copy.of)) for copy in self.copies)
-        return Table(tuple(rows), tuple(copies), tuple(map(new, self.ignored)))
+        empty = (Empty(new(one.name), one.shape) for one in self.empty)
+        return Table(tuple(rows), tuple(copies), tuple(map(new, self.ignored)), tuple(empty))
 
     def __add__(self, other: Table) -> Table:
-        return Table(self.rows + other.rows, self.copies + other.copies, self.ignored + other.ignored)
+        parts = ("rows", "copies", "ignored", "empty")
+        return Table(*(getattr(self, part) + getattr(other, part) for part in parts))
 
 
 def pattern(name: str) -> re.Pattern[str]:

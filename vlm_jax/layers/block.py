@@ -107,7 +107,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x); with `parallel_residual` x + attention(norm x) + mlp(norm x).
 
-    The two norms differ, but with `shared_norm`.
+    The two norms differ, but with `shared_norm`. With `post_norm`: norm(x + attention(x)), then norm(x + mlp(x)).
 
     What the attention does with its queries, keys and values (rotary, mask, cache) is the caller's: `attention_of` takes
     (q [B, T, N, H], k, v [B, T, K, H]) to (y [B, T, N, H], anything). Beside the output the anything is returned, and by name
@@ -122,6 +122,11 @@ class Block(nn.Module):
         self, x: Array, attention_of: Callable[[Array, Array, Array], tuple[Array, Any]]
     ) -> tuple[Array, Any, dict[str, Array]]:
         config = self.config
+        if config.post_norm and (config.parallel_residual or config.shared_norm):
+            raise ValueError("post_norm=True: its norms stand behind two sums; set parallel_residual and shared_norm to False")
+        norm = lambda name, x: Norm(config.norm, config.width, self.dtype, name=name)(x)
+        before = lambda name, x: x if config.post_norm else norm(name, x)
+        behind = lambda name, x: norm(name, x) if config.post_norm else x
         attention = Attention(
             config.width,
             config.width,
@@ -136,14 +141,14 @@ class Block(nn.Module):
             query_init=config.query_init,
             name="attention",
         )
-        normed = Norm(config.norm, config.width, self.dtype, name="attention_norm")(x)
+        normed = before("attention_norm", x)
         y, extra = attention_of(attention.queries(normed), *attention.keys_values(normed))
-        attended = x + self._scaled("attention_scale", attention.output(y))
+        attended = behind("attention_norm", x + self._scaled("attention_scale", attention.output(y)))
         x = x if config.parallel_residual else attended
         if not config.shared_norm:
-            normed = Norm(config.norm, config.width, self.dtype, name="mlp_norm")(x)
+            normed = before("mlp_norm", x)
         y, aux = self._feed_forward(normed)
-        return attended + self._scaled("mlp_scale", y), extra, aux
+        return behind("mlp_norm", attended + self._scaled("mlp_scale", y)), extra, aux
 
     def _feed_forward(self, x: Array) -> tuple[Array, dict[str, Array]]:
         config = self.config

@@ -83,33 +83,41 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config, block = self.config, self.config.block
         small = nn.initializers.normal(block.width**-0.5)
-        shape = (config.vocab_size, block.width)
+        outer, inner = config.embedding_width or block.width, block.width
+        shape = (config.vocab_size, outer)
         self.embedding = self.param("embedding", named(small, "vocab", "embed"), shape)
         if not isinstance(config.positions, RopeConfig | LearnedPositionsConfig | AlibiConfig):
             raise ValueError(f"positions of the kind {config.positions.kind!r}: this decoder knows rope, learned and alibi")
         if isinstance(config.positions, LearnedPositionsConfig):
-            shape = (config.max_positions + config.positions.offset, block.width)
+            if config.max_positions is None:
+                raise ValueError("max_positions=None: learned positions need their number")
+            shape = (config.max_positions + config.positions.offset, inner)
             self.position_embedding = self.param("position_embedding", named(small, "positions", "embed"), shape)
         self.block = Block(block, self.dtype, parent=None)
-        example = (jnp.zeros((1, 1, block.width)), lambda q, k, v: (q, None))
+        example = (jnp.zeros((1, 1, inner)), lambda q, k, v: (q, None))
         self.layers = stacked(self, "layers", self.block, config.layers, *example)
-        self.final_norm = Norm(block.norm, block.width, self.dtype)
+        if config.final_norm:
+            self.final_norm = Norm(block.norm, inner, self.dtype)
+        if config.embedding_width is not None:
+            self.project_in = Linear({"projection": outer}, {"embed": inner}, False, self.dtype)
+            self.project_out = Linear({"embed": inner}, {"projection": outer}, False, self.dtype)
         if not config.tied_head:
-            self.lm_head = Linear({"embed": block.width}, {"vocab": config.vocab_size}, config.head_bias, self.dtype)
+            self.lm_head = Linear({"embed": outer}, {"vocab": config.vocab_size}, config.head_bias, self.dtype)
 
-    def embed(self, tokens: Array, positions: Array) -> Array:
-        """[B, T] -> [B, T, D]."""
+    def embed(self, tokens: Array) -> Array:
+        """[B, T] -> [B, T, D], what visual tokens may stand in the places of; learned positions are added to both later."""
         # Gathered over `fsdp` first: a look-up in a table whose width is sharded would replicate the activations.
         x = jnp.take(constrain(self.embedding, "vocab", None), tokens, axis=0).astype(self.dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.block.width**0.5, self.dtype)
-        if isinstance(self.config.positions, LearnedPositionsConfig):
-            places = positions + self.config.positions.offset
-            x = x + jnp.take(constrain(self.position_embedding, "positions", None), places, axis=0).astype(self.dtype)
+        if self.config.embedding_width is not None:
+            x = self.project_in(x)
         return constrain(x, "batch", "length", None)
 
     def head(self, hidden: Array) -> Array:
         """[B, T, D] -> logits [B, T, V] float32."""
+        if self.config.embedding_width is not None:
+            hidden = self.project_out(hidden)
         if self.config.tied_head:
             logits = jnp.einsum("BTD,VD->BTV", hidden, self.embedding.astype(self.dtype))
         else:
@@ -145,6 +153,10 @@ class Decoder(nn.Module):
             angles = rotary_angles(config.positions, config.block.head_width, positions, segments)
         elif isinstance(config.positions, AlibiConfig):
             alibi = alibi_of(positions, k_positions, config.block.heads, config.positions.max_bias)
+        elif isinstance(config.positions, LearnedPositionsConfig):
+            table = constrain(self.position_embedding, "positions", None)
+            x = x + jnp.take(table, positions + config.positions.offset, axis=0).astype(x.dtype)
+            x = constrain(x, "batch", "length", None)
 
         def layer(carry: tuple[Array, Any], indexed: tuple[Any, ...]) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
             (x, held), (index, params, own) = carry, indexed
@@ -180,7 +192,7 @@ class Decoder(nn.Module):
             keys, values = (tuple(part) if one_by_one else part for part in (keys, values))
             used = jnp.sum(segments > 0, axis=1, dtype=jnp.int32) + (0 if cache is None else cache.used)
             cache = Cache(keys, values, k_positions, k_segments, used)
-        return Output(self.final_norm(x), cache, collected, aux)
+        return Output(self.final_norm(x) if config.final_norm else x, cache, collected, aux)
 
 
 def _write(old: Array, new: Array, at: tuple[Any, ...]) -> Array:

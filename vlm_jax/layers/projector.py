@@ -9,7 +9,7 @@ import jax
 
 from vlm_jax.config import MlpProjectorConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.linear import Linear
+from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.sharding import constrain
 
@@ -36,6 +36,8 @@ class MlpProjector(nn.Module):
             raise ValueError("an MLP projector makes each visual token of one feature: it looks nowhere else")
         config = self.config
         x = features.reshape(*features.shape[:2], -1, self.width)
+        if config.norm is not None:
+            x = Norm(config.norm, self.width, self.dtype, name="norm")(x)
         for number in range(config.layers):
             x = ACTIVATIONS[config.activation](x) if number else x
             # The first map's output is split over `tensor`, the next one's input with it, as in a feed-forward.

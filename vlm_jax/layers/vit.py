@@ -27,10 +27,11 @@ Array = jax.Array
 
 @MODULES.add(VitConfig)
 class Vit(nn.Module):
-    """Images [B, height, width, 3] uint8 -> features [B, P, D], or [B, 1 + P, D] with the class token in front; no registers.
+    """Images [B, height, width, 3] uint8 -> features [B, P, O], or [B, 1 + P, O] with the class token in front.
 
-    Pictures of another size than `image_size` get interpolated or bucketed positions. `feature_layer` picks the hidden state as
-    transformers counts them: 0 the embeddings, i the output of block i, negative from the end.
+    Registers are left out, but with `keep_registers`. Pictures of another size than the positions were learned for get
+    interpolated or bucketed positions. `feature_layer` picks the hidden state as transformers counts them: 0 the embeddings, i
+    the output of block i, negative from the end. O is D, or with several such layers that many times D.
     """
 
     config: VitConfig
@@ -50,31 +51,35 @@ class Vit(nn.Module):
         config = self.config
         if sizes is not None and config.positions != "bucketed":
             raise ValueError("pictures of several sizes at once need bucketed positions")
-        hidden = self.hidden_states(images, self.used_layers(), sizes)
+        chosen = self.hidden_states(images, self.used_layers(), sizes)
         if config.post_norm != "none":
-            normed = Norm(config.block.norm, config.block.width, self.dtype, name="post_norm")(hidden)
-            hidden = normed if config.post_norm == "applied" else hidden
+            norm = Norm(config.block.norm, config.block.width, self.dtype, name="post_norm")
+            normed = [norm(hidden) for hidden in chosen]
+            chosen = normed if config.post_norm == "applied" else chosen
         if config.pooling_head:
-            AttentionPool(config.block, self.dtype, name="pooling_head")(hidden)
-        patches = hidden[:, int(config.class_token != "none") + config.registers :]
-        return jnp.concatenate([hidden[:, :1], patches], axis=1) if config.class_token == "kept" else patches
+            AttentionPool(config.block, self.dtype, name="pooling_head")(chosen[-1])
+        hidden = jnp.concatenate(chosen, axis=-1)
+        left_out = int(config.class_token != "none") + (0 if config.keep_registers else config.registers)
+        behind = hidden[:, left_out:]
+        return jnp.concatenate([hidden[:, :1], behind], axis=1) if config.class_token == "kept" else behind
 
     @nn.nowrap
     def example(self) -> tuple[np.ndarray]:
         """The least input that makes all parameters."""
         return (np.zeros((1, self.config.image_size, self.config.image_size, 3), np.uint8),)
 
-    def used_layers(self) -> int:
-        """How many blocks run for `feature_layer`.
+    def used_layers(self) -> tuple[int, ...]:
+        """How many blocks run for each of `feature_layers`.
 
         Raises:
-          ValueError: there is no such layer.
+          ValueError: there is no such layer, or none is named.
         """
-        layers, index = self.config.layers, self.config.feature_layer
-        used = layers + 1 + index if index < 0 else index
-        if not 0 <= used <= layers:
-            raise ValueError(f"feature_layer {index}: a ViT of {layers} layers has hidden states {-layers - 1}..{layers}")
-        return used
+        layers, chosen = self.config.layers, self.config.feature_layers
+        wrong = [index for index in chosen if not -layers - 1 <= index <= layers]
+        if wrong or not chosen:
+            found = wrong[0] if wrong else chosen
+            raise ValueError(f"feature_layer {found}: a ViT of {layers} layers has hidden states {-layers - 1}..{layers}")
+        return tuple(layers + 1 + index if index < 0 else index for index in chosen)
 
     @nn.nowrap
     def patch_mask(self, sizes: Array, height: int, width: int) -> Array:
@@ -89,10 +94,10 @@ class Vit(nn.Module):
         return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     @nn.nowrap
-    def hidden_states(self, images: Array, last: int, sizes: Array | None = None) -> Array:
-        """[B, S, D] after `last` blocks; must run inside `__call__`."""
+    def hidden_states(self, images: Array, after: tuple[int, ...], sizes: Array | None = None) -> list[Array]:
+        """[B, S, D] after each number of blocks; must run inside `__call__`."""
         config, width = self.config, self.config.block.width
-        patch, side = config.patch_size, config.image_size // config.patch_size
+        patch, side = config.patch_size, (config.learned_size or config.image_size) // config.patch_size
         grid = (images.shape[1] // patch, images.shape[2] // patch)
         if config.image_size % patch or config.positions == "bucketed":
             # SigLIP-so400m's 384 pixels are 27 patches of 14: the published convolution leaves the last 6 out.
@@ -132,5 +137,9 @@ class Vit(nn.Module):
         def layer(x: Array, params: Any) -> tuple[Array, None]:
             return constrain(block.apply({"params": params}, x, see_all)[0], "batch", "length", None), None
 
-        used = jax.tree.map(lambda p: p[:last], params)
-        return jax.lax.scan(rematerialised(layer, self.remat), x, used)[0]
+        states, done = {}, 0
+        for number in sorted(set(after)):
+            some = jax.tree.map(lambda p, start=done, stop=number: p[start:stop], params)
+            x, done = jax.lax.scan(rematerialised(layer, self.remat), x, some)[0], number
+            states[number] = x
+        return [states[number] for number in after]

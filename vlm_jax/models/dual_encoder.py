@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
 from vlm_jax.config.register import MODULES
+from vlm_jax.errors import RequestError
 from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.linear import Linear
@@ -23,7 +24,7 @@ Array = jax.Array
 
 @MODULES.add(ImageTowerConfig)
 class ImageTower(nn.Module):
-    """A vision encoder and what makes one vector of its features."""
+    """A vision encoder and what makes one vector of its features, if anything does."""
 
     config: ImageTowerConfig
     dtype: Any = jnp.float32
@@ -40,8 +41,10 @@ class ImageTower(nn.Module):
             self.projection = Linear({"embed": block.width}, {"projection": config.projection}, False, self.dtype)
 
     def __call__(self, images: Array) -> Array:
-        """[B, height, width, 3] uint8 -> [B, Z], not normalised."""
+        """[B, height, width, 3] uint8 -> [B, Z], not normalised; without a pool the features."""
         features = self.encoder(images)
+        if self.config.pool == "none":
+            return features
         pooled = self.pool(features) if self.config.pool == "attention" else features[:, 0]
         return pooled if self.config.projection is None else self.projection(pooled)
 
@@ -50,7 +53,13 @@ class ImageTower(nn.Module):
         return self.encoder(images)
 
     def embed_images(self, images: Array) -> Array:
-        """As `__call__`, in float32."""
+        """[B, height, width, 3] uint8 -> [B, Z] float32, not normalised.
+
+        Raises:
+          RequestError: nothing makes one vector of the features.
+        """
+        if self.config.pool == "none":
+            raise RequestError("this encoder has no pooling head that makes one vector of an image: use features(images)")
         return self(images).astype(jnp.float32)
 
     @nn.nowrap
@@ -79,7 +88,7 @@ class TextTower(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         decoder = Decoder(encoder, self.dtype, self.remat, name="encoder")
         last_seen = None if config.causal else jnp.full(tokens.shape, length - 1, jnp.int32)
-        inputs = LanguageInputs(decoder.embed(tokens, positions), prefix_end=last_seen)
+        inputs = LanguageInputs(decoder.embed(tokens), prefix_end=last_seen)
         out = decoder(inputs, positions, jnp.ones_like(positions))
         pooled = jnp.take_along_axis(out.hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
         linear = {"embed": encoder.block.width}, {"projection": config.projection}

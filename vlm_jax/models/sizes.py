@@ -5,6 +5,7 @@ A recipe takes one and changes what differs, as a vision encoder's `feature_laye
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +149,15 @@ def _opt(width: int, layers: int, heads: int) -> Callable[[], DecoderConfig]:
     return lambda: _decoder(50_272, layers, block(), 2048, positions=positions, tied_head=True)
 
 
+def _opt_350m() -> DecoderConfig:
+    """The only OPT with its norms behind the sums, and with embeddings narrower than its layers."""
+    plain = _opt(1024, 24, 16)()
+    block = dataclasses.replace(plain.block, post_norm=True)
+    return dataclasses.replace(plain, block=block, embedding_width=512, final_norm=False)
+
+
 LANGUAGE.add("opt-125m")(_opt(768, 12, 12))
+LANGUAGE.add("opt-350m")(_opt_350m)
 LANGUAGE.add("opt-1.3b")(_opt(2048, 24, 32))
 LANGUAGE.add("opt-2.7b")(_opt(2560, 32, 32))
 LANGUAGE.add("opt-6.7b")(_opt(4096, 32, 32))

@@ -121,7 +121,7 @@ class VisionLanguageModel(nn.Module):
           return_cache: whether tokens that begin their rows leave a cache.
           return_attention: also where every token looked, as the fusion tells it.
         """
-        inputs = LanguageInputs(self.language.embed(batch.tokens, batch.positions))
+        inputs = LanguageInputs(self.language.embed(batch.tokens))
         if self.has_vision:
             media = dict(visual=visual, media_cache=media_cache, return_attention=return_attention)
             inputs = self.fusion.inputs(inputs.embeddings, batch, **media)

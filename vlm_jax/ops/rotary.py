@@ -18,8 +18,9 @@ def rotary_angles(config: RopeConfig, head_width: int, positions: Array, segment
 
     The frequencies of dynamic NTK and LongRoPE follow the length of a token's sequence: one more than the greatest position
     among the tokens given that share its segment. So a packed sequence is turned as it would be alone, and a decoding step by
-    the length so far; keys that are in the cache stay as they were turned. transformers takes the greatest length of the batch
-    for all its rows; its dynamic NTK also keeps that of an earlier call until a call that is shorter than the original maximum.
+    the length so far; keys that are in the cache stay as they were turned. Such are the answers of transformers to one
+    sequence by a model just loaded. Else it takes the greatest length of the batch for all its rows, and its dynamic NTK keeps
+    the length of an earlier call until a longer one comes, or one shorter than the original maximum; here nothing is kept.
 
     Args:
       positions, segments: [B, T] int32; no segments: a row is one sequence.
