@@ -126,7 +126,7 @@ class Ground:
     """A run of the tiny model, what it answers, and a folder that was exported."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.through = folder, 0
         self.data = tiny.write_data(folder / "data")
         self.environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
         self.run = folder / "run"
@@ -174,6 +174,7 @@ def kill(ground: Ground, rng: random.Random) -> Attack:
         if process.returncode:
             raise RuntimeError(output.decode())
         written = (workdir / "metrics.jsonl").read_bytes()
+        ground.through += 1
         shutil.rmtree(workdir)
         return None if written == ground.metrics else "other steps"
 
@@ -321,6 +322,8 @@ def main() -> None:
             while time.monotonic() < until:
                 counts[outcome(ATTACKS[kind](ground, rng))] += 1
             print(f"| {kind} | {counts.total()} | {' | '.join(str(counts[name]) for name in OUTCOMES)} |", flush=True)
+        if ground.through:
+            print(f"\n{ground.through} of the starts to be killed got through, and their lines were compared.")
 
 
 if __name__ == "__main__":
