@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from vlm_jax import Encoder
@@ -191,14 +193,17 @@ def run(args: argparse.Namespace) -> None:
         print(vlm.answer([request], **given)[0].text)
 
 
+def end(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C, at any moment: answers are on disk, and an exception within an import may end in a crash."""
+    again = "; run the same command again to resume" if any(word.startswith("--input") for word in sys.argv) else ""
+    print(f"infer.py: interrupted{again}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         run(args)
-    except KeyboardInterrupt:
-        again = "; run the same command again to resume" if args.input else ""
-        print(f"infer.py: interrupted{again}", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             sys.stdout.close()
@@ -211,4 +216,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, end)
     sys.exit(main())

@@ -3,8 +3,10 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -276,8 +278,9 @@ def test_a_file_of_questions_goes_on_where_it_stopped(capsys, run, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(type(generator), "batches", interrupted)
-        assert infer.main([*command, f"--output={parts}"]) == 130
-        assert "run the same command again to resume" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            infer.main([*command, f"--output={parts}"])
+        capsys.readouterr()
     assert len(read(parts)) == 2
     with parts.open("a") as file:
         file.write('{"line": 7, "id"')  # a line that a crash cut short
@@ -306,3 +309,21 @@ def test_help_teaches_and_importing_is_cheap():
     assert "--shot c.png" in shown.stdout and not shown.stderr
     code = "import sys, vlm_jax, infer; assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6])
+def test_ctrl_c_is_one_line(run, tmp_path, seconds):
+    """Also while modules are imported, which an exception could crash."""
+    root = Path(__file__).parents[1]
+    command = [
+        sys.executable,
+        "infer.py",
+        f"--checkpoint={run}",
+        f"--input={questions(run)}",
+        f"--output={tmp_path / 'out.jsonl'}",
+    ]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "infer.py: interrupted; run the same command again to resume\n")
