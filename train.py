@@ -6,10 +6,10 @@
 Every leaf of the recipe can be overridden. Run the same command again to resume from the newest checkpoint of `workdir`.
 """
 
-import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from vlm_jax.training.interrupt import Interrupted, handle_signals
@@ -39,32 +39,42 @@ def main(argv: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every file it writes
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     from vlm_jax import runtime
-    from vlm_jax.config import RunConfig
-    from vlm_jax.config_dict import from_config_dict
-    from vlm_jax.training.peers import peers
+    from vlm_jax.training.peers import Peers
 
     runtime.prepare()
-    try:
-        with contextlib.ExitStack() as together:
-            if DISTRIBUTED.value or COORDINATOR.value:
-                process = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
-                log_file = Path(WORKDIR.value).expanduser() / "train.log"
-                together.enter_context(peers(*process, timeout=PEER_TIMEOUT.value, log_file=log_file))
-            from vlm_jax.training.loop import train  # after the distributed start: it may touch the devices
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        return run(lambda error: None)[0]
+    process = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    log_file = Path(WORKDIR.value).expanduser() / "train.log"
+    peers = Peers(*process, timeout=PEER_TIMEOUT.value, log_file=log_file)
+    code, together = run(peers.explain)
+    peers.leave(code, together=together)
+    return code
 
-            result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+
+def run(explain: Callable[[Exception], None]) -> tuple[int, bool]:
+    """Trains. Gives the exit status, and whether all processes end here; `explain` is called before an error is printed."""
+    # After the distributed start: these may touch the devices.
+    from jax.errors import JaxRuntimeError
+
+    from vlm_jax.config import RunConfig
+    from vlm_jax.config_dict import from_config_dict
+    from vlm_jax.errors import first_line
+    from vlm_jax.training.loop import train
+
+    try:
+        result = train(from_config_dict(RunConfig, CONFIG.value), WORKDIR.value)
+    except (ValueError, OSError, FloatingPointError, JaxRuntimeError) as error:
+        explain(error)
+        print(f"train.py: {first_line(error) if isinstance(error, JaxRuntimeError) else error}", file=sys.stderr)
         logging.disable()  # of what the threads of a failed run still say
-        return 1
+        return 1, False
     except Interrupted as interrupted:
-        return 128 + interrupted.signal
+        return 128 + interrupted.signal, False
     except KeyboardInterrupt:
         print("train.py: interrupted again before the step was saved; run the same command again to resume", file=sys.stderr)
-        return 130
-    if result.signal is not None:
-        return 128 + result.signal
-    return 0
+        return 130, False
+    return (0 if result.signal is None else 128 + result.signal), True
 
 
 if __name__ == "__main__":

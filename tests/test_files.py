@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from vlm_jax.files import (
+    HEADER,
     ChecksumError,
     JsonError,
     NotRegular,
@@ -87,14 +88,19 @@ def test_a_folder_as_it_was_written(folder):
     [
         (lambda folder: (folder / "sub" / "b.txt").write_text("sub/c.txt"), "sub/b.txt: is not the file that was written"),
         (lambda folder: (folder / "a.json").unlink(), "a.json: No such file"),
-        (lambda folder: (folder / "checksums.sha256").write_text("0"), "checksums.sha256 is damaged"),
-        (lambda folder: (folder / "checksums.sha256").write_text(f"{64 * '0'}  ../x\n"), "checksums.sha256 is damaged"),
+        (lambda folder: (folder / "checksums.sha256").write_text(f"{HEADER}0"), "checksums.sha256 is damaged"),
+        (lambda folder: (folder / "checksums.sha256").write_text(f"{HEADER}{64 * '0'}  ../x\n"), "checksums.sha256 is damaged"),
     ],
 )
 def test_a_folder_that_was_changed(folder, damage, cause):
     damage(folder)
     with pytest.raises(ChecksumError, match=f"{cause}.*Copy it again"):
         check_checksums(folder, advice="Copy it again")
+
+
+def test_somebody_elses_checksums_are_not_ours(folder):
+    (folder / "checksums.sha256").write_text(f"{64 * '0'} *a.json\n")
+    check_checksums(folder, advice="")
 
 
 def test_only_some_names_are_compared(folder):

@@ -1,5 +1,6 @@
 """infer.py and vlm_jax.load: what comes out, and what is said when something is wrong."""
 
+import base64
 import functools
 import json
 import os
@@ -179,23 +180,46 @@ def test_questions_that_cannot_be_asked_leave_the_others_theirs(capsys, run, tmp
     assert sorted(read(output)) == [1, 2, 3, 4, 5, 6] and before.items() <= read(output).items()
 
 
-def test_a_question_with_another_picture_is_asked_again(capsys, run, tmp_path):
+def test_a_question_that_was_changed_is_asked_again(capsys, run, tmp_path):
+    """Another picture under its name, one more picture, other bytes inline, another solved example."""
+    picture = lambda number: (run / "data" / f"{number}.png").read_bytes()
+    inline = lambda number: {"image": f"data:image/png;base64,{base64.b64encode(picture(number)).decode()}"}
+    chat = lambda *parts: {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "which?"}]}]}
+    shots = lambda answer: {"prompt": "which?", "shots": [{"question": "what?", "answer": answer}]}
     for name, number in {"a.png": 0, "b.png": 1}.items():
-        (tmp_path / name).write_bytes((run / "data" / f"{number}.png").read_bytes())
+        (tmp_path / name).write_bytes(picture(number))
     lines = [{"prompt": "which?", "image": "a.png"}, {"prompt": "which?", "image": "b.png"}, {"prompt": "which?"}]
+    lines += [chat(inline(0)), shots("red"), {"prompt": "which?"}]
     path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     command = (f"--checkpoint={run}", f"--input={path}", f"--output={output}", NEW)
     succeeds(capsys, *command)
     before = read(output)
-    assert before[1]["pictures"] != before[2]["pictures"] and "pictures" not in before[3]
-    (tmp_path / "b.png").write_bytes((run / "data" / "2.png").read_bytes())
+    (tmp_path / "b.png").write_bytes(picture(2))
+    lines[2:5] = {"prompt": "which?", "image": "a.png"}, chat(inline(1)), shots("blue")
+    path.write_text("\n".join(map(json.dumps, lines)))
     assert infer.main(list(command)) == 0
     said = capsys.readouterr().err
-    assert "2 of 3 were answered already" in said and "1 question will be asked again" in said
+    assert "2 of 6 were answered already" in said and "4 questions will be asked again" in said and "6/6" in said
     after = read(output)
-    assert after[1] == before[1] and after[3] == before[3] and after[2]["pictures"] != before[2]["pictures"]
+    assert {number for number in after if after[number] == before[number]} == {1, 6}
+    assert {number for number in after if after[number]["asked"] == before[number]["asked"]} == {1, 6}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "in.jsonl", "out.jsonl"]
+
+
+def test_one_question_with_broken_pixels(capsys, run, tmp_path):
+    (tmp_path / "broken.png").write_bytes((run / "data" / "0.png").read_bytes()[:-30])
+    (tmp_path / "in.jsonl").write_text('{"prompt": "which?", "image": "broken.png"}')
+    command = (f"--checkpoint={run}", f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", NEW)
+    assert infer.main(list(command)) == 2
+    assert "1 question left out" in capsys.readouterr().err
+
+
+def test_somebodys_file_is_left_alone(capsys, run, tmp_path):
+    (tmp_path / "notes").write_text("no newline behind it")
+    command = (f"--checkpoint={run}", f"--input={questions(run)}", f"--output={tmp_path / 'notes'}", NEW)
+    assert "line 1 is not an answer to a line of the input" in fails(capsys, *command)
+    assert (tmp_path / "notes").read_text() == "no newline behind it"
 
 
 def test_two_at_once_do_not_write_one_file(capsys, run, tmp_path):
@@ -234,7 +258,7 @@ def test_a_chat_in_a_file(capsys, run, tmp_path):
     (chats / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     succeeds(capsys, *command, f"--input={chats / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
     answers = read(tmp_path / "out.jsonl")
-    assert all(len(answer.pop("pictures")) == 16 for answer in answers.values())
+    assert all(len(answer.pop("asked")) == 16 for answer in answers.values())
     assert answers == {
         1: {"line": 1, "id": "c", "prompt": "and é?", "answer": expected},
         2: {"line": 2, "id": 2, "prompt": "which?", "answer": vlm.generate("which?", [picture(2)], max_new_tokens=8)},

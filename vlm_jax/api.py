@@ -9,7 +9,7 @@ print(vlm.generate("what color is the shape?", images=["picture.png"]))
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def _as_list(images: Any) -> list[Any]:
         return []
     if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
         return [images]
-    if not isinstance(images, Sequence):
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise RequestError(f"images={images!r:.60}: expected a picture, or a list of them")
     return list(images)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import stat
 import sys
@@ -14,7 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+log = logging.getLogger(__name__)
+
 CHECKSUMS = "checksums.sha256"  # in the format of `sha256sum`: `sha256sum -c checksums.sha256` checks a folder too
+
+
+HEADER = "# written by vlm_jax\n"  # a comment for `sha256sum`
 
 
 class NotRegular(OSError):
@@ -89,7 +96,7 @@ def write_checksums(folder: Path, names: list[str] | None = None) -> None:
     found = names if names is not None else [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     lines = [f"{sha256(folder / name)}  {name}\n" for name in sorted(found) if name != CHECKSUMS]
     part = folder / f"{CHECKSUMS}.part"
-    part.write_text("".join(lines))
+    part.write_text(HEADER + "".join(lines))
     part.replace(folder / CHECKSUMS)
 
 
@@ -107,8 +114,11 @@ def check_checksums(folder: Path, *, advice: str, only: Callable[[str], bool] = 
         raw = read_regular(folder / CHECKSUMS)
     except (FileNotFoundError, NotADirectoryError):
         return
+    header, _, rest = raw.decode(errors="replace").partition("\n")
+    if header != HEADER.strip():
+        return  # somebody else's
     wanted: dict[str, str] = {}
-    for line in raw.decode(errors="replace").splitlines():
+    for line in rest.splitlines():
         digest, _, name = line.partition("  ")
         inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
         if len(digest) != 64 or not inside:
@@ -141,3 +151,7 @@ def lock(file: IO[Any], busy: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BlockingIOError(error.errno, busy) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        log.warning("%s: its file system has no locks: nothing keeps another process from writing it", file.name)

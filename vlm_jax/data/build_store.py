@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, content_of
 from vlm_jax.data.tokenise import Chunk, DatasetTokenizer
 from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
+from vlm_jax.files import JsonError, parse_json, read_regular
 from vlm_jax.processing.processor import Processor
 
 log = logging.getLogger(__name__)
@@ -75,11 +77,15 @@ def _intact(folder: Path) -> TokenStore:
     Raises:
       DataError: it is not what was written.
     """
-    with contextlib.suppress(ValueError, KeyError, FileNotFoundError):
-        store = TokenStore(folder)
-        if store.content() == store.meta["content"]:
-            return store
+    with contextlib.suppress(JsonError, KeyError, TypeError, FileNotFoundError):
+        meta = parse_json(read_regular(folder / "meta.json"))
+        if meta.pop("checksum") == _checksum(meta) and meta["content"] == content_of(folder):
+            return TokenStore(folder)
     raise DataError(f"{folder} is damaged: remove it, and the next start makes it anew")
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _report(store: TokenStore, *, made: bool) -> None:
@@ -133,7 +139,8 @@ class _StoreBuilder:
     def _chunks(self, ranges: list[range]) -> Iterator[tuple[range, Chunk]]:
         """Chunks in their order."""
         count = min(len(os.sched_getaffinity(0)), len(ranges), MOST_PROCESSES)
-        if count < 2 or len(ranges) <= MAX_CHUNKS_ALONE:
+        alone = len(ranges) <= MAX_CHUNKS_ALONE and not self.dataset_tokenizer.config.check_pictures
+        if count < 2 or alone:
             for indices in ranges:
                 yield indices, self.dataset_tokenizer.chunk(indices, skip=self.skip)
             return
@@ -188,15 +195,16 @@ class _StoreBuilder:
         part.replace(self.folder / "state.json")
 
     def _resume(self) -> None:
-        path = self.folder / "state.json"
-        if not path.is_file():
+        try:
+            state = parse_json(read_regular(self.folder / "state.json"))
+            for field, size in state["bytes"].items():
+                with (self.folder / f"{field}.bin").open("r+b") as file:
+                    file.truncate(size)
+        except (JsonError, KeyError, TypeError, AttributeError, FileNotFoundError):  # none, or a damaged one
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             return
-        self.state = json.loads(path.read_text())
-        for field, size in self.state["bytes"].items():
-            with (self.folder / f"{field}.bin").open("r+b") as file:
-                file.truncate(size)
+        self.state = state
         log.info("tokenising: going on at example %d of %d", self.state["next"], len(self.dataset_tokenizer.source))
 
     def _finish(self) -> None:
@@ -205,7 +213,7 @@ class _StoreBuilder:
             np.save(self.folder / f"{name}.npy", np.concatenate([[0], np.cumsum(read(field), dtype=np.int64)]).astype(np.int64))
         meta = {name: self.state[name] for name in ("problems", "shown", "dropped", "seconds")}
         meta |= {"ids": self.ids, "version": VERSION, "content": content_of(self.folder)}
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (self.folder / "meta.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=2) + "\n")
         shutil.rmtree(self.target, ignore_errors=True)
         self.folder.rename(self.target)
         (self.target / "state.json").unlink(missing_ok=True)

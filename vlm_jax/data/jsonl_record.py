@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.data.example import Example
@@ -25,7 +25,9 @@ KINDS = ("conversations", "messages", "content")
 HUMAN, GPT = ("human", "user"), ("gpt", "assistant")
 PICTURES = ("image", "images")
 # Keys under which other formats name what is to be seen: a record that has one would be trained without it.
-MISTAKEN = re.compile(r"(image|img|picture|photo|video|frame|media)s?([_-]?(file|path|name|url|list)s?)?", re.IGNORECASE)
+MISTAKEN = re.compile(
+    r"(image|img|picture|pic|photo|video|frame|media)s?([_-]?(file|path|name|url|list|\d+)s?)?", re.IGNORECASE
+)
 
 
 class RecordError(Exception):
@@ -52,11 +54,9 @@ def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
     return value
 
 
-def _parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
-    """Those of all messages that are objects; what else there is, `from_messages` refuses."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        yield from (part for part in (content if isinstance(content, list) else ()) if isinstance(part, dict))
+def _objects(values: Any) -> list[dict[str, Any]]:
+    """The objects of a list; what else there is, is refused elsewhere."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 class Record:
@@ -87,6 +87,14 @@ class Record:
             if MISTAKEN.fullmatch(key) and key not in taken and value:
                 expected = "parts of 'content'" if not taken else "'image' or 'images'"
                 raise RecordError(f"has the key {key!r}, which is not read; expected its pictures in {expected}")
+        turns = [turn for kind in KINDS[:2] for turn in _objects(self._record.get(kind))]
+        texts = [part for turn in turns for part in _objects(turn.get("content")) if part.get("type") == "text"]
+        for name, items in {"turn": turns, "text": texts}.items():
+            for key in (key for item in items for key, value in item.items() if MISTAKEN.fullmatch(key) and value):
+                raise RecordError(
+                    f"has a {name} with the key {key!r}, which is not read there; expected its pictures in parts "
+                    "of a message, or in 'image' beside the conversation"
+                )
 
     def _pictures(self) -> list[Any]:
         """Of `image` or `images`: one path, or a list of them."""
@@ -147,7 +155,8 @@ class Record:
         paths = self._pictures()
         if not paths:
             return messages
-        places = [part for part in _parts(messages) if part.get("type") == "image" and not part.keys() & set(IMAGE_KEYS)]
+        parts = [part for message in _objects(messages) for part in _objects(message.get("content"))]
+        places = [part for part in parts if part.get("type") == "image" and not part.keys() & set(IMAGE_KEYS)]
         if len(places) != len(paths):
             raise RecordError(
                 f"{len(places)} parts of type 'image' without a path, and {len(paths)} pictures; expected equally many"

@@ -7,7 +7,6 @@ global batches are the same for any number of processes, and worker processes ch
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -80,9 +79,17 @@ def check_same(store: TokenStore) -> None:
         )
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning("%s", message)
+class _LeftOut:
+    """Examples that are left out because a picture of theirs cannot be used (bad_lines="skip")."""
+
+    def __init__(self, maker: RowMaker) -> None:
+        self._maker, self.examples = maker, set()
+
+    def add(self, example: int) -> None:
+        """Reports the first ones."""
+        if example not in self.examples and len(self.examples) < MAX_REPORTED:
+            log.warning("left out: %s", self._maker.why(example))
+        self.examples.add(example)
 
 
 def _share(config: DataConfig, *, process_index: int, process_count: int) -> range:
@@ -125,7 +132,6 @@ class TrainBatches:
 
     Attributes:
       position: the step whose batch comes next. It is all a checkpoint has to keep.
-      left_out: examples of the batches so far that are left out because a picture cannot be used (bad_lines="skip").
     """
 
     def __init__(
@@ -150,9 +156,10 @@ class TrainBatches:
         rows = PackedRows(store, tokens=data.tokens, images=data.images, per_image=data.sequences_per_image, seed=config.seed)
         rows.locate(start * data.rows)  # planned here, where it can be interrupted, not by every worker
         share = _share(data, process_index=process_index, process_count=process_count)
-        self.position, self.left_out = start, 0
-        self._maker = RowMaker(data, store, source, processor.spread, config.seed)
-        made = grain.MapDataset.range(start, max(start, config.steps)).map(_LocalBatch(data, rows, self._maker, share))
+        self.position = start
+        maker = RowMaker(data, store, source, processor.spread, config.seed)
+        self._left_out = _LeftOut(maker)
+        made = grain.MapDataset.range(start, max(start, config.steps)).map(_LocalBatch(data, rows, maker, share))
         # One thread: NumPy's small operations hold the interpreter, more threads only take turns.
         ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         if data.workers:
@@ -167,6 +174,11 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    @property
+    def left_out(self) -> int:
+        """Number of this process's examples so far that are left out because a picture cannot be used (bad_lines="skip")."""
+        return len(self._left_out.examples)
+
     def __next__(self) -> Batch:
         """The batch of step `position`: images [B / processes, M, I, height, width, 3], the rest as documented in `Batch`.
 
@@ -178,9 +190,7 @@ class TrainBatches:
         arrays = next(self._held[0]) if self._started else self._first()
         self.position += 1
         for example in arrays.pop(LEFT_OUT)[1:].tolist():
-            self.left_out += 1
-            if self.left_out <= MAX_REPORTED:
-                _warn_once(f"left out: {self._maker.why(example)}")
+            self._left_out.add(example)
         batch = Batch(**arrays)
         arrays.clear()  # Grain keeps the last dict to the very end; arrays shared with a worker would then stay unfreed
         return batch
@@ -226,10 +236,13 @@ def eval_batches(
     plan = plan_epoch(store.lengths_to_pack, config.tokens, config.images, per_image=config.sequences_per_image, shuffle=False)
     count = min(len(plan), max_rows) if max_rows else len(plan)
     maker = RowMaker(config, store, source, processor.spread, seed=None)
+    left_out = _LeftOut(maker)
     for first in range(0, count, config.rows):
         arrays = empty_rows(config, len(share))
         for place, offset in enumerate(share):
             if first + offset < count:
                 for example in maker.fill(arrays, place, plan[first + offset], first + offset):
-                    _warn_once(f"left out: {maker.why(example)}")
+                    left_out.add(example)
         yield Batch(**arrays)
+    if left_out.examples:
+        log.warning("%d examples of the evaluation are left out", len(left_out.examples))

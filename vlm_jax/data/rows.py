@@ -141,7 +141,8 @@ class RowMaker:
           ImageError: it cannot be used, and is to be left out.
         """
         try:
-            if (picture_size(medium[0]), file_bytes(medium[0])) != known:
+            # The bytes first: what was damaged since then is no picture that was broken before.
+            if sum(map(file_bytes, medium)) != known[1] or picture_size(medium[0]) != known[0]:
                 raise DataError(
                     f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
                     f"delete {self._store.folder}, which is made anew, and start again"

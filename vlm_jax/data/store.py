@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.files import lock
 from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.pictures import Size
 
@@ -45,7 +45,7 @@ FIELDS = {
     "slots": "int32",  # [examples] image slots of the example
     "example_media": "int32",  # [examples] its media
     "sizes": "int32",  # [media, 2] height and width of a medium
-    "file_bytes": "int64",  # [media] of its file, or of its first frame's
+    "file_bytes": "int64",  # [media] of its file, or of all its frames'
 }
 
 
@@ -101,10 +101,6 @@ class TokenStore:
         arrays = (self.counts, self.lengths, self.example, self.slots)
         return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 
-    def content(self) -> int:
-        """Checksum of all that it holds, which takes a second a gigabyte; `meta` has that of what was written."""
-        return content_of(self.folder)
-
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""
         here = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
@@ -126,7 +122,7 @@ class TokenStore:
 
 
 def content_of(folder: Path) -> int:
-    """Checksum of a store's arrays."""
+    """Checksum of a store's arrays, which takes a second a gigabyte; `meta` has that of what was written."""
     value = 0
     for name in (*(f"{field}.bin" for field in FIELDS), *(f"{name}.npy" for name in OFFSETS)):
         with (folder / name).open("rb") as file:
@@ -151,7 +147,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         began = reported = time.perf_counter()
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, busy)
                 break
             except BlockingIOError:
                 time.sleep(0.1)  # interruptible, unlike waiting for the lock itself

@@ -95,7 +95,7 @@ class DatasetTokenizer:
             except ImageError as error:
                 raise DataError(f"{example.id}: {error}") from None
             sizes.append(of_frames[0][0])
-            of_files.append(of_frames[0][1])
+            of_files.append(sum(length for _, length in of_frames))
         if not example.conversations:
             raise DataError(f"{example.id}: has no text")
         for turns in example.conversations:

@@ -1,8 +1,8 @@
 """A file of answers: in batches, and resumable. A line of it, in the order the answers come::
 
-    {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue", "pictures": "5b3c..."}
+    {"line": 1, "id": "7", "prompt": "what color is it?", "answer": "blue", "asked": "5b3c..."}
 
-`pictures` is a hash of the files of the pictures: a question whose pictures were changed is asked again.
+`asked` is a hash of the whole question, the pictures' bytes included: one that was changed is asked again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from vlm_jax.errors import RequestError, counted
 from vlm_jax.files import JsonError, lock, open_regular, parse_json, sha256
 from vlm_jax.generation.questions import Question, Questions
 from vlm_jax.generation.request import Request
-from vlm_jax.processing.pictures import ImageError
+from vlm_jax.processing.pictures import ImageError, Picture
 from vlm_jax.progress import human_time
 
+START = b'{"line": '  # of a line
 WINDOW = 16  # batches whose questions are sorted by length together
 
 
@@ -41,7 +42,11 @@ class _Answers:
         self._sha256 = functools.lru_cache(4096)(sha256)
         with self._named():
             self._file = _locked(path, "ab")
-        found = self._found(questions)
+        try:
+            found = self._found(questions)
+        except BaseException:
+            self._file.close()
+            raise
         self.done = {number for number, (_, same) in found.items() if same}
         self.stale = len(found) - len(self.done)
         if self.stale:
@@ -49,12 +54,15 @@ class _Answers:
                 self._keep([line for line, same in found.values() if same])
 
     def _found(self, questions: Questions) -> dict[int, tuple[bytes, bool]]:
-        """Line of the input -> what answers it, and whether its pictures are the same. Removes a line that was cut short."""
+        """Line of the input -> what answers it, and whether it is the same question. Removes a line that was cut short."""
         by_line = {question.line: question for question in questions.asked}
         with self._named(), open_regular(self.path) as file:
             whole, newline, rest = file.read().rpartition(b"\n")
         found = {}
-        for number, line in enumerate(whole.split(b"\n") if newline else [], 1):
+        lines = whole.split(b"\n") if newline else []
+        # What was cut short begins as a line does; anything else is somebody's file.
+        lines += [rest] if rest and rest[: len(START)] != START[: len(rest)] else []
+        for number, line in enumerate(lines, 1):
             same = False
             try:
                 entry = parse_json(line)
@@ -64,7 +72,7 @@ class _Answers:
                 else:
                     question = by_line[place]
                     same = (entry["id"], entry["prompt"]) == (question.id, question.prompt)
-                    current = entry.get("pictures") in (None, self._pictures(question.request))
+                    current = "asked" not in entry or entry["asked"] == self.asked(question.request)
             except (JsonError, KeyError, TypeError, AttributeError):
                 pass
             if not same:
@@ -88,18 +96,22 @@ class _Answers:
         self._file.close()
         self._file = file
 
-    def _pictures(self, request: Request) -> str | None:
-        """A hash of the pictures' files, in their order; None: there are none, or one cannot be read."""
-        files = [str(picture) for medium in request.ordered for picture in medium if isinstance(picture, str | Path)]
-        try:
-            return hashlib.sha256("".join(map(self._sha256, files)).encode()).hexdigest()[:16] if files else None
-        except OSError:
-            return None
+    def asked(self, request: Request) -> str:
+        """A hash of its turns and of its pictures' bytes; of a picture that cannot be read, of its name."""
 
-    def add(self, question: Question, answer: str) -> None:
-        entry = {"line": question.line, "id": question.id, "prompt": question.prompt, "answer": answer}
-        if pictures := self._pictures(question.request):
-            entry["pictures"] = pictures
+        def of(picture: Picture) -> str:
+            if isinstance(picture, bytes):
+                return hashlib.sha256(picture).hexdigest()
+            try:
+                return self._sha256(picture)
+            except OSError:
+                return str(picture)
+
+        parts = [repr(request.turns), *(of(picture) for medium in request.media for picture in medium)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def add(self, question: Question, answer: str, *, asked: str) -> None:
+        entry = {"line": question.line, "id": question.id, "prompt": question.prompt, "answer": answer, "asked": asked}
         with self._named():
             self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
@@ -123,9 +135,12 @@ def _locked(path: Path, mode: str) -> BinaryIO:
     """Opened for writing, by one process of the machine at a time."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is not a regular file")
-    file = path.open(mode)
-    lock(file, "another infer.py is writing it: wait for it, or give another --output")
-    return file
+    while True:
+        file = path.open(mode)
+        lock(file, "another infer.py is writing it: wait for it, or give another --output")
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # another one replaced the file in between
 
 
 def answer_file(
@@ -156,25 +171,28 @@ def answer_file(
     with contextlib.closing(_Answers(output, questions)) as answers:
         left = [question for question in questions.asked if question.line not in answers.done]
         if answers.done:
-            progress(f"{len(answers.done)} of {len(questions.asked)} were answered already")
+            progress(f"{len(questions.asked) - len(left)} of {len(questions.asked)} were answered already")
         if answers.stale:
-            progress(f"{counted(answers.stale, 'question')} will be asked again: their pictures were changed")
+            progress(f"{counted(answers.stale, 'question')} will be asked again: they or their pictures were changed")
         began, count, window = time.perf_counter(), 0, WINDOW * vlm.generator.rows
+        before = len(questions.asked) - len(left)
         for start in range(0, len(left), window):
             some = []
             for question in left[start : start + window]:
                 try:
-                    some.append((question, vlm.generator.prompt(question.request, question.line, settings)))
+                    prompt = vlm.generator.prompt(question.request, question.line, settings)
+                    some.append((question, prompt, answers.asked(question.request)))
                 except (RequestError, ImageError) as error:
                     refuse(question, error)
-            prompts = [prompt for _, prompt in some]
+            prompts = [prompt for _, prompt, _ in some]
             for batch in vlm.generator.batches(prompts, settings, refuse=lambda i, error, some=some: refuse(some[i][0], error)):
                 for index, answer in batch.items():
-                    answers.add(some[index][0], answer.text)
+                    question, _, asked = some[index]
+                    answers.add(question, answer.text, asked=asked)
                 answers.flush()
                 count += len(batch)
-                rate = count / (time.perf_counter() - began)
-                done = len(answers.done) + count
-                time_left = human_time((len(questions.asked) - done) / rate)
-                progress(f"{done}/{len(questions.asked)}  {rate:.3g} answers/s  left {time_left}")
+                if batch:
+                    rate = count / (time.perf_counter() - began)
+                    time_left = human_time((len(left) - count) / rate)
+                    progress(f"{before + count}/{len(questions.asked)}  {rate:.3g} answers/s  left {time_left}")
     return refused

@@ -94,13 +94,13 @@ def as_media(images: Sequence[Picture | Sequence[Picture]]) -> Media:
     Raises:
       RequestError: one is no picture, or a video without frames.
     """
-    media = tuple(tuple(image) if isinstance(image, list | tuple) else (image,) for image in images)
-    for number, medium in enumerate(media, 1):
-        if not medium:
+    media = []
+    for number, image in enumerate(images, 1):
+        frames = image if isinstance(image, list | tuple) else [image]
+        if not frames:
             raise RequestError(f"image {number} is an empty list; expected the frames of a video")
-        for picture in medium:
-            _picture(f"image {number}", picture)
-    return media
+        media.append(tuple(_picture(f"image {number}", frame) for frame in frames))
+    return tuple(media)
 
 
 def from_prompt(prompt: str, images: Sequence[Any] = (), shots: Sequence[Shot] = ()) -> tuple[Conversation, Media]:

@@ -97,9 +97,18 @@ def picture_size(picture: Picture) -> Size:
 
 
 def file_bytes(picture: Picture) -> int:
-    """The bytes of a picture's file; 0: it is none."""
+    """The bytes of a picture's file; 0: it is none.
+
+    Raises:
+      FileUnavailable: there is no such file.
+    """
     if isinstance(picture, str | Path):
-        return os.stat(picture).st_size
+        try:
+            return os.stat(picture).st_size
+        except FileNotFoundError:
+            raise _refuse(picture, "there is no such file", FileUnavailable) from None
+        except OSError as error:
+            raise _refuse(picture, f"cannot be read: {error.strerror}", FileUnavailable) from error
     return len(picture) if isinstance(picture, bytes) else 0
 
 

@@ -28,11 +28,7 @@ log = logging.getLogger(__name__)
 
 # Errors that say nothing about a checkpoint.
 PASSING = (errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
-STATUSES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED")
-
-
-class DamageError(ValueError):
-    """A checkpoint is not what was written."""
+STATUSES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED", "ABORTED", "UNKNOWN:")
 
 
 def fingerprint(tree: Any) -> jax.Array:
@@ -112,17 +108,20 @@ class Checkpoints:
         A damaged one is named in the log and moved to `damaged/`, and the one before it is used.
 
         Raises:
-          CheckpointError: all are damaged, one cannot be read for another reason, or it was trained on other data.
+          CheckpointError: all are damaged, one cannot be read for another reason, or it was trained on other data. Where
+            several processes train together, the first damaged one: each may have met another part of it.
         """
         for step in reversed(self.steps):
             try:
-                state, meta = self._restore(trainer, step)
+                restored = self._restore(trainer, step)
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
                 _check_damaged(self.folder, step, error)
-                self._set_aside(step)
-                continue
-            self._check_data(trainer.config, meta)
-            return state, step
+                restored = None
+            # Outside of the above: what fails in a collective is no damage.
+            if restored is not None and self._is_intact(restored, step):
+                self._check_data(trainer.config, restored.meta)
+                return restored.state, step
+            self._set_aside(step)
         aside = self.folder / "damaged"
         if aside.is_dir() and any(aside.iterdir()):
             raise CheckpointError(
@@ -154,18 +153,24 @@ class Checkpoints:
                 "details. Mend the cause and run the same command again to resume"
             ) from error
 
-    def _restore(self, trainer: Trainer, step: int) -> tuple[TrainState, dict[str, Any]]:
+    def _is_intact(self, restored: Any, step: int) -> bool:
+        found = int(jax.jit(fingerprint)(restored.state))
+        intact = found == restored.meta.get("fingerprint") and restored.meta.get("position") == step
+        if not intact:
+            _log_damaged(self.folder, step, "its arrays are not those that were saved")
+        return intact
+
+    def _restore(self, trainer: Trainer, step: int) -> Any:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         target = jax.tree.map(place, trainer.abstract_state, trainer.shardings)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        restored = self.manager.restore(step, args=items)
-        if int(jax.jit(fingerprint)(restored.state)) != restored.meta["fingerprint"] or restored.meta["position"] != step:
-            raise DamageError("its arrays are not those that were saved")
-        return restored.state, restored.meta
+        return self.manager.restore(step, args=items)
 
     def _set_aside(self, step: int) -> None:
-        self.manager.close()
-        if jax.process_index() == 0:
+        alone = jax.process_count() == 1
+        if alone:
+            self.manager.close()
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was first
             aside = self.folder / "damaged"
             aside.mkdir(exist_ok=True)
             target = aside / str(step)
@@ -173,10 +178,8 @@ class Checkpoints:
             while target.exists():
                 target, number = aside / f"{step}.{number}", number + 1
             (self.folder / "checkpoints" / str(step)).rename(target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("set aside")
+        if not alone:
+            raise CheckpointError(f"checkpoint {step} is now in {aside}: run the same command again")
         self._open()
 
     def wait(self) -> None:
@@ -214,10 +217,16 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
             raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps}")
         for candidate in [step] if step is not None else reversed(steps):
             try:
-                params = _params_of(checkpoints, config, mesh, candidate)
+                params, expected = _params_of(checkpoints, config, mesh, candidate)
             except Exception as error:
                 _check_damaged(folder, candidate, error)
                 continue
+            if expected is None:
+                log.warning("checkpoint %s of %s was written without a fingerprint of its parameters", candidate, folder)
+            elif int(jax.jit(fingerprint)(params)) != expected:
+                _log_damaged(folder, candidate, "its parameters are not those that were saved")
+                continue
+            params = merge(*params)
             if dtype is not None:
                 params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
             return LoadedRun(config, params, candidate)
@@ -226,20 +235,28 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
         checkpoints.close()
 
 
+def _log_damaged(folder: Path, step: int, cause: str) -> None:
+    log.error("checkpoint %s is damaged (%s)", folder / "checkpoints" / str(step), cause)
+
+
 def _check_damaged(folder: Path, step: int, error: Exception) -> None:
     """Logs a damaged checkpoint.
 
     Raises:
       CheckpointError: the error says nothing about the checkpoint: memory ran out, or a disk or the network failed.
     """
-    name, cause = folder / "checkpoints" / str(step), first_line(error)[:300]
+    cause = first_line(error)[:300]
     passing = any(words in str(error) for words in (*STATUSES, *map(os.strerror, PASSING)))
     if passing or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING):
-        raise CheckpointError(f"checkpoint {name} cannot be read at the moment ({cause}); it was left where it is") from error
-    log.error("checkpoint %s is damaged (%s)", name, cause)
+        raise CheckpointError(
+            f"checkpoint {step} of {folder} cannot be read at the moment ({cause}); it was left where it is: mend the cause "
+            "and run the same command again"
+        ) from error
+    _log_damaged(folder, step, cause)
 
 
-def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> Any:
+def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> tuple[tuple[Any, Any], int | None]:
+    """The trained and the frozen parameters, and the fingerprint that they were saved with."""
     model = module_of(config.model)(config.model)
     blueprint = Blueprint.of(model, config.optimizer.rules, mesh)
     # The optimizer's moments are left on disk: `partial_restore` reads what the target names.
@@ -250,8 +267,4 @@ def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: in
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(path / "state", args=args)
     meta = checkpoints.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if "params" not in meta:
-        log.warning("checkpoint %s was written by an older version, without a fingerprint of its parameters", path)
-    elif int(jax.jit(fingerprint)((restored["trained"], restored["frozen"]))) != meta["params"]:
-        raise DamageError("its parameters are not those that were saved")
-    return merge(restored["trained"], restored["frozen"])
+    return (restored["trained"], restored["frozen"]), meta.get("params")

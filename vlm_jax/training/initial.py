@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import Named
 from vlm_jax.training.checkpoint import Checkpoints, load_run
-from vlm_jax.training.run_folder import PUBLISHED, CheckpointError
+from vlm_jax.training.run_folder import PUBLISHED, CheckpointError, unseal
 from vlm_jax.training.step import Trainer, TrainState
 
 Params = Any
@@ -34,6 +35,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
     if restored is not None:
         return restored
     config = trainer.config
+    unseal(folder)
     if config.init_from and config.init_parts:
         raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
@@ -45,7 +47,11 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         published = open_published(config.init_from, pickles=config.pickles)
         params = published.load_params(trainer.mesh)
         if jax.process_index() == 0:
-            published.keep_files(folder / PUBLISHED)
+            part = folder / f".{PUBLISHED}.part"
+            for old in (part, folder / PUBLISHED):  # of another `init_from`, before the first checkpoint
+                shutil.rmtree(old, ignore_errors=True)
+            published.keep_files(part)
+            part.rename(folder / PUBLISHED)
     else:
         params = load_run(config.init_from, trainer.mesh).params
     _check(f"config.init_from={config.init_from}", params, trainer.abstract_state.params)

@@ -134,7 +134,7 @@ class _Run:
                 last, logs = step == config.steps, step % config.log_every == 0
                 if last or logs:
                     self._flush(step)
-                    self._log(step, timer.elapsed(), flops, left_out=data.left_out)
+                    self._log(step, timer.elapsed(), flops, left_out=self._of_all(data.left_out))
                 with timer.pause():
                     metrics = {}
                     if last or step % config.eval_every == 0:
@@ -164,6 +164,14 @@ class _Run:
         update = trainer.train_step.lower(state, batch).compile()
         self.reporter.say(f"{human_rate(flops, 'FLOP')} a step; compiled in {human_time(time.perf_counter() - began)}")
         return flops, update
+
+    def _of_all(self, number: int) -> int:
+        """Summed over the processes, where any may have some."""
+        if jax.process_count() == 1 or self.config.data.source.bad_lines == "error":
+            return number
+        from jax.experimental import multihost_utils
+
+        return int(multihost_utils.process_allgather(np.int32(number)).sum())
 
     def _save(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
         # The lines of what a checkpoint holds must be on disk before it: a resumed run writes only those after it.

@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,29 @@ from absl import logging as absl_logging
 BEAT_S = 1.0  # between two signs of life
 JAX_TIMEOUTS = 5  # times ours, so that JAX's own check comes later
 KEY, LEFT, FAILED = "vlm_jax/alive", "left", "failed"
+COLLECTIVE = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN:", "ABORTED")  # in errors of a broken connection
 ADVICE = "this one ends too; run the same command again on all machines to resume from the last checkpoint"
 
 
-@contextlib.contextmanager
-def peers(coordinator: str | None, processes: int | None, index: int | None, *, timeout: int, log_file: Path) -> Iterator[None]:
-    """Within, this process and the others are one JAX system, and this one ends when another one does.
+class Peers:
+    """This process and the others of the run as one JAX system; it ends when another one dies or fails."""
 
-    Args:
-      coordinator: host:port of the first process; None, as the other two: found by JAX, on a TPU pod for example.
-      timeout: seconds of silence after which a process is taken for dead.
-      log_file: for what C++ writes to the standard error.
-    """
-    _catch_aborts(log_file)
-    jax.distributed.initialize(
-        coordinator_address=coordinator,
-        num_processes=processes,
-        process_id=index,
-        heartbeat_timeout_seconds=JAX_TIMEOUTS * timeout,
-    )
-    others = _Peers(timeout)
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:
-        # A collective fails at once where the connection to a dead process breaks: `others` finds out which one it was.
-        time.sleep(timeout + 3 * BEAT_S)
-        raise
-    except BaseException:
-        others.say(FAILED)
-        raise
-    others.say(LEFT)
-
-
-class _Peers:
-    def __init__(self, timeout: int) -> None:
+    def __init__(
+        self, coordinator: str | None, processes: int | None, index: int | None, *, timeout: int, log_file: Path
+    ) -> None:
+        """
+        Args:
+          coordinator: host:port of the first process; None, as the other two: found by JAX, on a TPU pod for example.
+          timeout: seconds of silence after which a process is taken for dead.
+          log_file: for what C++ writes to the standard error.
+        """
+        _catch_aborts(log_file)
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=processes,
+            process_id=index,
+            heartbeat_timeout_seconds=JAX_TIMEOUTS * timeout,
+        )
         # JAX has no public name for it; Orbax takes it from here as well.
         from jax._src.distributed import global_state
 
@@ -67,8 +55,25 @@ class _Peers:
         for run in (self._beat, self._watch):
             threading.Thread(target=run, daemon=True).start()
 
-    def say(self, word: str) -> None:
-        """The last sign of this process."""
+    def explain(self, error: Exception) -> None:
+        """Waits, if a collective failed: it fails at once where the connection to a dead process breaks, and `_watch` finds out
+        which one that is, and ends this one."""
+        if any(word in str(error) for word in COLLECTIVE):
+            time.sleep(self.timeout + 3 * BEAT_S)
+
+    def leave(self, code: int, *, together: bool) -> None:
+        """The end of this process, with this exit status.
+
+        Args:
+          together: whether the others come to their end as well; else they are told to, and nothing waits for them.
+        """
+        self._say(LEFT if together else FAILED)
+        if not together:
+            time.sleep(3 * BEAT_S)  # so that they see it before the coordinator may be gone
+            sys.stdout.flush()
+            os._exit(code)
+
+    def _say(self, word: str) -> None:
         self.last = word
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"{KEY}/{self.me}", word, allow_overwrite=True)

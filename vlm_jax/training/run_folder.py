@@ -46,6 +46,7 @@ MAY_CHANGE_ON_RESUME = {
     "data.processor",  # it is kept in the run's folder
     "pickles",
     "accept_changed_data",
+    "data.check_pictures",
     "data.source.cache_dir",
 }
 
@@ -136,6 +137,12 @@ def write_or_check_config(folder: Path, config: RunConfig) -> None:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(new, indent=2) + "\n")
         part.rename(path)
+
+
+def unseal(folder: Path) -> None:
+    """Before a run that has no checkpoint yet is made anew."""
+    if jax.process_index() == 0:
+        (folder / CHECKSUMS).unlink(missing_ok=True)
 
 
 def seal(folder: Path) -> None:

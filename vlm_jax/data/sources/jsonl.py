@@ -112,9 +112,14 @@ class JsonLinesSource(Source):
     def __getitem__(self, index: int) -> Example:
         with self._lock:
             if self._file is None:
-                self._file = open_regular(self._path)
-                if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
+                try:
+                    file = open_regular(self._path)
+                except OSError as error:
+                    raise DataError(f"{self._path}: {error.strerror}") from error
+                if os.fstat(file.fileno()).st_mtime_ns != self._changed:
+                    file.close()
                     raise DataError(f"{self._path}: was changed during the run; start again")
+                self._file = file
         line, start, size = self._index[index].tolist()
         return self._parse(os.pread(self._file.fileno(), size, start), line)
 
