@@ -21,8 +21,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.generation import Settings
-from vlm_jax.errors import first_line
 from vlm_jax.families.open_clip import OpenClipTransform
 from vlm_jax.families.openflamingo import (
     LANGUAGE_PART,
@@ -38,9 +38,18 @@ from vlm_jax.families.openflamingo import (
     vocabulary_names,
 )
 from vlm_jax.interop.checkpoint import Checkpoint
-from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, open_weights, read_config
+from vlm_jax.interop.files import bounds, safetensors_files
+from vlm_jax.interop.files.folder import (
+    check_processing,
+    check_tokenizer,
+    copy_settings,
+    find,
+    open_weights,
+    read_config,
+    refused,
+)
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
+from vlm_jax.interop.files.settings import check_settings, read_settings
 from vlm_jax.interop.files.source import FirstRows, Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
 from vlm_jax.interop.register import FAMILIES, LANGUAGE
@@ -101,6 +110,10 @@ class OpenFlamingoFamily:
         latents = tensors["perceiver.latents"].shape[0]
         vocabulary = tensors[embedding_name(language)].shape[0]
         config = config_from_parts(vision, language, every=every, vocabulary=vocabulary, latents=latents, depth=depth)
+        try:
+            check_consistent(config)
+        except ValueError as error:
+            raise PublishedError(f"{folder / 'config.json'}: {error}") from error
         processor = OpenFlamingoProcessor(_tokenizer(parts["language"], language), config.vision.image_size)
         if processor.tokenizer.vocab_size > vocabulary:
             raise PublishedError(
@@ -108,6 +121,7 @@ class OpenFlamingoFamily:
                 f"{processor.tokenizer.vocab_size} with OpenFlamingo's: is it the file for this language model?"
             )
         layers = language_layers(language)
+        processor.limit_to(vocabulary)
 
         def source() -> Joined:
             frozen = {name: open_weights(part, pickles) for name, part in parts.items()}
@@ -150,7 +164,7 @@ def _keep_files(folder: Path, parts: dict[str, Path], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         copy_settings(part, target / PROCESSING / name)
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder / "config.json")
     settings |= {name: str(part.resolve()) for name, part in parts.items()}
     settings["checkpoint"] = str((folder / settings["checkpoint"]).resolve())
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -162,7 +176,8 @@ def _vision_config(parts: dict[str, Path]) -> Any:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder / "config.json")
+    check_settings(folder / "config.json", settings, bounds.OPEN_FLAMINGO)
     missing = [name for name in SETTINGS if name not in settings]
     if missing:
         raise PublishedError(f"{folder / 'config.json'}: {missing[0]!r} is missing; expected {', '.join(SETTINGS)}")
@@ -238,11 +253,10 @@ def _tokenizer(folder: Path, language: Any) -> Any:
     Args:
       language: transformers' configuration in the folder.
     """
+    check_processing(folder)
     from transformers import AutoTokenizer
 
-    try:
+    with refused(f"{folder}: AutoTokenizer cannot read it"):
         found = AutoTokenizer.from_pretrained(folder, config=language, trust_remote_code=False)
-    except Exception as error:  # whatever a missing or wrong file makes transformers raise
-        raise PublishedError(f"{folder}: AutoTokenizer cannot read it ({first_line(error)})") from error
     check_tokenizer(folder, found)
     return found
