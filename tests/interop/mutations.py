@@ -36,10 +36,10 @@ VALUES = (0, -1, 10**12, 1e12, 0.5, math.nan, math.inf, None, True, "many", "", 
 # Values of `VALUES` with which a setting is a good one, and another model: no reader could know better.
 OTHERS = {
     "eos_token_id": (0, [0]),
-    "vision_feature_layer": (0, -1),
+    "vision_feature_layer": (0, -1, [0]),
     "logit_scale_init_value": (0, -1, 0.5),  # what is learned replaces it
     **dict.fromkeys(("factor", "attention_factor", "low_freq_factor", "beta_slow"), (0.5, None)),
-    **dict.fromkeys(("short_factor", "long_factor", "image_std", "partial_rotary_factor"), (0.5,)),
+    **dict.fromkeys(("short_factor", "long_factor", "image_std", "partial_rotary_factor", "alibi_bias_max"), (0.5,)),
     "image_mean": (0, 0.5),
     "resample": (0,),
     "do_image_splitting": (True,),
@@ -72,11 +72,11 @@ class Damage:
 def settings_damages(folder: Path) -> list[Damage]:
     """Every value of every JSON file of settings, with every one of `VALUES` that is another."""
     damages = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         if not path.name.endswith(NOT_SETTINGS):
             for keys, old in _fields(json.loads(path.read_text())):
                 others = [value for value in VALUES if repr(value) != repr(old)]
-                damages += [Damage(path.name, keys, value) for value in others]
+                damages += [Damage(str(path.relative_to(folder)), keys, value) for value in others]
     return damages
 
 
@@ -145,10 +145,10 @@ WHOLE: dict[str, Callable[[Path], Any]] = {
 def file_damages(folder: Path) -> list[Damage]:
     """Every file as a whole; what only weights can suffer, for them alone."""
     damages = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".jinja", ".safetensors"):
             own = [kind for kind in WHOLE if kind != "I32" or path.suffix == ".safetensors"]
-            damages += [Damage(path.name, (), kind) for kind in own]
+            damages += [Damage(str(path.relative_to(folder)), (), kind) for kind in own]
     return damages
 
 
@@ -190,7 +190,7 @@ def opened(folder: Path) -> dict[str, Any]:
     Raises:
       ValueError: of this library, with the cause; anything else is an error of ours.
     """
-    checkpoint = open_published(folder)
+    checkpoint = open_published(folder, pickles=True)
     processor, config = checkpoint.processor, checkpoint.config
     source = checkpoint.open_source()
     table = max(checkpoint.tables, key=lambda table: names_known(table, source))

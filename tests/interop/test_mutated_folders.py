@@ -12,9 +12,12 @@ from mutations import Damage, applied, drawn, judged, legitimate, opened
 from test_encoder_folders import two_towers
 from test_idefics import idefics_folder
 from test_idefics2 import idefics2
-from test_llava import llava, llava_next
+from test_llava import FULL, llava, llava_next
+from test_openflamingo import made as open_flamingo
+from test_openflamingo import mosaic
 from test_paligemma import paligemma
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil
+from test_vipllava import vipllava
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, Dinov2Config
 
 SAMPLE = 6  # damages of each family
 SECONDS = 20  # for one of them, on a slow machine
@@ -74,6 +77,9 @@ FAMILIES = {
     "idefics": idefics_folder,
     "idefics2": idefics2,
     "paligemma": paligemma,
+    "vipllava": vipllava,
+    "llava_dinov2": functools.partial(llava, vision=Dinov2Config, tower=dict(image_size=28), **FULL),
+    "open_flamingo": functools.partial(open_flamingo, build=mosaic, every=1),
     "clip": functools.partial(two_towers, family="clip"),
     "siglip": functools.partial(two_towers, family="siglip"),
 }

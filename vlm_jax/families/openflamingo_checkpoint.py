@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.generation import Settings
+from vlm_jax.families import clip
 from vlm_jax.families.open_clip import OpenClipTransform
 from vlm_jax.families.openflamingo import (
     LANGUAGE_PART,
@@ -102,7 +104,7 @@ class OpenFlamingoFamily:
         """
         settings = _settings(folder)
         every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles=pickles)
-        vision, language = _vision_config(parts), read_config(parts["language"], LANGUAGE)
+        vision, language = _vision_config(parts), _language_config(parts)
         file = folder / settings["checkpoint"]
         trained = _trained(file, language, every, pickles=pickles)
         tensors = trained.tensors
@@ -152,7 +154,7 @@ class OpenFlamingoFamily:
         """
         kept = {name: folder / PROCESSING / name for name in ("vision", "language")}
         parts = kept if kept["language"].is_dir() else _parts(folder, _settings(folder), pickles=True)
-        tokenizer = _tokenizer(parts["language"], read_config(parts["language"], LANGUAGE))
+        tokenizer = _tokenizer(parts["language"], _language_config(parts))
         return OpenFlamingoProcessor(tokenizer, _vision_config(parts).image_size)
 
 
@@ -172,7 +174,21 @@ def _keep_files(folder: Path, parts: dict[str, Path], target: Path) -> None:
 
 def _vision_config(parts: dict[str, Path]) -> Any:
     config = read_config(parts["vision"], ("clip", "clip_vision_model"))
-    return getattr(config, "vision_config", config)
+    return _usable(parts["vision"], getattr(config, "vision_config", config), clip.vision_from_hf)
+
+
+def _language_config(parts: dict[str, Path]) -> Any:
+    config = read_config(parts["language"], LANGUAGE)
+    return _usable(parts["language"], config, LANGUAGE[config.model_type].config_from_hf)
+
+
+def _usable(folder: Path, config: Any, config_from_hf: Callable[[Any], Any]) -> Any:
+    """A part's configuration, which can be made into ours."""
+    try:
+        config_from_hf(config)
+    except ValueError as error:
+        raise PublishedError(f"{folder / 'config.json'}: {error}") from error
+    return config
 
 
 def _settings(folder: Path) -> dict[str, Any]:
