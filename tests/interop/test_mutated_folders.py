@@ -155,6 +155,7 @@ def test_a_sample_of_damages(made, family):
         ("llama_default", "tokenizer_config.json tokenizer_class", (None,), "tokenizer_class=null"),
         ("llama_default", "tokenizer.json model dropout", (0.5,), "model.dropout=0.5.*tokens are random"),
         ("llama_default", "tokenizer.json model continuing_subword_prefix", ("many",), "tokenizer cannot be read"),
+        ("clip", "tokenizer.json post_processor special_tokens", ({},), "its tokenizer fails on"),
         ("llama_default", "chat_template.jinja", ("empty", "zeros"), "is empty|writes nothing of what is said"),
         ("llama_default", "model.safetensors", ("I32",), "found int32, expected floating-point numbers"),
         ("llama_default", "generation_config.json", ("folder", "link", "fifo"), "is not a regular file"),

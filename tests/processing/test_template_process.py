@@ -156,6 +156,7 @@ def test_a_process_that_is_gone_is_started_again(process):
 
 def test_an_interruption_leaves_no_half_reply(process, monkeypatch):
     assert process.render("{{ 1 }}", {}) == "1"
+    assert os.getpgid(process._process.pid) != os.getpgid(0), "the keyboard's would end it too"
 
     def interrupted(*_):
         raise KeyboardInterrupt
