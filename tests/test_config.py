@@ -41,7 +41,7 @@ def runs():
         YarnScaling(factor=2.0, original_max_positions=8, attention_factor=1.1),
         longrope,
     )
-    block = dataclasses.replace(run.model.language.block, experts=ExpertsConfig(number=4, chosen=2))
+    block = dataclasses.replace(run.model.language.block, head_width=8, experts=ExpertsConfig(number=4, chosen=2))
     for window, positions in (
         *((7, RopeConfig(base=5e5, scaling=scaling, share=0.5)) for scaling in scalings),
         ((None, 3, 3), LearnedPositionsConfig(offset=2)),

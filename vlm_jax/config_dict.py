@@ -10,6 +10,7 @@ from typing import Any
 import dacite
 import ml_collections
 
+from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.frozen import Kinds
 from vlm_jax.config.register import RegisterError
 
@@ -29,13 +30,17 @@ def from_dict(cls: type, values: Any) -> Any:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: an unknown, missing or mistyped field; the message names it.
+      ValueError: an unknown, missing or mistyped field, or sizes that cannot go together; the message names it.
     """
     try:
         config = _read(cls, values)
     except dacite.DaciteError as error:
         raise ValueError(f"config: {error}") from error
     _refuse_missing(config, values, "")
+    try:
+        check_consistent(config)
+    except ValueError as error:
+        raise ValueError(f"config: {error}") from error
     return config
 
 

@@ -7,14 +7,15 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.folder import find, open_weights, read_config
+from vlm_jax.interop.files.folder import check_processing, find, open_weights, read_config
 from vlm_jax.interop.files.safetensors_files import INDEX, NAME, SafetensorsFiles
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.files.torch_pickle import TorchPickles
+from vlm_jax.interop.plan import plan
+from vlm_jax.interop.table import Table, row
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -144,51 +145,37 @@ def test_a_tensor_in_two_files(tmp_path):
     refused("both hold a; leave one", SafetensorsFiles, [tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
 
 
-def test_pickles_only_when_allowed_and_as_torch_reads_them(tmp_path):
-    base = torch.randn(6, 5)
-    state = {
-        "plain": base,
-        "transposed": base.t(),
-        "part": base[1:3, 2:],
-        "half": torch.randn(3).bfloat16(),
-        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
-        "number": torch.tensor(2),
-        "nested": {"deep": torch.ones(2)},
-        "epoch": 3,
-    }
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    refused("pytorch_model.bin only, a pickle. Allow it with", open_weights, tmp_path)
-    source = open_weights(tmp_path, pickles=True)
-    state["nested.deep"] = state.pop("nested")["deep"]
-    del state["epoch"]
-    assert source.tensors.keys() == state.keys()
-    for name, tensor in state.items():
-        expected = tensor.detach().float().numpy()
-        np.testing.assert_array_equal(source.read(name, whole(tensor.shape)).astype(np.float32), expected)
-    np.testing.assert_array_equal(source.read("transposed", (slice(1, 4), slice(0, 2))), base.t()[1:4, :2])
+def test_weights_of_another_type(tmp_path):
+    """Integers of the same size, as a header says that was changed."""
+    table, shapes = Table((row("a", "a", "D F -> D F"),)), {"a": (4, 6)}
+    for dtype, match in (
+        ("F32", None),
+        ("I32", r"a: found int32, expected floating-point numbers"),
+        ("BOOL", "damaged or cut"),
+    ):
+        save_file({"a": tensors()["a"]}, tmp_path / NAME)
+        rewrite_header(tmp_path / NAME, lambda header, dtype=dtype: header["a"].update(dtype=dtype))
+        if match is None:
+            assert plan(table, open_weights(tmp_path), shapes)
+        else:
+            with pytest.raises(ValueError, match=match):
+                plan(table, open_weights(tmp_path), shapes)
 
 
-class Evil:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def test_a_pickle_executes_nothing(tmp_path):
-    torch.save({"a": torch.zeros(2), "b": Evil(tmp_path / "was here")}, tmp_path / "x.bin")
-    refused(r"x.bin: it would run posix.mkdir, which is not a tensor", TorchPickles, [tmp_path / "x.bin"])
-    assert not (tmp_path / "was here").exists()
-
-
-def test_damaged_pickles(tmp_path):
-    file = tmp_path / "x.bin"
-    torch.save({"a": torch.randn(100)}, file)
-    good = file.read_bytes()
-    for content in (b"", b"PK", good[: len(good) // 2], b"\x80\x02}q\x00."):
-        file.write_bytes(content)
-        refused("x.bin is damaged or not a PyTorch zip file", TorchPickles, [file])
+def test_only_regular_files(tmp_path):
+    """A FIFO would be waited for for ever."""
+    for name, read in {
+        NAME: open_weights,
+        INDEX: open_weights,
+        "config.json": lambda folder: read_config(folder, ("llama",)),
+        "tokenizer.json": check_processing,
+        "x.safetensors": lambda folder: SafetensorsFiles([folder / "x.safetensors"]),
+        "x.bin": lambda folder: TorchPickles([folder / "x.bin"]),
+        "chat_template.jinja": check_processing,
+    }.items():
+        os.mkfifo(tmp_path / name)
+        refused(f"{name}.* is not a regular file|holds no weights", read, tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_the_hubs_cache_and_missing_folders(tmp_path):
@@ -210,8 +197,20 @@ def test_the_hubs_cache_and_missing_folders(tmp_path):
         ('{"model_type": "flying_carpet"}', "model_type 'flying_carpet' cannot be read; those that can are llama, llava"),
         ("{}", "model_type None cannot be read"),
         ("{", "config.json is damaged"),
-        ("[]", "config.json is damaged"),
-        ('{"model_type": "llama", "hidden_size": "many"}', "config.json cannot be used"),
+        ("[]", "config.json is damaged: it holds .*, no object"),
+        ('{"model_type": ["llama"]}', r"model_type \['llama'\] cannot be read"),
+        ('{"model_type": "llama", "hidden_size": "many"}', r'config.json: hidden_size="many" \(expected a whole number from 1'),
+        ('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}', "config.json cannot be used"),
+        ('{"model_type": "llama", "rms_norm_eps": NaN}', "config.json is damaged: it has the number nan"),
+        ('{"model_type": "llama", "rms_norm_eps": 1e999}', "config.json is damaged: it has the number inf"),
+        ('{"model_type": "llama", "text_config": 3}', r"text_config=3 \(expected an object or null\)"),
+        ('{"model_type": "llama", "a_config": {"b_config": {"vocab_size": 0}}}', "a_config.b_config.vocab_size=0"),
+        ('{"model_type": "llama", "rope_scaling": {"factor": 0}}', r"rope_scaling.factor=0 \(expected a number above 0"),
+        ('{"model_type": "llama", "rope_scaling": []}', r"rope_scaling=\[\] \(expected an object with some of"),
+        (
+            '{"model_type": "llama", "vocab_size": 0, "hidden_size": 0, "head_dim": 0, "n_heads": 0}',
+            "; .*; .*, and 1 more: corr",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_used(tmp_path, content, match):

@@ -1,6 +1,7 @@
 """Beam search and repetition penalty, token for token as transformers: alone and batched, with text and with pictures."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from folders import BOS, EOS, PAD, asked, load, picture, saved, their_answer, tokenizer, verbatim
 from test_idefics import PROMPTS, idefics_folder, listed
 from test_llava import TEXT, TWO, llava
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
+from vlm_jax.interop.files.source import PublishedError
+from vlm_jax.interop.published import _generation
 
 NEW = 10
 TEXTS = ["a cat sits on the mat", "what color", "two dogs run in the park USER: is the shape red? ASSISTANT:"]
@@ -142,6 +145,41 @@ def test_settings_that_are_not_implemented_are_told(tmp_path, caplog):
     model.save_pretrained(tmp_path)
     assert load(tmp_path).settings() == Settings(temperature=1.0, top_k=7)
     assert "no_repeat_ngram_size=2: not implemented" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        (dict(num_beams=0), r"num_beams=0 \(expected a whole number from 1"),
+        (dict(max_new_tokens=10**12), r"max_new_tokens=1000000000000 \(expected"),
+        (dict(repetition_penalty="high"), r'repetition_penalty="high" \(expected a number above 0'),
+        (dict(length_penalty=float("nan")), "is damaged: it has the number nan"),
+        (dict(eos_token_id=[1, -1]), r"eos_token_id=\[1, -1\] \(expected"),
+        (dict(do_sample=True, temperature=0), "temperature=0 with do_sample=true: expected a number above 0"),
+        (dict(do_sample=True, top_p=0.0), "top_p=0.0 with do_sample=true: expected a number above 0"),
+        (dict(do_sample="yes"), r'do_sample="yes" \(expected true or false or null\)'),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(text, tmp_path, said, match):
+    _, words, vlm = text
+    config, tokenizer = AutoConfig.from_pretrained(vlm.checkpoint.path), words
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(PublishedError, match=f"generation_config.json.*{match}"):
+        _generation(tmp_path, config, tokenizer)
+
+
+def test_the_longest_text_is_named(text, tmp_path, caplog):
+    _, words, vlm = text
+    config = AutoConfig.from_pretrained(vlm.checkpoint.path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(dict(max_length=4096)))
+    assert _generation(tmp_path, config, words)[1] == Settings()
+    assert "max_length=4096 counts the prompt too and is not implemented: answers end after max_new_tokens=64" in caplog.text
+    caplog.clear()
+    path.write_text(json.dumps(dict(max_length=4096, max_new_tokens=7, temperature=0.0)))  # which is not read without sampling
+    assert _generation(tmp_path, config, words)[1] == Settings(max_new_tokens=7)
+    assert not caplog.text
 
 
 def test_what_does_not_go_together(text):

@@ -47,6 +47,7 @@ def test_answers_and_their_ends_are_learned(processor, name):
         wrapped = processor.tokenizer.hf_tokenizer
         wrapped.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
         processor.ends = {wrapped.convert_tokens_to_ids("<|im_end|>")}
+        processor.vocabulary = None
     whole, prompt = processor.write(CHAT), processor.write(CHAT[:-1], open=True)
     np.testing.assert_array_equal(whole.tokens[: len(prompt.tokens)], prompt.tokens)
     np.testing.assert_array_equal(whole.flags[: len(prompt.tokens)], prompt.flags)

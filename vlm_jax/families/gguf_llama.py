@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import BlockConfig, DecoderConfig, LinearScaling, LongRopeScaling, ModelConfig, NormConfig, RopeConfig
+from vlm_jax.config.consistency import check_consistent
 from vlm_jax.interop.checkpoint import Checkpoint
+from vlm_jax.interop.files import bounds
 from vlm_jax.interop.files.gguf import read_gguf
 from vlm_jax.interop.files.gguf_tokenizer import tokenizer_of
+from vlm_jax.interop.files.settings import check_settings
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.published import language_processor
 from vlm_jax.interop.register import FILES
@@ -30,11 +33,15 @@ def open_gguf(path: Path) -> Checkpoint:
       TokenizerError: a kind of tokenizer that is not implemented.
     """
     fields, source = read_gguf(path)
+    check_settings(path, fields, bounds.GGUF)
     try:
         config = config_from_fields(fields, source)
-    except PublishedError as error:
+        check_consistent(config)
+    except ValueError as error:
         raise PublishedError(f"{path}: {error}") from error
     tokenizer = tokenizer_of(fields)
+    processor = language_processor(tokenizer)
+    processor.limit_to(config.vocab_size)
 
     def keep_files(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
@@ -42,7 +49,7 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         config=ModelConfig(vision=None, connector=None, fusion=None, language=config),
-        processor=language_processor(tokenizer),
+        processor=processor,
         tables=(table(config).under(ours="language/"),),
         open_source=lambda: source,
         keep_files=keep_files,
@@ -140,4 +147,6 @@ def _scaling(of: Any, source: Source) -> LinearScaling | LongRopeScaling | None:
     kind = of("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise PublishedError(f"llama.rope.scaling.type={kind!r}; only none and linear are implemented")
-    return LinearScaling(factor=float(of("rope.scaling.factor"))) if kind == "linear" else None
+    if kind == "linear" and (factor := of("rope.scaling.factor")) is None:
+        raise PublishedError("the metadata have no llama.rope.scaling.factor")
+    return LinearScaling(factor=float(factor)) if kind == "linear" else None

@@ -179,7 +179,7 @@ class IdeficsProcessor(PublishedProcessor):
         return text
 
     def postprocess_prompt(self, text: str) -> str:
-        out, neighbours = self.tokenizer.hf_tokenizer.bos_token, False
+        out, neighbours = self.tokenizer.begin, False
         for number, piece in enumerate(text.split(IMAGE)):
             if number:
                 out += ("" if neighbours else AROUND) + IMAGE + AROUND

@@ -15,6 +15,7 @@ import numpy as np
 from vlm_jax.config import ModelConfig
 from vlm_jax.errors import counted
 from vlm_jax.families import llava
+from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.published import Family
 from vlm_jax.interop.register import FAMILIES
 from vlm_jax.processing.layout import NEWLINE, Runs
@@ -99,6 +100,12 @@ def config_from_hf(config: Any) -> ModelConfig:
 
 def _processor(config: ModelConfig, hf_config: Any, hf_processor: Any, *rest: Any) -> PublishedProcessor:
     vision, pinpoints = config.vision, tuple((height, width) for height, width in hf_config.image_grid_pinpoints)
+    made = sorted(map(tuple, hf_processor.image_processor.image_grid_pinpoints))
+    if made != sorted(pinpoints) or any(side % vision.image_size for pair in pinpoints for side in pair):
+        raise PublishedError(
+            f"image_grid_pinpoints={list(pinpoints)} in config.json, {made} in the picture processor's: expected the same, "
+            f"multiples of vision_config.image_size={vision.image_size}"
+        )
     sizes = (vision.image_size, vision.frame_features)
     media = AnyresMedia(hf_processor.image_processor, *sizes, pinpoints=pinpoints, patch=vision.patch_size)
     return PublishedProcessor(hf_processor, *rest, media=media, image_token=hf_processor.image_token)

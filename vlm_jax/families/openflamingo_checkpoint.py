@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.generation import Settings
-from vlm_jax.errors import first_line
+from vlm_jax.families import clip
 from vlm_jax.families.open_clip import OpenClipTransform
 from vlm_jax.families.openflamingo import (
     LANGUAGE_PART,
@@ -38,9 +40,18 @@ from vlm_jax.families.openflamingo import (
     vocabulary_names,
 )
 from vlm_jax.interop.checkpoint import Checkpoint
-from vlm_jax.interop.files import safetensors_files
-from vlm_jax.interop.files.folder import check_tokenizer, copy_settings, find, open_weights, read_config
+from vlm_jax.interop.files import bounds, safetensors_files
+from vlm_jax.interop.files.folder import (
+    check_processing,
+    check_tokenizer,
+    copy_settings,
+    find,
+    open_weights,
+    read_config,
+    refused,
+)
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
+from vlm_jax.interop.files.settings import check_settings, read_settings
 from vlm_jax.interop.files.source import FirstRows, Joined, PublishedError, Renamed, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
 from vlm_jax.interop.register import FAMILIES, LANGUAGE
@@ -93,7 +104,7 @@ class OpenFlamingoFamily:
         """
         settings = _settings(folder)
         every, parts = settings["cross_attn_every_n_layers"], _parts(folder, settings, pickles=pickles)
-        vision, language = _vision_config(parts), read_config(parts["language"], LANGUAGE)
+        vision, language = _vision_config(parts), _language_config(parts)
         file = folder / settings["checkpoint"]
         trained = _trained(file, language, every, pickles=pickles)
         tensors = trained.tensors
@@ -101,6 +112,10 @@ class OpenFlamingoFamily:
         latents = tensors["perceiver.latents"].shape[0]
         vocabulary = tensors[embedding_name(language)].shape[0]
         config = config_from_parts(vision, language, every=every, vocabulary=vocabulary, latents=latents, depth=depth)
+        try:
+            check_consistent(config)
+        except ValueError as error:
+            raise PublishedError(f"{folder / 'config.json'}: {error}") from error
         processor = OpenFlamingoProcessor(_tokenizer(parts["language"], language), config.vision.image_size)
         if processor.tokenizer.vocab_size > vocabulary:
             raise PublishedError(
@@ -108,6 +123,7 @@ class OpenFlamingoFamily:
                 f"{processor.tokenizer.vocab_size} with OpenFlamingo's: is it the file for this language model?"
             )
         layers = language_layers(language)
+        processor.limit_to(vocabulary)
 
         def source() -> Joined:
             frozen = {name: open_weights(part, pickles) for name, part in parts.items()}
@@ -138,7 +154,7 @@ class OpenFlamingoFamily:
         """
         kept = {name: folder / PROCESSING / name for name in ("vision", "language")}
         parts = kept if kept["language"].is_dir() else _parts(folder, _settings(folder), pickles=True)
-        tokenizer = _tokenizer(parts["language"], read_config(parts["language"], LANGUAGE))
+        tokenizer = _tokenizer(parts["language"], _language_config(parts))
         return OpenFlamingoProcessor(tokenizer, _vision_config(parts).image_size)
 
 
@@ -150,7 +166,7 @@ def _keep_files(folder: Path, parts: dict[str, Path], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         copy_settings(part, target / PROCESSING / name)
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder / "config.json")
     settings |= {name: str(part.resolve()) for name, part in parts.items()}
     settings["checkpoint"] = str((folder / settings["checkpoint"]).resolve())
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -158,11 +174,26 @@ def _keep_files(folder: Path, parts: dict[str, Path], target: Path) -> None:
 
 def _vision_config(parts: dict[str, Path]) -> Any:
     config = read_config(parts["vision"], ("clip", "clip_vision_model"))
-    return getattr(config, "vision_config", config)
+    return _usable(parts["vision"], getattr(config, "vision_config", config), clip.vision_from_hf)
+
+
+def _language_config(parts: dict[str, Path]) -> Any:
+    config = read_config(parts["language"], LANGUAGE)
+    return _usable(parts["language"], config, LANGUAGE[config.model_type].config_from_hf)
+
+
+def _usable(folder: Path, config: Any, config_from_hf: Callable[[Any], Any]) -> Any:
+    """A part's configuration, which can be made into ours."""
+    try:
+        config_from_hf(config)
+    except ValueError as error:
+        raise PublishedError(f"{folder / 'config.json'}: {error}") from error
+    return config
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder / "config.json")
+    check_settings(folder / "config.json", settings, bounds.OPEN_FLAMINGO)
     missing = [name for name in SETTINGS if name not in settings]
     if missing:
         raise PublishedError(f"{folder / 'config.json'}: {missing[0]!r} is missing; expected {', '.join(SETTINGS)}")
@@ -238,11 +269,10 @@ def _tokenizer(folder: Path, language: Any) -> Any:
     Args:
       language: transformers' configuration in the folder.
     """
+    check_processing(folder)
     from transformers import AutoTokenizer
 
-    try:
+    with refused(f"{folder}: AutoTokenizer cannot read it"):
         found = AutoTokenizer.from_pretrained(folder, config=language, trust_remote_code=False)
-    except Exception as error:  # whatever a missing or wrong file makes transformers raise
-        raise PublishedError(f"{folder}: AutoTokenizer cannot read it ({first_line(error)})") from error
     check_tokenizer(folder, found)
     return found

@@ -59,7 +59,7 @@ class PaliGemmaProcessor(PublishedProcessor):
 
     def postprocess_prompt(self, text: str) -> str:
         pictures, token, prompt = text.rpartition(self.image_token)
-        return f"{pictures}{token}{self.tokenizer.hf_tokenizer.bos_token}{prompt}\n"
+        return f"{pictures}{token}{self.tokenizer.begin}{prompt}\n"
 
 
 def _processor(config: ModelConfig, hf_config: Any, *rest: Any) -> PaliGemmaProcessor:

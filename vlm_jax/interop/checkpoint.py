@@ -16,6 +16,7 @@ from vlm_jax.config.register import module_of
 from vlm_jax.interop.engine import load_params, names_known, published_tensors
 from vlm_jax.interop.files import safetensors_files
 from vlm_jax.interop.files.folder import check_folder, new_folder
+from vlm_jax.interop.files.settings import read_settings
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.table import Table
 from vlm_jax.processing.encoder_processor import EncoderProcessor
@@ -108,7 +109,7 @@ class Checkpoint:
         written = safetensors_files.write(target, ((name, tensor) for name, tensor in named if name is not None))
         self.keep_files(target)
         path = target / "config.json"
-        settings = json.loads(path.read_text())
+        settings = read_settings(path)
         held = {"dtype": str(jax.tree.leaves(params)[0].dtype)} if "dtype" in settings else {}
         if (changed := settings | held | dict(self.exported_settings)) != settings:
             path.write_text(json.dumps(changed, indent=2) + "\n")

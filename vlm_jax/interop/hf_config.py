@@ -123,6 +123,8 @@ def rope(config: Any) -> RopeConfig:
     kind = values.get("rope_type", "default")
     if kind not in SCALINGS:
         raise ValueError(f"{type(config).__name__}: RoPE scaling {kind!r}; expected one of {sorted(SCALINGS)}")
+    if kind in ("linear", "llama3", "dynamic") and values["factor"] is None:
+        raise ValueError(f"{type(config).__name__}: RoPE scaling {kind!r} without a factor")
     scaling = SCALINGS[kind](values, config.max_position_embeddings)
     return RopeConfig(base=float(values["rope_theta"]), scaling=scaling, share=values.get("partial_rotary_factor") or 1.0)
 

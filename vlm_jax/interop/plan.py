@@ -7,16 +7,18 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.interop.files.source import Source, Tensor
 from vlm_jax.interop.table import Axes, Index, Row, Shape, Table, axes_of, pattern, published_name
 
 CHUNK = 64 << 20  # bytes of two copies that are compared at a time
+MAX_LISTED = 30  # mismatches of a kind that a message names; it counts the others
 
 
 class ConversionError(ValueError):
-    """Names, shapes or values that do not fit; the message lists all of them."""
+    """Names, shapes, types or values that do not fit; the message has every kind of mismatch."""
 
 
 class Problems:
@@ -30,10 +32,11 @@ class Problems:
 
     def check(self) -> None:
         if self.found:
-            lines = [
-                f"{kind} ({len(found)}):\n" + "\n".join(f"    {what}" for what in found) for kind, found in self.found.items()
-            ]
-            raise ConversionError("the weights do not fit the model:\n  " + "\n  ".join(lines))
+            lines = []
+            for kind, found in self.found.items():
+                lines += [f"  {kind} ({len(found)}):", *(f"    {what}" for what in found[:MAX_LISTED])]
+                lines += [f"    and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
+            raise ConversionError("\n".join(["the weights do not fit the model:", *lines]))
 
 
 UNMATCHED = "published names that no row of the table knows; add a row, or an `ignored` one"
@@ -41,6 +44,7 @@ DOUBLE = "published names that are matched more than once; leave one out"
 MISSING = "published names that the model needs and the weights do not have"
 UNUSED = "published layers that the model does not have; check the number of layers in its config"
 SHAPE = "wrong shapes; check the widths in the model's config"
+TYPE = "types that weights do not have; the file is damaged, or quantised: take the original one"
 DIFFERENT = "published copies that are not equal to their original; set tied_head=False in the model's config"
 NO_PARAMETER = "rows whose parameter the model does not have; use the table of this model's config"
 NO_ROW = "parameters that no row of the table makes; use the table of this model's config"
@@ -176,6 +180,8 @@ def plan(table: Table, source: Source, shapes: Mapping[str, Shape]) -> dict[str,
                     problems.add(MISSING, f"{published_name(template, numbers)} (for {', '.join(one.row.ours)})")
                 elif tensors[name].shape != one.shape_of(part):
                     problems.add(SHAPE, f"{name}: found {tensors[name].shape}, expected {one.shape_of(part)}")
+                elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+                    problems.add(TYPE, f"{name}: found {tensors[name].dtype}, expected floating-point numbers")
                 else:
                     names[numbers] = (*names.get(numbers, ()), name)
         for place, path in enumerate(one.row.ours):

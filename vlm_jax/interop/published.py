@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
+from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.generation import Settings
-from vlm_jax.errors import first_line
 from vlm_jax.interop.checkpoint import Checkpoint, Config
+from vlm_jax.interop.files import bounds
 from vlm_jax.interop.files.folder import (
     check_folder,
+    check_processing,
     check_tokenizer,
     copy_settings,
     find,
     known_type,
     open_weights,
     read_config,
+    refused,
 )
+from vlm_jax.interop.files.settings import check_settings, read_settings
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.register import FAMILIES, FILES, LANGUAGE, LanguageFamily
 from vlm_jax.interop.table import Table
@@ -78,6 +81,7 @@ class Family:
         hf_config = read_config(folder, FAMILIES)
         try:
             config = self.config_from_hf(hf_config)
+            check_consistent(config)
         except ValueError as error:
             raise PublishedError(f"{folder / 'config.json'}: {error}") from error
         hf_processor = read_processor(folder, vision=config.has_vision, hf_config=hf_config)
@@ -86,6 +90,8 @@ class Family:
             config = self.fit_pictures(config.with_pixels(**_pixels(pictures)), hf_config, pictures)
         settings = _generation(folder, hf_config, getattr(hf_processor, "tokenizer", hf_processor)) if config.answers else ()
         processor = self.processor(config, hf_config, hf_processor, *settings)
+        if config.answers:
+            processor.limit_to(config.language.vocab_size)
         if pad_to_square:
             background = tuple(int(255 * mean) for mean in config.vision.mean)
             media = dataclasses.replace(processor.media, background=background)
@@ -130,7 +136,8 @@ def dual_encoder_family(
     *other_tables: Callable[[DualEncoderConfig], Table],
 ) -> Family:
     """An image encoder and a text encoder."""
-    processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor, config.text.encoder.max_positions)
+    sizes = lambda text: dict(length=text.max_positions, vocabulary=text.vocab_size)
+    processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor, **sizes(config.text.encoder))
     return Family(config_from_hf, lambda config, hf: table(config), processor, other_tables)
 
 
@@ -199,21 +206,21 @@ def read_processor(folder: Path, *, vision: bool, hf_config: Any = None) -> Any:
     Raises:
       PublishedError: it is missing or damaged.
     """
+    check_processing(folder)
     from transformers import AutoProcessor, AutoTokenizer
 
-    try:
-        if vision:
-            # The slow processors: the fast ones need torchvision.
-            found = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        else:
-            found = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
-    except ImportError as error:  # SigLIP's tokenizer
-        needed = " ".join(str(error).split())[:200]
-        raise PublishedError(f"{folder}: {needed}; pip install 'vlm_jax[sentencepiece]' has it") from error
-    except Exception as error:  # whatever a missing or wrong file makes transformers raise
-        cause = first_line(error)
-        what = "processor and tokenizer" if vision else "tokenizer"
-        raise PublishedError(f"{folder}: its {what} cannot be read ({cause})") from error
+    with refused(f"{folder}: its {'processor and tokenizer' if vision else 'tokenizer'} cannot be read"):
+        try:
+            if vision:
+                # The slow processors: the fast ones need torchvision.
+                found = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            else:
+                found = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
+        except ImportError as error:  # SigLIP's tokenizer
+            needed = " ".join(str(error).split())[:200]
+            raise ImportError(f"{needed}; pip install 'vlm_jax[sentencepiece]' has it") from error
+    if vision and not hasattr(getattr(found, "image_processor", found), "do_normalize"):
+        raise PublishedError(f"{folder}: {type(found).__name__} is no picture processor; fetch its settings again")
     check_tokenizer(folder, getattr(found, "tokenizer", found))
     return found
 
@@ -234,22 +241,28 @@ def _pixels(image_processor: Any) -> dict[str, tuple[float, ...]]:
 
 
 def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int], Settings]:
-    """The end tokens and the settings of `generation_config.json`."""
+    """The end tokens and the settings of `generation_config.json`.
+
+    Raises:
+      PublishedError: it is damaged, or a setting has a value that it cannot have.
+    """
     path = folder / "generation_config.json"
-    try:
-        said = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
+    said = read_settings(path) if path.exists() else {}
+    check_settings(path, said, bounds.GENERATION)
     text_config = hf_config.get_text_config()
     candidates = (said.get("eos_token_id"), getattr(text_config, "eos_token_id", None), tokenizer.eos_token_id)
     end = next((value for value in candidates if value is not None), None)
     ends = set(end) if isinstance(end, list) else {end} - {None}
+    if not ends:
+        log.warning("%s: neither a configuration nor the tokenizer names an end token: answers end at max_new_tokens", folder)
     ignored = [name for name in UNSUPPORTED_SETTINGS if said.get(name) not in UNSUPPORTED_SETTINGS[name]]
     if ignored:
         log.warning("%s: %s: not implemented, answers may differ", path, ", ".join(f"{name}={said[name]}" for name in ignored))
     settings: dict[str, Any] = {}
     samples = bool(said.get("do_sample"))
     if samples:
+        if wrong := [f"{name}={said[name]}" for name in ("temperature", "top_p") if said.get(name) == 0]:
+            raise PublishedError(f"{path}: {wrong[0]} with do_sample=true: expected a number above 0, or do_sample=false")
         settings = {"temperature": said.get("temperature") or 1.0, "top_k": said.get("top_k", 50) or 0}
         settings["top_p"] = said.get("top_p") or 1.0
     # Beam sampling is not supported; plain sampling is used instead.
@@ -258,4 +271,12 @@ def _generation(folder: Path, hf_config: Any, tokenizer: Any) -> tuple[set[int],
     for name in ("max_new_tokens", "repetition_penalty", "length_penalty"):
         if said.get(name) is not None:
             settings[name] = said[name]
-    return ends, Settings(**settings)
+    made = Settings(**settings)
+    if said.get("max_length") is not None and "max_new_tokens" not in settings:
+        log.warning(
+            "%s: max_length=%s counts the prompt too and is not implemented: answers end after max_new_tokens=%s",
+            path,
+            said["max_length"],
+            made.max_new_tokens,
+        )
+    return ends, made

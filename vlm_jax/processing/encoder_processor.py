@@ -14,6 +14,7 @@ import numpy as np
 from vlm_jax.errors import RequestError, check_text
 from vlm_jax.processing.media import picture_bytes
 from vlm_jax.processing.pictures import Picture, open_picture
+from vlm_jax.processing.tokenizer import TokenizerError, check_known
 
 
 class EncoderProcessor:
@@ -25,12 +26,13 @@ class EncoderProcessor:
 
     answers = False
 
-    def __init__(self, hf_processor: Any, length: int | None = None) -> None:
+    def __init__(self, hf_processor: Any, length: int | None = None, vocabulary: int | None = None) -> None:
         """
         Args:
           length: how many tokens a text has; None: no texts.
+          vocabulary: how many tokens the text encoder knows.
         """
-        self.hf_processor, self.length = hf_processor, length
+        self.hf_processor, self.length, self.vocabulary = hf_processor, length, vocabulary
 
     @property
     def has_text(self) -> bool:
@@ -55,7 +57,7 @@ class EncoderProcessor:
         """[texts, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
 
         Raises:
-          RequestError: there is no text encoder, or `texts` is not a list.
+          RequestError: there is no text encoder, or `texts` is not a list; TokenizerError: tokens that the encoder lacks.
         """
         if not self.has_text:
             raise RequestError("this checkpoint only encodes images: it has no text encoder")
@@ -63,7 +65,10 @@ class EncoderProcessor:
         for text in texts:
             check_text("a text", text)
         tokenizer = self.hf_processor.tokenizer
+        if tokenizer.pad_token is None:
+            raise TokenizerError("the tokenizer has no padding token (pad_token of tokenizer_config.json): fetch it again")
         made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
+        check_known(made["input_ids"], self.vocabulary)
         return made["input_ids"].astype(np.int32)
 
 

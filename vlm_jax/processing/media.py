@@ -154,7 +154,7 @@ def picture_bytes(processor: Any, picture: Any, **settings: Any) -> list[np.ndar
     """
     try:
         made = processor(picture, do_rescale=False, do_normalize=False, **settings)
-    except (ValueError, TypeError, IndexError, ZeroDivisionError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError, OSError) as error:
         raise ImageError(f"{type(processor).__name__} refuses the picture: {error}") from error
     values = made["pixel_values"] if hasattr(made, "keys") else made  # IDEFICS' gives the array itself
     first = values[0]

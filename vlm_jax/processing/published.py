@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.processing.conversation import Conversation, Text, Turn, media_of
@@ -18,7 +20,10 @@ from vlm_jax.processing.layout import TokenizedConversation
 from vlm_jax.processing.media import FittedMedia, MediaProcessor
 from vlm_jax.processing.processor import LANGUAGE_ONLY, Processor, Spread
 from vlm_jax.processing.spans import Marks, Span, append_answer, flag_tokens, tokenize_continuation
-from vlm_jax.processing.templates import render
+from vlm_jax.processing.templates import TEMPLATES, render
+from vlm_jax.processing.tokenizer import TokenizerError, check_known
+
+NAMED = frozenset(TEMPLATES.values())
 
 
 class PublishedTokenizer:
@@ -27,6 +32,17 @@ class PublishedTokenizer:
     def __init__(self, hf_tokenizer: Any) -> None:
         self.hf_tokenizer = hf_tokenizer
         self.vocab_size = max(hf_tokenizer.get_vocab().values()) + 1
+
+    @property
+    def begin(self) -> str:
+        """The token that prompts begin with.
+
+        Raises:
+          TokenizerError: there is none.
+        """
+        if (token := self.hf_tokenizer.bos_token) is None:
+            raise TokenizerError("the tokenizer has no bos_token, with which this model's prompts begin: fetch it again")
+        return token
 
     def encode(self, text: str) -> list[int]:
         return self.hf_tokenizer.encode(text, add_special_tokens=False)
@@ -57,6 +73,7 @@ class PublishedProcessor(Processor):
 
     before_answer, after_answer, after_text = " ", "\n", ""
     resets_at: int | None = None
+    vocabulary: int | None = None  # how many tokens the model knows; None: it is not said
 
     def __init__(
         self,
@@ -83,6 +100,16 @@ class PublishedProcessor(Processor):
         found = getattr(hf_processor, "chat_template", None)
         self.template: str = (found.get("default", "") if isinstance(found, dict) else found) or ""
 
+    def limit_to(self, vocabulary: int) -> None:
+        """Says how many tokens the model knows: what a damaged tokenizer makes beyond them is refused.
+
+        Raises:
+          TokenizerError: the model could never say one of the end tokens.
+        """
+        check_known(np.asarray(sorted(self.ends)), vocabulary)
+        self.vocabulary = vocabulary
+        self.pad_id = self.pad_id if self.pad_id < vocabulary else 0  # it is never seen, but has an embedding
+
     @property
     def has_vision(self) -> bool:
         """False for a language model alone."""
@@ -96,11 +123,14 @@ class PublishedProcessor(Processor):
         ids, offsets = self.tokenizer.encode_offsets(prompt, begin=self._begins(conversation, prompt))
         written = flag_tokens(prompt, ids, offsets, answers=answers, ends=self.ends)
         self._check_pictures(written, prompt, conversation)
-        if last is None:
-            return written
-        return append_answer(
-            written, tokenize_continuation(self.tokenizer.encode_offsets, prompt, said) if last.text else [], end_id
-        )
+        self._check_said(prompt, conversation[:-1] if last else conversation)
+        if last is not None:
+            continued = tokenize_continuation(self.tokenizer.encode_offsets, prompt, said) if last.text else []
+            written = append_answer(written, continued, end_id)
+        # A token that visual tokens take the place of is not read.
+        replaced = self.spread.media.tile_tokens and written.tokens == self.spread.image_id
+        check_known(np.where(replaced, 0, written.tokens), self.vocabulary)
+        return written
 
     def rendered(self, turns: Conversation, *, ask: bool) -> str:
         """The text that is tokenised, as transformers' processor makes it; one image token for each run of visual tokens.
@@ -207,7 +237,7 @@ class PublishedProcessor(Processor):
         """A turn in the form chat templates read: of a language model alone, just its text."""
         if not self.has_vision:
             return {"role": turn.role, "content": turn.text}
-        parts = [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in turn.content]
+        parts = [{"type": "text", "text": str(p.text)} if isinstance(p, Text) else {"type": "image"} for p in turn.content]
         return {"role": turn.role, "content": parts}
 
     def _check(self, conversation: Conversation) -> None:
@@ -233,6 +263,21 @@ class PublishedProcessor(Processor):
         if expected % max(pictures, 1) or (expected > 0) != (pictures > 0):
             raise RequestError(
                 f"the conversation has {pictures} pictures and the chat template writes {expected} of {self.image_token!r}"
+            )
+
+    def _check_said(self, prompt: str, conversation: Conversation) -> None:
+        """Checks that a checkpoint's own template, which may be damaged, writes something of the last turn.
+
+        Of pictures there is a check already.
+        """
+        if self.template in NAMED or not self._templated(conversation) or media_of(conversation):
+            return
+        words = [word for part in conversation[-1].content for word in part.text.split()]
+        written = prompt.lower()
+        if words and not any(word.lower() in written for word in sorted(words, key=len)[-3:]):
+            raise RequestError(
+                "the checkpoint's chat template writes nothing of what is said; look into chat_template.jinja, or "
+                "'chat_template' of tokenizer_config.json, or fetch them again"
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax.errors import RequestError, first_line
+from vlm_jax.processing.template_process import PROCESS, TemplateFailure
 
 # What a turn says: its pictures, then its texts.
 _SAID = (
@@ -59,21 +60,19 @@ def named_template(name: str) -> str:
 
 
 def render(template: str, messages: list[dict[str, Any]], *, ask: bool, special: dict[str, Any]) -> str:
-    """A chat as text.
+    """A chat as text, with a bound on the time and the memory that this takes.
 
     Args:
       ask: end where the assistant is to speak.
       special: the tokenizer's special tokens by name, which templates write.
 
     Raises:
-      RequestError: the template refuses these turns.
+      RequestError: the template refuses these turns, is wrong, or takes too long.
     """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    tokens = {name: list(map(str, found)) if isinstance(found, list | tuple) else str(found) for name, found in special.items()}
+    variables = dict(messages=messages, tools=None, documents=None, add_generation_prompt=ask)
     try:
-        texts, _ = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=ask, **special)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        return PROCESS.render(template, tokens | variables)
+    except TemplateFailure as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise RequestError(f"the checkpoint's chat template refuses turns of {roles}: {first_line(error)}") from error
-    return texts[0]
+        raise RequestError(f"the checkpoint's chat template refuses turns of {roles}: {first_line(error)}") from None

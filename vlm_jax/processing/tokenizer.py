@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vlm_jax.errors import first_line
 
 if TYPE_CHECKING:
@@ -21,6 +23,21 @@ PAD, BOS, EOS, IMAGE, EOC = SPECIAL = ("<pad>", "<BOS>", "<EOS>", "<image>", "<E
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be had or used."""
+
+
+def check_known(ids: np.ndarray, vocabulary: int | None) -> None:
+    """
+    Args:
+      vocabulary: how many tokens the model knows; None: it is not said.
+
+    Raises:
+      TokenizerError: one that the model has no embedding of.
+    """
+    if vocabulary is not None and ids.size and (most := int(ids.max())) >= vocabulary:
+        raise TokenizerError(
+            f"the tokenizer gives the token {most}, and the model knows those below {vocabulary}: the tokenizer is another "
+            "model's, or a token in tokenizer_config.json is not one of the vocabulary"
+        )
 
 
 class Tokenizer:

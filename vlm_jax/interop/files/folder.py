@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import first_line
 from vlm_jax.files import CHECKSUMS, check_checksums
-from vlm_jax.interop.files import safetensors_files
+from vlm_jax.interop.files import bounds, safetensors_files
 from vlm_jax.interop.files.packages import locate, packaged_weights
 from vlm_jax.interop.files.safetensors_files import SafetensorsFiles
+from vlm_jax.interop.files.settings import check_settings, read_settings
 from vlm_jax.interop.files.source import PublishedError, Source
 from vlm_jax.interop.files.torch_pickle import TorchPickles
 
@@ -21,7 +22,17 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OPEN_CLIP = "open_clip_model.safetensors"
 PACKAGE = "pypi:"
 FILES = (".gguf", ".onnx")
-WEIGHTS = (".safetensors", ".bin", ".pt")
+PROBE = "What is in picture 10? \u00e9\u4e2d\U0001f408\n"  # a text that every tokenizer must be able to read
+# Files of the processing, and the bounds of their settings.
+PROCESSING = {
+    "preprocessor_config.json": bounds.PROCESSING,
+    "processor_config.json": bounds.PROCESSING,
+    "tokenizer_config.json": bounds.TOKENIZER,
+    "special_tokens_map.json": bounds.TOKENIZER,
+    "added_tokens.json": {},
+    "chat_template.json": bounds.TOKENIZER,
+}
+SETTINGS, WEIGHTS = (".json", ".jinja", ".model", ".txt"), (".safetensors", ".bin", ".pt")
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
@@ -76,7 +87,7 @@ def _snapshot(path: Path) -> Path:
     if (path / "config.json").exists() or not snapshots.is_dir():
         return path
     reference = path / "refs" / "main"
-    named = snapshots / reference.read_text().strip() if reference.is_file() else None
+    named = snapshots / reference.read_text(errors="replace").strip() if reference.is_file() else None
     found = named if named and named.is_dir() else max(snapshots.iterdir(), key=lambda p: p.stat().st_mtime, default=None)
     if found is None:
         raise PublishedError(f"no checkpoint at {path}: its snapshots folder is empty; fetch it again")
@@ -96,26 +107,21 @@ def check_folder(path: Path, *, weights: bool) -> None:
 def model_type(folder: Path) -> str | None:
     """The `model_type` of a published `config.json`; None: no such file, or not a published one."""
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise PublishedError(f"{path} is damaged ({error}); fetch it again") from error
+    return read_settings(path).get("model_type") if path.exists() else None
 
 
 def copy_settings(folder: Path, target: Path) -> None:
     """Copies everything but the weights."""
     target.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
+        if file.suffix in SETTINGS and ".index." not in file.name:
             shutil.copyfile(file, target / file.name)
 
 
 def is_published(name: str | Path) -> bool:
     """True unless it is a run folder: a published checkpoint's folder or name."""
     folder = Path(name).expanduser()
-    return not (folder / "config.json").is_file() or model_type(folder) is not None
+    return not (folder / "config.json").exists() or model_type(folder) is not None
 
 
 def known_type(folder: Path, known: Collection[str]) -> str:
@@ -127,29 +133,75 @@ def known_type(folder: Path, known: Collection[str]) -> str:
     Raises:
       PublishedError: there is no configuration, it is damaged, or of an unknown type.
     """
+    check_files(folder)
     if not (folder / "config.json").is_file():
         raise PublishedError(
             f"no checkpoint at {folder}: it holds no config.json, so it is neither a run's --workdir nor a published checkpoint"
         )
     kind = model_type(folder)
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise PublishedError(
             f"{folder / 'config.json'}: model_type {kind!r} cannot be read; those that can are {', '.join(sorted(known))}"
         )
     return kind
 
 
+def check_files(folder: Path) -> None:
+    """
+    Raises:
+      PublishedError: there is something else than a file under the name of one: a FIFO, from which reading would never end, a
+        folder or a dangling link, which would be taken for a file that is not there.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in SETTINGS + WEIGHTS and not path.is_file():
+            raise PublishedError(f"{path} is not a regular file; remove it, or fetch it again")
+
+
 def read_config(folder: Path, known: Collection[str]) -> Any:
-    """transformers' configuration object; for `known` and the errors see `known_type`."""
+    """transformers' configuration object, every setting that is used within its bounds; for the rest see `known_type`."""
     kind = known_type(folder, known)
+    path = folder / "config.json"
+    settings = read_settings(path)
+    check_settings(path, settings, bounds.CONFIG)
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    try:
+    with refused(f"{path} cannot be used"):
         if kind not in CONFIG_MAPPING:  # its code is in a hub repository: what the file says is read, and nothing is run
-            return PreTrainedConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            return PreTrainedConfig.from_dict(settings)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a wrong value makes transformers raise
-        raise PublishedError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Around a library that reads a published file: on a damaged one it raises what it likes.
+
+    Args:
+      what: the beginning of the message.
+
+    Raises:
+      PublishedError: instead of every `Exception`, and of the panic of a library in Rust, which is none.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise PublishedError(f"{what} ({first_line(error)}); correct it, or fetch it again") from error
+
+
+def check_processing(folder: Path) -> None:
+    """Checks the settings with which transformers makes tokens and pictures.
+
+    Raises:
+      PublishedError: a file is damaged, or a setting has a value that it cannot have.
+    """
+    check_files(folder)
+    for name, allowed in PROCESSING.items():
+        if (path := folder / name).exists():
+            check_settings(path, read_settings(path), allowed)
+    template = folder / "chat_template.jinja"
+    if template.exists() and not template.stat().st_size:
+        raise PublishedError(f"{template} is empty; remove it, or fetch it again")
 
 
 def open_weights(folder: Path, pickles: bool = False) -> Source:
@@ -185,10 +237,16 @@ def open_weights(folder: Path, pickles: bool = False) -> Source:
 def check_tokenizer(folder: Path, tokenizer: Any) -> None:
     """
     Raises:
-      PublishedError: it was read from a folder that has none; transformers makes an empty one then, which reads nothing.
+      PublishedError: it was read from a folder that has none; transformers makes an empty one then, which reads nothing. Or it
+        fails on a text, or gives other tokens each time.
     """
     if not hasattr(tokenizer, "vocab_files_names"):
         return  # a picture processor alone
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in files):
         raise PublishedError(f"{folder} holds no tokenizer: expected one of {', '.join(sorted(files))}; fetch it again")
+    with refused(f"{folder}: its tokenizer fails on {PROBE!r}"):
+        tokenizer(PROBE)
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        raise PublishedError(f"{folder / 'tokenizer.json'}: model.dropout={model.dropout}: expected null, or tokens are random")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CONTROL, USER_DEFINED = 3, 4  # values of `token_type`
+SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # names of special tokens -> transformers'
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -32,6 +33,10 @@ def tokenizer_of(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     kind, tokens = of("model"), of("tokens", [])
     if kind not in KINDS:
         raise TokenizerError(f"tokenizer.ggml.model is {kind!r}; expected one of {sorted(KINDS)}")
+    for name in SPECIAL:
+        number = of(f"{name}_token_id")
+        if number is not None and not (isinstance(number, int) and 0 <= number < len(tokens)):
+            raise TokenizerError(f"tokenizer.ggml.{name}_token_id={number}: expected the number of one of {len(tokens)} tokens")
     fast = KINDS[kind](of)
     types = of("token_type", [])
     named = lambda wanted: [token for token, found in zip(tokens, types, strict=False) if found == wanted]
@@ -39,7 +44,7 @@ def tokenizer_of(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     fast.add_tokens([AddedToken(token, normalized=False) for token in named(USER_DEFINED)])
     special = {
         f"{ours}_token": tokens[of(f"{theirs}_token_id")]
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        for theirs, ours in SPECIAL.items()
         if of(f"{theirs}_token_id") is not None
     }
     if of("add_bos_token", kind == "llama"):

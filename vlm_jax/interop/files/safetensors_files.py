@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vlm_jax.interop.files.settings import read_settings
 from vlm_jax.interop.files.source import PublishedError, Tensor
 from vlm_jax.interop.table import Index, Shape
 
@@ -73,6 +74,8 @@ def _header(file: Path) -> dict[str, tuple[str, Shape, int]]:
     Raises:
       PublishedError: there is no such file, or it is damaged.
     """
+    if file.exists() and not file.is_file():
+        raise PublishedError(f"{file} is not a regular file; remove it, or fetch it again")
     try:
         with safe_open(file, framework="numpy"):
             pass
@@ -93,17 +96,21 @@ def files_of_index(index: Path) -> list[Path]:
     Raises:
       PublishedError: the index is damaged, names a file outside its folder, or one that is not there.
     """
-    try:
-        names = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(names.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PublishedError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+    files = sorted(set(_weight_map(index).values()))
     for name in files:
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+        if Path(name).name != name or name in (".", ".."):
             raise PublishedError(f"{index} names the file {name!r}: only files in its own folder are read")
         if not (index.parent / name).is_file():
             raise PublishedError(f"{index} names {name}, which is not in {index.parent}; fetch the checkpoint again")
     return [index.parent / name for name in files]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor."""
+    named = read_settings(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise PublishedError(f"{index} is damaged: its 'weight_map' does not name a file for every tensor; fetch it again")
+    return named
 
 
 def from_index(index: Path) -> SafetensorsFiles:
@@ -112,7 +119,7 @@ def from_index(index: Path) -> SafetensorsFiles:
       PublishedError: as `files_of_index` and `SafetensorsFiles`, or the files do not hold what the index says.
     """
     source = SafetensorsFiles(files_of_index(index))
-    said = json.loads(index.read_text())["weight_map"]
+    said = _weight_map(index)
     held = {name: file.name for name, file in source.file.items()}
     if said != held:
         wrong = sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name))
