@@ -67,6 +67,7 @@ class Peers:
         Args:
           together: whether the others come to their end as well; else they are told to, and nothing waits for them.
         """
+        _SAID.set()
         self._say(LEFT if together else FAILED)
         if not together:
             time.sleep(3 * BEAT_S)  # so that they see it before the coordinator may be gone
@@ -102,6 +103,7 @@ class Peers:
 
     def _end(self, cause: str) -> None:
         """At once: whatever waits for the others would wait for ever."""
+        _SAID.set()
         print(f"train.py: {cause}: {ADVICE}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -116,6 +118,8 @@ def _catch_aborts(log_file: Path) -> None:
     absl_logging.get_absl_handler().python_handler.stream = sys.stderr
 
     def on_abort(number: int) -> None:
+        if _SAID.is_set():
+            os._exit(1)
         line = f"train.py: the first process, which coordinates the others, is gone, or JAX failed ({log_file}): {ADVICE}\n"
         os.write(terminal, line.encode())
         os._exit(1)
@@ -125,4 +129,5 @@ def _catch_aborts(log_file: Path) -> None:
     ctypes.CDLL(None).signal(signal.SIGABRT, _KEPT[-1])
 
 
+_SAID = threading.Event()  # why this process ends is printed already
 _KEPT: list[Any] = []  # functions that C calls
