@@ -54,14 +54,12 @@ def build(config: Any, *, class_token: str, bias: bool, norm: NormConfig | None 
       class_token: "dropped" or "kept"; of the projector: bias, norm.
 
     Raises:
-      ValueError: an encoder without a class token that is to be dropped, no layer, or a language model whose embeddings are
+      ValueError: an encoder without a class token that is to be dropped, or a language model whose embeddings are
         narrower than its layers.
     """
     vision = VISION[config.vision_config.model_type].config_from_hf(config.vision_config)
     language = LANGUAGE[config.text_config.model_type].config_from_hf(config.text_config)
     layers = config.vision_feature_layer
-    if not isinstance(layers, int) and not layers:
-        raise ValueError(f"vision_feature_layer={layers}: expected a number, or a list of at least one")
     if vision.class_token == "none" and class_token == "dropped":
         raise ValueError(
             "the first feature is dropped (vision_feature_select_strategy='default'; ViP-LLaVA always drops it), and the "

@@ -75,4 +75,7 @@ def render(template: str, messages: list[dict[str, Any]], *, ask: bool, special:
         return PROCESS.render(template, tokens | variables)
     except TemplateFailure as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise RequestError(f"the checkpoint's chat template refuses turns of {roles}: {first_line(error)}") from None
+        raise RequestError(
+            f"the checkpoint's chat template refuses turns of {roles}: {first_line(error)}. Change the turns, or the template: "
+            "chat_template.jinja, or 'chat_template' of tokenizer_config.json"
+        ) from None
