@@ -22,6 +22,7 @@ from typing import Any
 
 HEADER = struct.Struct("<Q")  # a length, as `template_worker.py` writes it
 SECONDS = 10  # for one text
+START_SECONDS = 60  # for the process to be there, which takes 0.1 s on a machine with nothing else to do
 MEMORY = 512 << 20  # bytes, of which Jinja and Python use none
 LONGEST = 1 << 24  # characters of one text
 PATIENCE = 2  # texts that may take too long before a template is given up
@@ -64,8 +65,8 @@ class TemplateProcess:
                 raise TemplateFailure(f"it ends the process that renders it ({self._end(patience=1.0)})") from None
 
     def _asked(self, template: str, variables: dict[str, Any]) -> str:
-        deadline = time.monotonic() + SECONDS
         process = self._process or self._start()
+        deadline = time.monotonic() + SECONDS
         new = template not in self._numbers
         number = self._numbers.setdefault(template, next(self._count))
         request = marshal.dumps((number, template if new else None, variables))
@@ -99,6 +100,13 @@ class TemplateProcess:
         )
         for stream in (self._process.stdin, self._process.stdout):
             os.set_blocking(stream.fileno(), False)
+        try:
+            _read(self._process.stdout.fileno(), 1, time.monotonic() + START_SECONDS)
+        except (EOFError, TimeoutError):
+            raise TemplateFailure(f"{sys.executable} cannot start {WORKER} ({self._end(patience=1.0)})") from None
+        except BaseException:
+            self._end()
+            raise
         return self._process
 
     def _end(self, patience: float = 0.0) -> str:

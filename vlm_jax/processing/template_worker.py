@@ -4,9 +4,9 @@ A template comes with a checkpoint, from anyone, and Jinja's sandbox keeps it fr
 from filling the memory. So it runs here, within limits of the operating system, where neither can hurt: no more memory than it
 is given, no new file, socket or process, and a limit on the time of the CPU that ends it should the parent be gone.
 
-A request is its length and a marshalled (number of the template, its source the first time it is used, variables). A reply is
-`=`, a length and the text; or, with the reason in the place of the text, `!`, or `?` if the template cannot be compiled.
-Nothing of this library is imported: it starts in 0.1 s.
+It says `+` when it is ready. A request is its length and a marshalled (number of the template, its source the first time it is
+used, variables). A reply is `=`, a length and the text; or, with the reason in the place of the text, `!`, or `?` if the
+template cannot be compiled. Nothing of this library is imported: it starts in 0.1 s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ try:
 except ImportError:  # no such limits on this system: the parent's clock still ends what takes too long
     resource = None
 
-HEADER = struct.Struct("<Q")
+READY, HEADER = b"+", struct.Struct("<Q")
 OPEN_FILES = 3  # the two pipes and what errors are written to
 
 
@@ -145,6 +145,8 @@ def main(memory: int, seconds: int, longest: int) -> None:
     templates: dict[int, jinja2.Template] = {}
     made.from_string("{{ 'a\\n' }}{{ strftime_now('%c %Z') }}").render()  # what is read late: a codec, the time zone
     restrict(memory)
+    sink.write(READY)
+    sink.flush()
     while len(header := source.read(HEADER.size)) == HEADER.size:
         request = source.read(HEADER.unpack(header)[0])
         if resource is not None:
