@@ -87,7 +87,7 @@ def changed(data: bytes, rng: random.Random) -> bytes:
 
 def kill(ground: Ground, rng: random.Random) -> Attack:
     """The next start of a run, that is killed after some seconds; where it gets through, its lines are compared."""
-    after, workdir = rng.uniform(0.2, 9), ground.folder / "killed"
+    after, workdir = rng.uniform(0.5, 15), ground.folder / "killed"
 
     def run() -> Any:
         process = subprocess.Popen(
