@@ -30,6 +30,16 @@ def synchronous_cpu() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def uncached_among_cpus() -> None:
+    """After the distributed start: no compilation cache where the processes of a run compute on CPUs.
+
+    JAX keeps the first process's programs alone. At the second start it loads its own and the others compile theirs, and the
+    collectives of the two come in different orders: Gloo aborts, or mixes what has the same size.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
 def compute_dtype(name: str) -> Any:
     """`RunConfig.dtype` -> a dtype: bfloat16 by itself on GPU and TPU; on CPU it is emulated and slow."""
     if name == "auto":

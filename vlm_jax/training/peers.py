@@ -19,10 +19,12 @@ from typing import Any
 import jax
 from absl import logging as absl_logging
 
+from vlm_jax.runtime import uncached_among_cpus
+
 BEAT_S = 1.0  # between two signs of life
 JAX_TIMEOUTS = 5  # times ours, so that JAX's own check comes later
 KEY, LEFT, FAILED = "vlm_jax/alive", "left", "failed"
-COLLECTIVE = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN:", "ABORTED")  # in errors of a broken connection
+BROKEN = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN:", "ABORTED")  # in errors of a broken connection
 ADVICE = "this one ends too; run the same command again on all machines to resume from the last checkpoint"
 
 
@@ -45,6 +47,7 @@ class Peers:
             process_id=index,
             heartbeat_timeout_seconds=JAX_TIMEOUTS * timeout,
         )
+        uncached_among_cpus()
         # JAX has no public name for it; Orbax takes it from here as well.
         from jax._src.distributed import global_state
 
@@ -58,7 +61,7 @@ class Peers:
     def explain(self, error: Exception) -> None:
         """Waits, if a collective failed: it fails at once where the connection to a dead process breaks, and `_watch` finds out
         which one that is, and ends this one."""
-        if any(word in str(error) for word in COLLECTIVE):
+        if any(word in str(error) for word in BROKEN):
             time.sleep(self.timeout + 3 * BEAT_S)
 
     def leave(self, code: int, *, together: bool) -> None:
