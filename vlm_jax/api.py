@@ -15,9 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
@@ -144,7 +142,7 @@ def _as_list(images: Any) -> list[Any]:
     """A single image as a list."""
     if images is None:
         return []
-    if isinstance(images, str | Path | bytes | np.ndarray | Image.Image):
+    if isinstance(images, Picture):
         return [images]
     if not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise RequestError(f"images={images!r:.60}: expected a picture, or a list of them")

@@ -59,7 +59,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
             made = not (cache / key / "meta.json").is_file()
             if made:
                 _StoreBuilder(cache / key, DatasetTokenizer(source, processor, config), skip=skip).run()
-        store = _intact(cache / key)
+        store = TokenStore(cache / key) if made else _intact(cache / key)
     except OSError as error:
         where = error.filename or cache
         raise DataError(f"{where}: {error.strerror or error} (data.cache_dir={cache} is where the tokens are kept)") from error

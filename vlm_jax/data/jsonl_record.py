@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.data.example import Example
-from vlm_jax.errors import RequestError, abbreviated, check_text
+from vlm_jax.errors import abbreviated, check_text
 from vlm_jax.processing.conversation import (
     IMAGE_KEYS,
     MARKER,
@@ -47,10 +47,7 @@ def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
         names = {str: "a string", list: "a list", bool: "true or false"}
         raise RecordError(f"{key!r} is {as_json(value)}; expected {names[kind]}")
     if kind is str:
-        try:
-            check_text(repr(key), value)
-        except RequestError as error:
-            raise RecordError(str(error)) from None
+        check_text(repr(key), value)
     return value
 
 
@@ -69,7 +66,7 @@ class Record:
         self._media: list[tuple[str, ...]] = []
 
     def example(self) -> Example:
-        """Raises RecordError."""
+        """Raises RecordError; RequestError: messages or a text that no model could be asked with."""
         kinds = [key for key in KINDS if key in self._record]
         if len(kinds) != 1:
             names = ", ".join(map(repr, KINDS))
@@ -142,10 +139,7 @@ class Record:
         return turns
 
     def _messages(self) -> list[Turn]:
-        try:
-            turns, media = from_messages(self._with_pictures(_take(self._record, "messages", list)))
-        except RequestError as error:
-            raise RecordError(str(error)) from None
+        turns, media = from_messages(self._with_pictures(_take(self._record, "messages", list)))
         for paths in media:
             self._next_medium(paths)
         return list(turns)

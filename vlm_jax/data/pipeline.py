@@ -71,7 +71,7 @@ def check_same(store: TokenStore) -> None:
         return
     from jax.experimental import multihost_utils
 
-    found = multihost_utils.process_allgather(np.uint32(store.checksum))
+    found = multihost_utils.process_allgather(np.uint32(store.meta["content"]))
     if len(set(found.tolist())) > 1:
         raise DataError(
             f"the processes have different data (checksums {found.tolist()}): bring the same files to every machine, and "

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import time
@@ -94,12 +93,6 @@ class TokenStore:
         """The input of packing."""
         share = None if np.all(self.share == 1) else self.share
         return Lengths(self.lengths, self.example, self.slots, share)
-
-    @property
-    def checksum(self) -> int:
-        """Checksum of what the plans of its epochs depend on."""
-        arrays = (self.counts, self.lengths, self.example, self.slots)
-        return functools.reduce(lambda value, array: zlib.crc32(np.ascontiguousarray(array), value), arrays, 0)
 
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vlm_jax.config import AlibiConfig, BlockConfig, DecoderConfig, NormConfig
+from vlm_jax.config import DecoderConfig
+from vlm_jax.families.mpt import LAYER, MODEL, alibi_decoder
 from vlm_jax.interop.hf_config import require
 from vlm_jax.interop.published import register_language
 from vlm_jax.interop.register import LanguageFamily
 from vlm_jax.interop.rows import DOWN, FROM_HEADS, FUSED, UP, linear, norm, query_key_value
 from vlm_jax.interop.table import Table, row
-
-MODEL = "transformer."
-LAYER = MODEL + "blocks.{}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +70,12 @@ def config_from_hf(config: Any) -> DecoderConfig:
         raise ValueError(
             f"MosaicGptConfig: n_heads={heads}, d_model={said.d_model}; only a power of two that divides d_model is implemented"
         )
-    block = BlockConfig(
-        width=said.d_model,
-        heads=heads,
-        kv_heads=heads,
-        head_width=said.d_model // heads,
-        mlp_width=said.mlp_ratio * said.d_model,
-        activation="gelu",
-        gated_mlp=False,
-        norm=NormConfig(kind="layer", eps=1e-5, bias=False),
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
+    return alibi_decoder(
+        said,
+        alibi_bias_max=said.alibi_bias_max,
+        mlp_ratio=said.mlp_ratio,
+        eps=1e-5,
         qk_norm=said.attn_qk_ln,
-    )
-    return DecoderConfig(
-        vocab_size=said.vocab_size,
-        layers=said.n_layers,
-        block=block,
-        positions=AlibiConfig(max_bias=float(said.alibi_bias_max)),
-        max_positions=said.max_seq_len,
-        window=None,
         tied_head=True,
     )
 

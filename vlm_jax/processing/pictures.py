@@ -54,18 +54,26 @@ def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
-    except FileNotFoundError:
-        raise _refuse(source, "there is no such file", FileUnavailable) from None
-    except IsADirectoryError:
-        raise _refuse(source, "is a directory, not a picture", FileUnavailable) from None
-    except PermissionError:
-        raise _refuse(source, "may not be read (file permissions)", FileUnavailable) from None
-    except NotRegular as error:
-        raise _refuse(source, error.strerror, FileUnavailable) from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise _refuse(source, f"cannot be read: {getattr(error, 'strerror', None) or error}", FileUnavailable) from None
+    except (OSError, ValueError) as error:
+        raise _unavailable(source, error) from None
     with file, _header(source, file) as image:
         yield image
+
+
+def _unavailable(source: Picture, error: OSError | ValueError) -> ImageError:
+    """What the system said of its file; ValueError: a name that no file can have."""
+    match error:
+        case FileNotFoundError():
+            cause = "there is no such file"
+        case IsADirectoryError():
+            cause = "is a directory, not a picture"
+        case PermissionError():
+            cause = "may not be read (file permissions)"
+        case NotRegular():
+            cause = error.strerror
+        case _:
+            cause = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return _refuse(source, cause, FileUnavailable)
 
 
 def _header(source: Picture, file: BinaryIO) -> Image.Image:
@@ -100,15 +108,13 @@ def file_bytes(picture: Picture) -> int:
     """The bytes of a picture's file; 0: it is none.
 
     Raises:
-      FileUnavailable: there is no such file.
+      FileUnavailable: there is no such file, or nothing can be known of it.
     """
     if isinstance(picture, str | Path):
         try:
             return os.stat(picture).st_size
-        except FileNotFoundError:
-            raise _refuse(picture, "there is no such file", FileUnavailable) from None
-        except OSError as error:
-            raise _refuse(picture, f"cannot be read: {error.strerror}", FileUnavailable) from error
+        except (OSError, ValueError) as error:
+            raise _unavailable(picture, error) from None
     return len(picture) if isinstance(picture, bytes) else 0
 
 
@@ -139,7 +145,7 @@ def open_picture(picture: Picture) -> Image.Image:
         raise
     except Exception as error:  # as in `_header`
         if isinstance(error, OSError) and error.errno:  # of the file, not of what it holds
-            raise _refuse(picture, error.strerror, FileUnavailable) from error
+            raise _unavailable(picture, error) from error
         raise _refuse(picture, f"is damaged or cut short: {error}") from error
 
 

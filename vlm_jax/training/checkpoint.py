@@ -21,14 +21,15 @@ from vlm_jax.config import RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.errors import first_line
 from vlm_jax.training.params import Blueprint, merge, split
+from vlm_jax.training.peers import BROKEN
 from vlm_jax.training.run_folder import LOG, CheckpointError, read_config
 from vlm_jax.training.step import Trainer, TrainState
 
 log = logging.getLogger(__name__)
 
-# Errors that say nothing about a checkpoint.
+# Errors that say nothing about a checkpoint: of the system, and of JAX and its collectives.
 PASSING = (errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
-STATUSES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED", "ABORTED", "UNKNOWN:")
+STATUSES = (*BROKEN, "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "CANCELLED")
 
 
 def fingerprint(tree: Any) -> jax.Array:
@@ -42,6 +43,12 @@ def fingerprint(tree: Any) -> jax.Array:
     # Weighted by its place, so that two leaves of the same shape cannot be exchanged unseen.
     leaves = enumerate(jax.tree.leaves(tree))
     return jnp.sum(jnp.stack([of(leaf) * jnp.uint32(2 * i + 1) for i, leaf in leaves]), dtype=jnp.uint32)
+
+
+@jax.jit
+def _fingerprints(state: TrainState) -> dict[str, jax.Array]:
+    """Of the whole state, and of the parameters alone; what both need is computed once."""
+    return {"fingerprint": fingerprint(state), "params": fingerprint((state.trained, state.frozen))}
 
 
 class Checkpoints:
@@ -92,12 +99,8 @@ class Checkpoints:
         Raises:
           CheckpointError: this one or the one before it cannot be written.
         """
-        meta = {
-            "position": step,
-            "fingerprint": int(jax.jit(fingerprint)(state)),
-            "params": int(jax.jit(fingerprint)((state.trained, state.frozen))),
-            "data": self.data,
-        }
+        found = jax.tree.map(int, _fingerprints(state))
+        meta = {"position": step, "data": self.data, **found}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writes():
             self.manager.save(step, args=items, metrics=metrics)

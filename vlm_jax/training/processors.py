@@ -16,6 +16,7 @@ from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
 from vlm_jax.errors import DataError
 from vlm_jax.interop.files.folder import PACKAGE
+from vlm_jax.interop.files.settings import read_settings
 from vlm_jax.interop.published import open_processor, open_published
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.recipe import RecipeProcessor, texts_of
@@ -55,7 +56,7 @@ def write_template(config: DataConfig, folder: Path) -> None:
     """Replaces a checkpoint's chat template by a named one, in every file where transformers may read it.
 
     Raises:
-      RequestError: there is no template of that name.
+      RequestError: there is no template of that name; PublishedError: a damaged file.
     """
     if not config.template:
         return
@@ -63,7 +64,7 @@ def write_template(config: DataConfig, folder: Path) -> None:
     (folder / "chat_template.json").unlink(missing_ok=True)
     for path in (folder / name for name in ("processor_config.json", "tokenizer_config.json")):
         if path.is_file():
-            settings = json.loads(path.read_text())
+            settings = read_settings(path)
             if settings.pop("chat_template", None) is not None:
                 path.write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -42,7 +42,7 @@ import numpy as np
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
 from vlm_jax.data.jsonl_record import Record, RecordError, as_json
-from vlm_jax.errors import DataError
+from vlm_jax.errors import DataError, RequestError
 from vlm_jax.files import JsonError, open_regular, parse_json
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
@@ -127,7 +127,7 @@ class JsonLinesSource(Source):
         where = f"{self._path}:{line}"
         try:
             return Record(where, parse_json(raw), self._picture).example()
-        except (JsonError, RecordError) as error:
+        except (JsonError, RecordError, RequestError) as error:
             raise DataError(f"{where}: {error}") from None
 
     def _picture(self, path: Any) -> str:
