@@ -21,7 +21,7 @@ def apart_and_whole(config, mesh=None):
     whole = tiny.generator(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlm_jax.generation.by_layer.LEAST", 0)
-        patch.setattr("vlm_jax.generation.programs.UNROLL", 0)
+        patch.setattr("vlm_jax.generation.programs.WHOLE", 0)
         apart = tiny.new_generator(config, mesh)
     assert apart.programs.in_pieces and not whole.programs.by_layer
     return apart, whole

@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.batch import Batch
 from vlm_jax.generation import beam, decode
 from vlm_jax.generation.by_layer import Pieces, restack_layers, split_layers, worth_splitting
-from vlm_jax.layers.stack import UNROLL
 from vlm_jax.models.vlm import VisionLanguageModel
 
 Array = jax.Array
 
 STEPS = 32  # so many at a time, before the host looks whether all rows are done
+WHOLE = 16  # layers that one program may have, held one by one: it is the fastest, and compiles the longer the deeper it is
 
 
 class Programs:
@@ -36,7 +36,7 @@ class Programs:
         self.model, self.mesh = model, mesh
         self.by_layer = worth_splitting(params)
         self.held = split_layers(params) if self.by_layer else params
-        self.in_pieces = self.by_layer and len(self.held["language"]["layers"]) > UNROLL
+        self.in_pieces = self.by_layer and len(self.held["language"]["layers"]) > WHOLE
         self._begin = jax.jit(decode.begin, static_argnames="slots")
         self._begin_beams = jax.jit(beam.begin, static_argnames=("room", "beams"))
         self.by_function: dict[Callable[..., Any], Any] = {}
