@@ -10,7 +10,7 @@ from data_helpers import processor_of
 from vlm_jax.data.pipeline import build_source
 from vlm_jax.data.sources.easy_vqa import EasyVqaSource, prepare
 from vlm_jax.errors import DataError
-from vlm_jax.processing.conversation import Medium, Text, assistant, user
+from vlm_jax.processing.conversation import Medium, Text, assistant, media_of, user
 from vlm_jax.processing.pictures import read_image
 
 CODE = """
@@ -115,3 +115,15 @@ def test_damaged(easy_vqa_folder, tmp_path):
     source = EasyVqaSource("test", easy_vqa_folder)
     with pytest.raises(DataError, match="9672 questions of 'test', expected 9673"):
         source.check(9672)
+
+
+def test_the_questions_about_a_picture_as_one_conversation(easy_vqa_folder):
+    apart, together = (EasyVqaSource("train", easy_vqa_folder, conversations=one) for one in (False, True))
+    example, same = apart[0], together[0]
+    assert same.media == example.media and len(same.conversations) == 1 < len(example.conversations)
+    assert [turn.text for turn in same.conversations[0]] == [turn.text for one in example.conversations for turn in one]
+    assert media_of(same.conversations[0]) == [0] and [turn.learn for turn in same.conversations[0]][:2] == [False, True]
+    assert together.fingerprint != apart.fingerprint
+    together.check(4_000)
+    with pytest.raises(DataError, match="38575 conversations"):
+        together.check(38_575)

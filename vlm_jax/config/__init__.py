@@ -8,7 +8,15 @@ A part with several kinds has a `kind` field that distinguishes them.
 
 from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
 from vlm_jax.config.connector import ConnectorConfig, MlpProjectorConfig, PerceiverConfig, PixelShuffleConfig, ProjectionConfig
-from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule, SourceConfig
+from vlm_jax.config.data import (
+    AugmentConfig,
+    DataConfig,
+    EasyVqaConfig,
+    JsonLinesConfig,
+    SampleRule,
+    SourceConfig,
+    StampsConfig,
+)
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
@@ -70,6 +78,7 @@ __all__ = [
     "SampleRule",
     "ScalingConfig",
     "SourceConfig",
+    "StampsConfig",
     "TextTowerConfig",
     "VisionConfig",
     "VitConfig",

@@ -18,6 +18,15 @@ class SourceConfig(Kinds):
 class EasyVqaConfig(SourceConfig):
     kind: Literal["easy_vqa"] = "easy_vqa"
     cache_dir: str = "~/.cache/vlm_jax/tfds"  # where tensorflow-datasets keeps the prepared set
+    conversations: bool = False  # in training, all questions about a picture are the turns of one conversation
+
+
+@frozen
+class StampsConfig(SourceConfig):
+    """Tux Paint's stamps with their captions; a quarter of the captions is held out."""
+
+    kind: Literal["stamps"] = "stamps"
+    folder: str = "/usr/share/tuxpaint/stamps"
 
 
 @frozen

@@ -22,16 +22,19 @@ COUNTS = {"train": (4_000, 38_575), "test": (1_000, 9_673)}
 
 
 class EasyVqaSource(Source):
-    """One example a picture, one sequence a question."""
+    """One example a picture, one sequence a question, or all of them the turns of one."""
 
-    def __init__(self, split: Literal["train", "test"], cache_dir: str | Path):
+    def __init__(self, split: Literal["train", "test"], cache_dir: str | Path, *, conversations: bool = False) -> None:
         """Prepares the set in `cache_dir` on first use.
+
+        Args:
+          conversations: the questions about a picture follow one another in one conversation.
 
         Raises:
           DataError: the prepared set cannot be read or is not whole.
         """
-        self._split = split
-        self.fingerprint = f"easy-VQA {split} {COUNTS[split]}"
+        self._split, self._conversations = split, conversations
+        self.fingerprint = f"easy-VQA {split} {COUNTS[split]}" + (" conversations" if conversations else "")
         self._folder = Path(cache_dir).expanduser()
         prepare(self._folder)
         self._records = self._open()
@@ -64,23 +67,27 @@ class EasyVqaSource(Source):
             self._records = self._open()
         record = self._records[index]
         asked = record["questions"]
-        return Example(
-            id=f"easy-VQA {self._split}/{int(record['image_id'])}",
-            media=((bytes(record["image"]),),),
-            conversations=tuple(
-                (user(Medium(0), Text(question.decode())), assistant(answer.decode()))
-                for question, answer in zip(asked["question"], asked["answer"], strict=True)
-            ),
-        )
+        pairs = zip(asked["question"], asked["answer"], strict=True)
+        turns = [(Text(question.decode()), assistant(answer.decode())) for question, answer in pairs]
+        if self._conversations:
+            first = user(Medium(0), turns[0][0])
+            rest = [turn for question, answer in turns[1:] for turn in (user(question), answer)]
+            conversations = ((first, turns[0][1], *rest),)
+        else:
+            conversations = tuple((user(Medium(0), question), answer) for question, answer in turns)
+        number = int(record["image_id"])
+        return Example(f"easy-VQA {self._split}/{number}", ((bytes(record["image"]),),), conversations)
 
     def check(self, questions: int) -> None:
-        """Compares the number of questions read with the published one.
+        """Compares the number of questions, or of pictures, read with the published one.
 
         Raises:
           DataError: they differ.
         """
-        if questions != COUNTS[self._split][1]:
-            raise self._damaged(f"{questions} questions of {self._split!r}, expected {COUNTS[self._split][1]}")
+        expected = COUNTS[self._split][0 if self._conversations else 1]
+        if questions != expected:
+            what = "conversations" if self._conversations else "questions"
+            raise self._damaged(f"{questions} {what} of {self._split!r}, expected {expected}")
 
 
 def _builder(folder: Path) -> Any:
@@ -124,4 +131,6 @@ def prepare(folder: Path) -> None:
 
 @SOURCES.add(EasyVqaConfig)
 def open_easy_vqa(config: DataConfig, split: Split) -> EasyVqaSource:
-    return EasyVqaSource({"train": "train", "eval": "test"}[split], config.source.cache_dir)
+    source = config.source
+    conversations = source.conversations and split == "train"
+    return EasyVqaSource({"train": "train", "eval": "test"}[split], source.cache_dir, conversations=conversations)
