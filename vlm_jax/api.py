@@ -34,7 +34,7 @@ from vlm_jax.processing.pictures import Picture
 from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import AXES, make_mesh
 from vlm_jax.training.checkpoint import load_run
-from vlm_jax.training.processors import run_processor, write_template
+from vlm_jax.training.processors import run_processor, write_processing
 from vlm_jax.training.run_folder import PUBLISHED, read_config
 
 DTYPES = ("float32", "bfloat16")
@@ -189,7 +189,7 @@ class RunCheckpoint:
             )
         published = open_published(origin, pickles=self.config.pickles)
         written = published.export(load_run(self.folder, mesh, step=self.step).params, folder)
-        write_template(self.config.data, Path(folder))
+        write_processing(self.config.data, Path(folder))
         return written
 
 

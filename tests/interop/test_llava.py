@@ -40,8 +40,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.families.llava_next import anyres_places
 from vlm_jax.interop.published import open_published
+from vlm_jax.training.processors import write_processing
 
 SIDE, PATCH = 16, 4
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
@@ -223,15 +225,19 @@ def test_pictures_that_are_no_squares_are_refused(tmp_path):
 
 
 def test_square_padding_is_a_choice(tmp_path):
-    """The authors' expand2square, which transformers' LLaVA processor has too; not the default."""
+    """The authors' expand2square, which transformers' LLaVA processor has too; not the default. A run keeps the choice."""
     llava(tmp_path)
+    llava(tmp_path / "kept")
+    data = dict(source=JsonLinesConfig(train="", eval=""), image_size=SIDE, rows=1, tokens=1, images=1)
+    write_processing(DataConfig(**data, pad_to_square=True), tmp_path / "kept")
     padded = LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_pad=True)
-    vlm, plain = load(tmp_path, pad_to_square=True), load(tmp_path)
+    vlm, plain, kept = load(tmp_path, pad_to_square=True), load(tmp_path), load(tmp_path / "kept")
     for image in (picture(1, 31, 44), picture(2, 60, 21), picture(3, 20, 20)):
         theirs = padded(image, return_tensors="np")["pixel_values"][0]
         pixels, vision = vlm.processor.media.pixels((image,))[0], vlm.model.config.vision
         ours = ((pixels / 255.0 - np.array(vision.mean)) / np.array(vision.std)).transpose(2, 0, 1)
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        np.testing.assert_array_equal(kept.processor.media.pixels((image,))[0], pixels)
         if image.size[0] != image.size[1]:
             assert not np.array_equal(pixels, plain.processor.media.pixels((image,))[0])
     llava_next(tmp_path / "next")

@@ -65,6 +65,7 @@ class DataConfig:
     # recipe's, which are `tokenizer`, `prompt`, `answer` and `image_fit`.
     processor: str = ""
     template: str = ""  # of a published processor: a name of `processing/templates.py`; "": its own
+    pad_to_square: bool = False  # pictures for LLaVA-1.5's processor, as its authors train stage 2
     tokenizer: str = "train"  # "train": a byte-level BPE made from the training text; else a folder or a hub name
     vocab_size: int = 512  # maximum, of a trained tokenizer
     end: str = "<EOC>"  # the token after a learned text; of a published model its end token, as "</s>"

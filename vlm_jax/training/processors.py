@@ -7,8 +7,9 @@ RUN/tokenizer/   of a recipe: the tokenizer, as transformers saves it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,6 +26,7 @@ from vlm_jax.processing.tokenizer import EOC, Tokenizer, TokenizerError, load_to
 
 PROCESSOR, TOKENIZER = "processor", "tokenizer"
 TEMPLATE = "chat_template.jinja"  # the name that transformers reads
+PADDED = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}  # transformers' own way to LLaVA's expand2square
 
 
 def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles: bool = False) -> Processor:
@@ -35,12 +37,12 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
     """
     if config.processor:
         if not (folder / PROCESSOR).is_dir() and jax.process_index() == 0:
-            published = open_published(config.processor, pickles=pickles)
+            published = open_published(config.processor, pickles=pickles, pad_to_square=config.pad_to_square)
             if not published.processor.answers:
                 raise DataError(f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations")
             part = folder / f".{PROCESSOR}.part"
             published.keep_files(part)
-            write_template(config, part)
+            write_processing(config, part)
             part.rename(folder / PROCESSOR)
         _wait()
         processor = run_processor(config, folder)
@@ -52,21 +54,27 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
     return run_processor(config, folder)
 
 
-def write_template(config: DataConfig, folder: Path) -> None:
-    """Replaces a checkpoint's chat template by a named one, in every file where transformers may read it.
+def write_processing(config: DataConfig, folder: Path) -> None:
+    """Changes a checkpoint's processing as the run has it, in the files where transformers reads it.
 
     Raises:
-      RequestError: there is no template of that name; PublishedError: a damaged file.
+      RequestError: there is no chat template of that name; PublishedError: a damaged file.
     """
-    if not config.template:
-        return
-    (folder / TEMPLATE).write_text(named_template(config.template))
-    (folder / "chat_template.json").unlink(missing_ok=True)
-    for path in (folder / name for name in ("processor_config.json", "tokenizer_config.json")):
-        if path.is_file():
-            settings = read_settings(path)
-            if settings.pop("chat_template", None) is not None:
-                path.write_text(json.dumps(settings, indent=2) + "\n")
+    if config.template:
+        (folder / TEMPLATE).write_text(named_template(config.template))
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        for name in ("processor_config.json", "tokenizer_config.json"):
+            _change(folder / name, lambda settings: settings.pop("chat_template", None))
+    if config.pad_to_square:
+        _change(folder / "processor_config.json", lambda settings: settings.get("image_processor", {}).update(PADDED))
+        _change(folder / "preprocessor_config.json", lambda settings: settings.update(PADDED))
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    if path.is_file():
+        settings = read_settings(path)
+        change(settings)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def run_processor(config: DataConfig, folder: Path) -> Processor:

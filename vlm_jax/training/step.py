@@ -66,6 +66,8 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
     if data.processor and (data.augment != AugmentConfig() or data.blank_images):
         raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    if data.pad_to_square and not data.processor:
+        raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
         raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
 
