@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 from mosaic_gpt_reference import HUB
-from test_published_sizes import CLIP_L, SO400M, sizes
+from test_published_sizes import CLIP_L, SO400M, VICUNA_7B, VICUNA_13B, llava, sizes
+from test_published_sizes import MISTRAL as LLAVA_MISTRAL
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
     MistralConfig,
     MixtralConfig,
     MptConfig,
@@ -21,7 +24,9 @@ from transformers import (
 
 from vlm_jax.config.register import RegisterError
 from vlm_jax.families import clip, gemma, gpt_neox, llama, mixtral, mosaic_gpt, mpt, opt, phi, siglip, stablelm
+from vlm_jax.interop.register import FAMILIES
 from vlm_jax.models.sizes import LANGUAGE, VISION, language, vision
+from vlm_jax.models.systems import system
 
 rope = lambda base, share=1.0: dict(
     rope_parameters=dict(rope_type="default", rope_theta=base, partial_rotary_factor=share)
@@ -107,3 +112,19 @@ def test_every_name_is_compared_and_an_unknown_one_is_refused():
     assert set(LANGUAGE) == set(LANGUAGES) and set(VISION) == set(VISIONS)
     with pytest.raises(RegisterError, match=r"the size 'vicuna-8b' is not known: expected one of .*'vicuna-7b'"):
         language("vicuna-8b")
+
+
+LLAMA = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
+SYSTEMS = {
+    "llava-1.5-7b": llava(LlavaConfig, LlamaConfig(**VICUNA_7B, **LLAMA)),
+    "llava-1.5-13b": llava(LlavaConfig, LlamaConfig(**VICUNA_13B, **LLAMA)),
+    "bakllava-7b": llava(LlavaConfig, MistralConfig(**LLAVA_MISTRAL, **LLAMA | dict(max_position_embeddings=32_768))),
+    "llava-next-vicuna-7b": llava(LlavaNextConfig, LlamaConfig(**VICUNA_7B, **LLAMA)),
+    "llava-next-vicuna-13b": llava(LlavaNextConfig, LlamaConfig(**VICUNA_13B, **LLAMA)),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_systems_by_name_are_the_published_ones(name):
+    hf_config = SYSTEMS[name]
+    assert system(name) == FAMILIES[hf_config.model_type].config_from_hf(hf_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vlm_jax.training.run_folder import PUBLISHED, CheckpointError, unseal
 from vlm_jax.training.step import Trainer, TrainState
 
 Params = Any
+log = logging.getLogger(__name__)
 
 
 def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tuple[TrainState, int]:
@@ -39,6 +41,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
     if config.init_from and config.init_parts:
         raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
+        _warn_of_unaligned(trainer)
         params = trainer.init().params | {part.part: _part(trainer, part) for part in config.init_parts}
         return trainer.state_of(params), 0
     if not config.init_from:
@@ -56,6 +59,18 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         params = load_run(config.init_from, trainer.mesh).params
     _check(f"config.init_from={config.init_from}", params, trainer.abstract_state.params)
     return trainer.state_of(params), 0
+
+
+def _warn_of_unaligned(trainer: Trainer) -> None:
+    """LLaVA's first stage (Liu et al. 2023) trains the connector alone, before the language model reads what it gives."""
+    parts = {part.part for part in trainer.config.init_parts}
+    of_language = [rule for path, rule in trainer.rules.items() if path.startswith("language/")]
+    trained = any(not rule.frozen and not rule.rows_from for rule in of_language)
+    if "language" in parts and "connector" not in parts and trained and trainer.config.model.has_vision:
+        log.warning(
+            "stage 1 is skipped: the connector starts untrained while the pretrained language model is trained; train the "
+            "connector alone first (language frozen), and name that run as config.init_from"
+        )
 
 
 def _part(trainer: Trainer, init: PartInit) -> Params:
