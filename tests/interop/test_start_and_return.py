@@ -136,7 +136,7 @@ def saved_llama(folder):
     saved(folder, LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)), words)
 
 
-def test_parts_start_from_several_checkpoints(tmp_path):
+def test_parts_start_from_several_checkpoints(tmp_path, caplog):
     """The vision encoder of a CLIP, the language model of its own checkpoint with two tokens more, the rest fresh."""
     two_towers(tmp_path / "clip", "clip")
     saved_llama(tmp_path / "llama")
@@ -178,6 +178,11 @@ def test_parts_start_from_several_checkpoints(tmp_path):
     narrow = dataclasses.replace(model.vision, layers=3)
     with pytest.raises(CheckpointError, match=r"init_parts vision=.*other parts or sizes than config.model in \d+ parameters"):
         train(dataclasses.replace(config, model=dataclasses.replace(model, vision=narrow)), tmp_path / "third")
+    assert "stage 1 is skipped" not in caplog.text
+    every_part = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, rules=()))
+    with pytest.raises(CheckpointError, match="this checkpoint has no part of that name"):
+        train(dataclasses.replace(every_part, init_parts=(*config.init_parts, wrong)), tmp_path / "fourth")
+    assert "stage 1 is skipped: the connector starts untrained" in caplog.text
 
 
 def with_vision(folder, family):
