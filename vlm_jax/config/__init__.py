@@ -10,6 +10,7 @@ from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormCon
 from vlm_jax.config.connector import ConnectorConfig, MlpProjectorConfig, PerceiverConfig, PixelShuffleConfig, ProjectionConfig
 from vlm_jax.config.data import AugmentConfig, DataConfig, EasyVqaConfig, JsonLinesConfig, SampleRule, SourceConfig
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
+from vlm_jax.config.evaluator import EvaluatorConfig
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
+    "EvaluatorConfig",
     "ExpertsConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
