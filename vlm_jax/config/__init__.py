@@ -18,6 +18,7 @@ from vlm_jax.config.data import (
     StampsConfig,
 )
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
+from vlm_jax.config.evaluator import EvaluatorConfig
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
+    "EvaluatorConfig",
     "ExpertsConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vlm_jax.config.data import DataConfig
+from vlm_jax.config.evaluator import EvaluatorConfig
 from vlm_jax.config.frozen import frozen
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
@@ -71,9 +72,13 @@ class RunConfig:
     log_every: int = 20
     eval_every: int = 500
     eval_rows: int = 0  # rows of an evaluation during training; 0: all. The last evaluation always uses all
+    evaluators: tuple[EvaluatorConfig, ...] = ()  # what else is looked at, each at a cadence of its own
     save_every: int = 500
     keep_last: int = 2
     keep_best: int = 1
+    # The metric of an evaluation that ranks checkpoints, as metrics.jsonl has it after `eval_`: "accuracy", or
+    # "generation_cider"; with "-" in front the lowest is best: "-loss"; "": the objective's own.
+    best_by: str = ""
     accept_changed_data: bool = False  # go on with a run whose training data were changed since its last checkpoint
     init_from: str = ""  # a run, or a published checkpoint's folder or name, with the initial parameters
     pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,14 +67,17 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-          ranks: evaluation metric that ranks checkpoints (higher is better).
+          ranks: evaluation metric that ranks checkpoints; the highest is best, with "-" in front the lowest.
           data: checksums of the data sets by name, kept in every checkpoint.
         """
-        self.folder, self.data = folder, data or {}
+        self.folder, self.data, self.ranks = folder, data or {}, ranks.removeprefix("-")
         policies = [keep.LatestN(keep_last)]
         if keep_best:
-            best = keep.BestN(get_metric_fn=lambda metrics: metrics[ranks], n=keep_best, keep_checkpoints_without_metrics=False)
-            policies.append(best)
+            # A checkpoint of before the run was resumed with another `ranks` may lack it.
+            name, worst = ranks.removeprefix("-"), math.inf if ranks.startswith("-") else -math.inf
+            rank = lambda metrics: worst if metrics.get(name) is None else metrics[name]
+            of = dict(get_metric_fn=rank, reverse=worst > 0, n=keep_best, keep_checkpoints_without_metrics=False)
+            policies.append(keep.BestN(**of))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
             read_only=read_only,
@@ -94,7 +98,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write the state; training goes on meanwhile. `metrics` are of an evaluation, and rank the best ones.
+        """Starts to write the state; training goes on meanwhile. `metrics` are of its evaluations, and rank the best ones.
 
         Raises:
           CheckpointError: this one or the one before it cannot be written.
@@ -103,7 +107,7 @@ class Checkpoints:
         meta = {"position": step, "data": self.data, **found}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writes():
-            self.manager.save(step, args=items, metrics=metrics)
+            self.manager.save(step, args=items, metrics=metrics if self.ranks in (metrics or {}) else None)
 
     def restore(self, trainer: Trainer) -> tuple[TrainState, int] | None:
         """The newest readable checkpoint on the trainer's mesh, and the place in the data. None: there is none.

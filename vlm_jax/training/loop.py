@@ -19,6 +19,7 @@ from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_b
 from vlm_jax.progress import human_rate, human_time
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints
+from vlm_jax.training.evaluator import Evaluators, RunParts
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
@@ -38,7 +39,7 @@ class Result:
     """How a run ended."""
 
     step: int
-    metrics: dict[str, float]  # of the last whole evaluation; empty if it was interrupted before one
+    metrics: dict[str, float]  # of the last whole evaluations; empty if it was interrupted before them
     signal: int | None  # the signal that ended it early
 
 
@@ -75,7 +76,8 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         trainer = Trainer(config, mesh)
         if jax.process_index() == 0:
             print_table(trainer)
-        ranks = trainer.objective.checkpoint_metric
+        evaluators = Evaluators(RunParts(config=config, trainer=trainer, processor=processor, source=source, held_out=held_out))
+        ranks = config.best_by or trainer.objective.checkpoint_metric
         checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=ranks, data=data)
         state, start = first_state(trainer, checkpoints, folder)
         seal(folder)
@@ -83,6 +85,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         run = _Run(
             config=config,
             trainer=trainer,
+            evaluators=evaluators,
             checkpoints=checkpoints,
             reporter=reporter,
             interrupt=interrupt,
@@ -107,6 +110,7 @@ def _this_process() -> dict[str, int]:
 class _Run:
     config: RunConfig
     trainer: Trainer
+    evaluators: Evaluators
     checkpoints: Checkpoints
     reporter: Reporter
     interrupt: Interrupt
@@ -139,6 +143,7 @@ class _Run:
                     metrics = {}
                     if last or step % config.eval_every == 0:
                         metrics = self.evaluate(state, step, whole=last)
+                    metrics |= self.evaluators.evaluate(state, step, last=last, reporter=self.reporter)
                     if last or step % config.save_every == 0:
                         self._save(state, step, metrics)
                         saved = step

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
@@ -60,6 +62,25 @@ class Reporter:
             with self._writes():
                 for name, value in metrics.items():
                     self.board.add_scalar(name, value, step)
+
+    def show(self, step: int, name: str, *, pictures: dict[str, np.ndarray], texts: dict[str, str]) -> None:
+        """What an evaluator called `name` has to be looked at: to TensorBoard.
+
+        Args:
+          pictures: [height, width, 3] uint8 by name; that of "" is also written to RUN/NAME/step-000500.png.
+          texts: Markdown by name.
+        """
+        if not self.active:
+            return
+        with self._writes():
+            for part, picture in pictures.items():
+                self.board.add_image("/".join(filter(None, (name, part))), picture, step, dataformats="HWC")
+                if not part:
+                    path = self.path.parent / name / f"step-{step:06}.png"
+                    path.parent.mkdir(exist_ok=True)
+                    Image.fromarray(picture).save(path)
+            for part, text in texts.items():
+                self.board.add_text("/".join(filter(None, (name, part))), text, step)
 
     def flush(self) -> None:
         if self.active:

@@ -36,6 +36,8 @@ MAY_CHANGE_ON_RESUME = {
     "log_every",
     "eval_every",
     "eval_rows",
+    "evaluators",
+    "best_by",
     "save_every",
     "keep_last",
     "keep_best",
