@@ -34,6 +34,7 @@ class Batch:
     """One batch. Every field is an array (NumPy on the host, `jax.Array` sharded over the rows on the devices)."""
 
     images: Array | None = None  # [B, M, I, height, width, 3] uint8 RGB; absent frames are zero; None: no row has a picture
+    features: Array | None = None  # [B, M, I, P, D] float32, what a frozen vision encoder makes of the images, in their place
     frames: Array | None = None  # [B, M] int32, how many frames the slot has; 0: the slot is empty; None as `images`
     tokens: Array  # [B, T] int32
     positions: Array  # [B, T] int32, counted from 0 within a segment

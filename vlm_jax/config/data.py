@@ -84,6 +84,8 @@ class DataConfig:
     sampling: tuple[SampleRule, ...] = ()  # only in training; an evaluation uses every sequence
     augment: AugmentConfig = AugmentConfig()
     blank_images: bool = False  # the control experiment: every image grey
+    # Whether the features of a frozen vision encoder are computed once and kept on disk, in the place of pixels.
+    cache_features: bool = False
     check_pictures: bool = False  # decode every picture before the first step, once, and not only its header
     # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted).
     too_long: Literal["error", "drop_turns"] = "error"

@@ -19,6 +19,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import DataConfig, RunConfig
 from vlm_jax.data.build_store import token_store
 from vlm_jax.data.example import SOURCES, Source, Split
+from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.packing import PackedRows, plan_epoch
 from vlm_jax.data.rows import RowMaker, empty_rows
 from vlm_jax.data.store import TokenStore
@@ -103,11 +104,14 @@ def _share(config: DataConfig, *, process_index: int, process_count: int) -> ran
 class _LocalBatch:
     """Number of a step -> its rows of this process, as arrays, and the examples that are left out. It pickles."""
 
-    def __init__(self, config: DataConfig, rows: PackedRows, maker: RowMaker, share: range):
+    def __init__(
+        self, config: DataConfig, rows: PackedRows, maker: RowMaker, share: range, features: FeatureStore | None
+    ) -> None:
         self._config, self._rows, self._maker, self._share = config, rows, maker, share
+        self._shape = None if features is None else features.shape
 
     def __call__(self, step: int) -> Arrays:
-        arrays, left_out = empty_rows(self._config, len(self._share)), []
+        arrays, left_out = empty_rows(self._config, len(self._share), features=self._shape), []
         for place, offset in enumerate(self._share):
             number = int(step) * self._config.rows + offset
             left_out += self._maker.fill(arrays, place, self._rows[number], number)
@@ -143,8 +147,12 @@ class TrainBatches:
         start: int = 0,
         process_index: int = 0,
         process_count: int = 1,
-    ):
+        features: FeatureStore | None = None,
+    ) -> None:
         """Opens or makes the token store, and starts `config.data.workers` processes.
+
+        Args:
+          features: what the batches hold in the place of pixels; None: pixels.
 
         Raises:
           DataError: an example that fits in no row, or rows that do not divide among the processes.
@@ -157,9 +165,9 @@ class TrainBatches:
         rows.locate(start * data.rows)  # planned here, where it can be interrupted, not by every worker
         share = _share(data, process_index=process_index, process_count=process_count)
         self.position = start
-        maker = RowMaker(data, store, source, processor.spread, config.seed)
+        maker = RowMaker(data, store, source, processor.spread, config.seed, features=features)
         self._left_out = _LeftOut(maker)
-        made = grain.MapDataset.range(start, max(start, config.steps)).map(_LocalBatch(data, rows, maker, share))
+        made = grain.MapDataset.range(start, max(start, config.steps)).map(_LocalBatch(data, rows, maker, share, features))
         # One thread: NumPy's small operations hold the interpreter, more threads only take turns.
         ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         if data.workers:
@@ -220,6 +228,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     max_rows: int = 0,
+    features: FeatureStore | None = None,
 ) -> Iterator[Batch]:
     """Every sequence of the source once, in its order, without augmentation.
 
@@ -227,6 +236,7 @@ def eval_batches(
 
     Args:
       max_rows: only so many rows from the beginning; 0: all.
+      features: as in TrainBatches.
 
     Raises:
       DataError: as for TrainBatches.
@@ -235,10 +245,10 @@ def eval_batches(
     share = _share(config, process_index=process_index, process_count=process_count)
     plan = plan_epoch(store.lengths_to_pack, config.tokens, config.images, per_image=config.sequences_per_image, shuffle=False)
     count = min(len(plan), max_rows) if max_rows else len(plan)
-    maker = RowMaker(config, store, source, processor.spread, seed=None)
+    maker = RowMaker(config, store, source, processor.spread, seed=None, features=features)
     left_out = _LeftOut(maker)
     for first in range(0, count, config.rows):
-        arrays = empty_rows(config, len(share))
+        arrays = empty_rows(config, len(share), features=None if features is None else features.shape)
         for place, offset in enumerate(share):
             if first + offset < count:
                 for example in maker.fill(arrays, place, plan[first + offset], first + offset):

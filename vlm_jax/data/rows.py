@@ -10,6 +10,7 @@ import numpy as np
 from vlm_jax.config import AugmentConfig, DataConfig
 from vlm_jax.data.augment import augment
 from vlm_jax.data.example import Example, Source
+from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.store import TokenStore
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.batching import Arrays, Tiles, put_media, put_sequence
@@ -21,16 +22,23 @@ from vlm_jax.processing.processor import Spread
 CACHE_BYTES = 64 << 20  # of tiles, kept by each process that makes rows
 
 
-def empty_rows(config: DataConfig, rows: int) -> Arrays:
-    """The fields of a Batch of `rows` rows with nothing in them."""
+def empty_rows(config: DataConfig, rows: int, *, features: tuple[int, int] | None = None) -> Arrays:
+    """The fields of a Batch of `rows` rows with nothing in them.
+
+    Args:
+      features: P and D of a tile, where the batch holds features in the place of pixels.
+    """
     size, image_shape = config.image_size, (rows, config.images, config.frames)
     names = ["tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "targets"]
     names += ["visual"] if config.visual_tokens else []
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
     if config.keep_shapes:
         arrays["sizes"] = np.zeros((*image_shape, 2), np.int32)
+    seen = {"images": np.zeros((*image_shape, size, size, 3), np.uint8)}
+    if features is not None:
+        seen = {"features": np.zeros((*image_shape, *features), np.float32)}
     return arrays | {
-        "images": np.zeros((*image_shape, size, size, 3), np.uint8),
+        **seen,
         "frames": np.zeros(image_shape[:2], np.int32),
         "weights": np.zeros((rows, config.tokens), np.float32),
     }
@@ -39,14 +47,24 @@ def empty_rows(config: DataConfig, rows: int) -> Arrays:
 class RowMaker:
     """Makes rows of a source. It pickles: worker processes get a copy, without what is cached."""
 
-    def __init__(self, config: DataConfig, store: TokenStore, source: Source, spread: Spread, seed: int | None):
+    def __init__(
+        self,
+        config: DataConfig,
+        store: TokenStore,
+        source: Source,
+        spread: Spread,
+        seed: int | None,
+        *,
+        features: FeatureStore | None = None,
+    ) -> None:
         """Makes nothing yet.
 
         Args:
           spread: of the processor.
           seed: of the augmentation; None: no augmentation.
+          features: what stands in the rows in the place of pixels; None: pixels do.
         """
-        self._config, self._store, self._source, self._spread = config, store, source, spread
+        self._config, self._store, self._source, self._spread, self._features = config, store, source, spread, features
         self._skips = config.source.bad_lines == "skip"
         self._seed = None if config.blank_images or config.augment == AugmentConfig() else seed
         self._init()
@@ -57,10 +75,10 @@ class RowMaker:
         self._room = CACHE_BYTES
 
     def __getstate__(self) -> Any:
-        return self._config, self._store, self._source, self._spread, self._skips, self._seed
+        return self._config, self._store, self._source, self._spread, self._features, self._skips, self._seed
 
     def __setstate__(self, state: Any) -> None:
-        self._config, self._store, self._source, self._spread, self._skips, self._seed = state
+        self._config, self._store, self._source, self._spread, self._features, self._skips, self._seed = state
         self._init()
 
     def fill(self, arrays: Arrays, place: int, units: list[np.ndarray], number: int) -> list[int]:
@@ -80,7 +98,7 @@ class RowMaker:
         for conversations in units:
             example = int(self._store.example[conversations[0]])
             try:
-                media = self._tiles(example) if self._store.slots[example] else []
+                media = self._seen(example) if self._store.slots[example] else []
             except ImageError:
                 left_out.append(example)
                 continue
@@ -107,7 +125,7 @@ class RowMaker:
     def why(self, number: int) -> str:
         """Why an example is left out."""
         try:
-            self._tiles(number)
+            self.tiles(number)
         except ImageError as error:
             return f"{self._source[number].id}: {error}"
         return f"{self._source[number].id}: its pictures could not be read, and now can"
@@ -118,8 +136,32 @@ class RowMaker:
         stacked = np.concatenate(tiles, axis=-1)  # all frames of a video get the same augmentation
         return np.split(augment(stacked, self._config.augment, rng), len(tiles), axis=-1)
 
-    def _tiles(self, number: int) -> list[Tiles]:
-        """The tiles of an example's media."""
+    def _seen(self, number: int) -> list[Tiles]:
+        """What stands in the rows for an example's media: tiles of pixels, or their features."""
+        if self._features is None:
+            return self.tiles(number)
+        found, example = self._features.of(number), self._source[number]
+        for medium, size in zip(example.media, self._store.file_bytes_of(number), strict=False):
+            try:
+                same = sum(map(file_bytes, medium)) == size
+            except ImageError as error:
+                raise DataError(f"{example.id}: {error}") from error
+            if not same:
+                raise self._changed(example, medium)
+        return found
+
+    def _changed(self, example: Example, medium: Medium) -> DataError:
+        return DataError(
+            f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
+            f"delete {self._store.folder}, which is made anew, and start again"
+        )
+
+    def tiles(self, number: int) -> list[Tiles]:
+        """The tiles of an example's media.
+
+        Raises:
+          DataError: a picture cannot be read; ImageError: one cannot be used, and the example is to be left out.
+        """
         kept = self._cache.get(number)
         if kept is not None:
             return kept
@@ -143,10 +185,7 @@ class RowMaker:
         try:
             # The bytes first: what was damaged since then is no picture that was broken before.
             if sum(map(file_bytes, medium)) != known[1] or picture_size(medium[0]) != known[0]:
-                raise DataError(
-                    f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
-                    f"delete {self._store.folder}, which is made anew, and start again"
-                )
+                raise self._changed(example, medium)
             return self._spread.media.pixels(medium)
         except (ImageError, RequestError) as error:
             if isinstance(error, ImageError) and not isinstance(error, FileUnavailable) and self._skips:

@@ -73,9 +73,15 @@ class VisionLanguageModel(nn.Module):
         """Of the pictures of a batch: [B, M, R, D]; None: the fusion needs none."""
         if not self.has_vision:
             return None
+        if batch.features is not None:
+            return self.connector(batch.features.astype(self.dtype), batch.frames, mask=None, return_attention=False)[0]
         if batch.images is None:
             return self.fusion.no_visual_tokens(batch.tokens.shape[0])
         return self.encode_images(batch.images, batch.frames, sizes=batch.sizes)[0]
+
+    def features(self, images: Array) -> Array:
+        """[B, height, width, 3] uint8 -> what the connector reads, [B, P, D]."""
+        return self.vision(images)
 
     def encode_images(
         self, images: Array, frames: Array, *, sizes: Array | None = None, return_attention: bool = False

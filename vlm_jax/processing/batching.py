@@ -7,7 +7,7 @@ import numpy as np
 from vlm_jax.processing.layout import NEWLINE, Layout, prefix_ends
 
 Arrays = dict[str, np.ndarray]  # the fields of `Batch`
-Tiles = list[np.ndarray]  # [height, width, 3] uint8 each
+Tiles = list[np.ndarray]  # [height, width, 3] uint8 each, or their features [P, D] float32
 
 
 def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) -> int:
@@ -24,6 +24,9 @@ def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) 
     for number, group in enumerate(groups, slot):
         row["frames"][number] = len(group)
         for frame, tile in enumerate(group):
+            if "features" in row:
+                row["features"][number, frame] = tile
+                continue
             height, width = tile.shape[:2]
             room = row["images"].shape[2:4]
             fits = height <= room[0] and width <= room[1] if "sizes" in row else (height, width) == room

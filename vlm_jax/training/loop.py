@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from vlm_jax.config import RunConfig
+from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_batches, tokens_of
 from vlm_jax.progress import human_rate, human_time
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.evaluator import Evaluators, RunParts
+from vlm_jax.training.features import check_cacheable, features_of
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
@@ -78,9 +80,15 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
             print_table(trainer)
         evaluators = Evaluators(RunParts(config=config, trainer=trainer, processor=processor, source=source, held_out=held_out))
         ranks = config.best_by or trainer.objective.checkpoint_metric
+        if config.data.cache_features:
+            check_cacheable(trainer)
         checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=ranks, data=data)
         state, start = first_state(trainer, checkpoints, folder)
         seal(folder)
+        features = {}
+        if config.data.cache_features:
+            both = {"train": source, "eval": held_out}
+            features = {split: features_of(trainer, state, of, processor=processor) for split, of in both.items()}
         reporter = Reporter(folder, start)
         run = _Run(
             config=config,
@@ -92,6 +100,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
             processor=processor,
             source=source,
             held_out=held_out,
+            features=features,
         )
         try:
             return run.go(state, start)
@@ -117,6 +126,7 @@ class _Run:
     processor: Any
     source: Any
     held_out: Any
+    features: dict[str, FeatureStore]  # by split; of those that are not there the batches hold pixels
     pending: list[Any] = dataclasses.field(default_factory=list)  # metrics still on the device, a step each
     lap: list[dict[str, float]] = dataclasses.field(default_factory=list)  # those since the last progress line
 
@@ -126,7 +136,8 @@ class _Run:
         done = f"resuming at step {start}" if start else "starting"
         todo = f"{config.steps - start} steps to go"
         self.reporter.say(f"{done}, {todo}; Ctrl-C saves and exits; run the same command again to resume")
-        data = TrainBatches(config, self.processor, self.source, start=start, **_this_process())
+        features = self.features.get("train")
+        data = TrainBatches(config, self.processor, self.source, start=start, features=features, **_this_process())
         self.interrupt.defer_signals()
         timer, metrics, step, saved = StepTimer(), {}, start, start
         try:
@@ -202,7 +213,8 @@ class _Run:
         return metrics
 
     def _eval_sums(self, state: TrainState, rows: int) -> Iterator[dict[str, Any]]:
-        batches = eval_batches(self.config.data, self.processor, self.held_out, max_rows=rows, **_this_process())
+        options = dict(max_rows=rows, features=self.features.get("eval"), **_this_process())
+        batches = eval_batches(self.config.data, self.processor, self.held_out, **options)
         for batch in batches:
             yield jax.device_get(self.trainer.eval_step(state, self.trainer.put(batch)))
 

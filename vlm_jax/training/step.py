@@ -43,7 +43,9 @@ class TrainState:
 
 def zeros_batch(config: RunConfig, rows: int) -> Batch:
     """A batch of the run's shapes with nothing in it."""
-    return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows)))
+    vision = config.model.vision
+    features = (vision.frame_features, vision.width) if config.data.cache_features else None
+    return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows, features=features)))
 
 
 def check_pictures(config: RunConfig) -> None:
