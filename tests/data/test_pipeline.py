@@ -17,7 +17,7 @@ from vlm_jax.processing.layout import prefix_ends, targets_of
 from vlm_jax.training.processors import TOKENIZER, build_processor
 
 # A Flamingo row has no visual tokens among its own, and its frames have one size.
-FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ("visual", "sizes")]
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ("visual", "sizes", "features")]
 replace = dataclasses.replace
 
 
