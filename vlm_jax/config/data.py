@@ -75,6 +75,9 @@ class DataConfig:
     keep_shapes: bool = False  # tiles of a published processor that differ in size within that square (IDEFICS2)
     image_fit: Literal["stretch", "pad", "crop"] = "pad"
     sequences_per_image: int = 0  # maximum number of questions per packed image; 0: all of an example's
+    # Whether the sequences about an image share the tokens they begin with, its visual tokens among them, in a row: the same
+    # predictions for less work where an image has several questions. Not for a prefix-LM.
+    share_prefix: bool = False
     rows: int  # B, over the whole mesh
     tokens: int  # T of a row
     images: int  # M of a row: pictures, or tiles where visual tokens stand in the sequence

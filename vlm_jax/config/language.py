@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_jax.config.block import BlockConfig
 from vlm_jax.config.frozen import Kinds, frozen
@@ -11,6 +11,8 @@ from vlm_jax.config.frozen import Kinds, frozen
 @frozen
 class ScalingConfig(Kinds):
     """Scaling of rotary positions beyond the context length of training."""
+
+    by_length: ClassVar[bool] = False  # whether a position is rotated by more or less as its sequence is longer
 
 
 @frozen
@@ -40,6 +42,7 @@ class DynamicNtkScaling(ScalingConfig):
     """
 
     kind: Literal["dynamic"] = "dynamic"
+    by_length: ClassVar[bool] = True
     factor: float
     original_max_positions: int
 
@@ -62,6 +65,7 @@ class LongRopeScaling(ScalingConfig):
     """LongRoPE (Ding et al. 2024): a divisor of its own for every frequency, others once the sequence is long."""
 
     kind: Literal["longrope"] = "longrope"
+    by_length: ClassVar[bool] = True
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]  # of a sequence longer than `original_max_positions`
     original_max_positions: int

@@ -32,7 +32,7 @@ from vlm_jax.processing.processor import Processor
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the files
+VERSION = 3  # of the files
 CHUNK = 512  # examples that are tokenised in one go
 MOST_PROCESSES = 16  # each holds a tokenizer
 MAX_CHUNKS_ALONE = 8  # chunks that are not worth starting processes for
@@ -50,7 +50,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
       DataError: such an example; a cache folder that cannot be written.
     """
     parts = [VERSION, source.fingerprint, processor.fingerprint, config.tokens, config.images, config.frames]
-    parts += [config.sampling, config.too_long, config.check_pictures, skip]
+    parts += [config.share_prefix, config.sampling, config.too_long, config.check_pictures, skip]
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
     cache = Path(config.cache_dir).expanduser()
     try:

@@ -1,8 +1,9 @@
 """Packing: a plan of an epoch says which sequences are in which row, before any image is opened.
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
-whole. Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of
-every example is in exactly one row of an epoch; one with a share below 1 is included with that probability.
+whole; tokens that its sequences share count once. Units are shuffled and put, first fit, into rows of at most `tokens` tokens
+and `images` pictures. Every sequence of every example is in exactly one row of an epoch; one with a share below 1 is included
+with that probability.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -81,12 +82,14 @@ def plan_epoch(
         # Within an example by hash; the examples themselves stay together.
         index = index[np.lexsort((hash_uint64(seed, epoch, 1, index), lengths.example[index]))]
     count = len(index)
-    starts = _unit_starts(lengths.tokens[index], lengths.example[index], tokens, per_image)
+    shared = np.zeros_like(lengths.tokens) if lengths.shared is None else lengths.shared
+    own, shared = (lengths.tokens - shared)[index], shared[index]
+    starts = _unit_starts(own, shared, lengths.example[index], tokens, per_image)
     bounds = np.append(starts, count)
     order = np.arange(len(starts))
     if shuffle:
         order = np.argsort(hash_uint64(seed, epoch, 2, order), kind="stable")
-    weights = np.add.reduceat(lengths.tokens[index], starts, dtype=np.int64) if count else np.zeros(0, np.int64)
+    weights = np.add.reduceat(own, starts, dtype=np.int64) + shared[starts] if count else np.zeros(0, np.int64)
     pictures = lengths.images[lengths.example[index[starts]]] if count else np.zeros(0, np.int64)
     rows = _first_fit(weights[order].tolist(), pictures[order].tolist(), tokens, images)
     placed = order[np.fromiter((unit for row in rows for unit in row), np.int64, len(starts))]
@@ -97,9 +100,13 @@ def plan_epoch(
     return Plan(row_bounds, np.concatenate([[0], ends]).astype(np.int64), sequences.astype(np.int32))
 
 
-def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
-    """Where units begin: at a new example, after `per_image` sequences, and where the next would not fit in a row."""
-    count = len(tokens)
+def _unit_starts(own: np.ndarray, shared: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
+    """Where units begin: at a new example, after `per_image` sequences, and where the next would not fit in a row.
+
+    Args:
+      own: tokens of each sequence beside the `shared` ones of its example, which stand once in a unit.
+    """
+    count = len(own)
     if not count:
         return np.zeros(0, np.int64)
     new = np.append(True, example[1:] != example[:-1])
@@ -108,16 +115,16 @@ def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_ima
         rank = np.arange(count) - np.repeat(first, np.diff(np.append(first, count)))
         new |= rank % per_image == 0
     starts = np.flatnonzero(new)
-    totals = np.add.reduceat(tokens, starts, dtype=np.int64)
+    totals = np.add.reduceat(own, starts, dtype=np.int64) + shared[starts]
     more = []
     for unit in np.flatnonzero(totals > capacity):  # few, as a rule
         end = starts[unit + 1] if unit + 1 < len(starts) else count
-        filled = 0
+        filled = prefix = int(shared[starts[unit]])
         for place in range(starts[unit], end):
-            if filled + tokens[place] > capacity:
+            if filled + own[place] > capacity:
                 more.append(place)
-                filled = 0
-            filled += int(tokens[place])
+                filled = prefix
+            filled += int(own[place])
     return np.sort(np.concatenate([starts, np.asarray(more, np.int64)]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -31,6 +32,7 @@ def empty_rows(config: DataConfig, rows: int, *, features: tuple[int, int] | Non
     size, image_shape = config.image_size, (rows, config.images, config.frames)
     names = ["tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "targets"]
     names += ["visual"] if config.visual_tokens else []
+    names += ["prefix_segments"] if config.share_prefix else []
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
     if config.keep_shapes:
         arrays["sizes"] = np.zeros((*image_shape, 2), np.int32)
@@ -108,16 +110,22 @@ class RowMaker:
                 taken = put_media(row, media, slot=slot, in_sequence=tile_tokens > 0)
             except ValueError as error:
                 raise DataError(f"{self._source[example].id}: {error}: data.image_size") from error
-            for index in conversations:
+            shared = int(self._store.shared[conversations[0]]) if len(conversations) > 1 else 0
+            prefix_segment = segment = segment + 1 if shared else segment
+            for number_of_unit, index in enumerate(conversations):
                 layout = self._spread(self._store.written(index), self._store.sizes_of(index))
-                segment += 1
                 targets, weights = targets_of(layout, self._spread.end_id)
-                end = begin + len(targets)
-                row["targets"][begin:end], row["weights"][begin:end] = targets, weights
                 first = int(self._store.first_medium[index])
-                before = sum(map(len, media[:first])) if tile_tokens else first
+                before = slot + (sum(map(len, media[:first])) if tile_tokens else first)
+                put = functools.partial(put_sequence, row, slot=before, tile_tokens=tile_tokens)
                 layout = layout.without_last()
-                put_sequence(row, layout, begin, slot=slot + before, segment=segment, tile_tokens=tile_tokens)
+                if shared and not number_of_unit:
+                    begin = put(layout[:shared], begin, segment=prefix_segment)
+                segment += 1
+                end = put(layout[shared:], begin, segment=segment, after=shared)
+                row["targets"][begin:end], row["weights"][begin:end] = targets[shared:], weights[shared:]
+                if shared:
+                    row["prefix_segments"][begin:end] = prefix_segment
                 begin = end
             slot += taken
         return left_out

@@ -37,6 +37,7 @@ FIELDS = {
     "flags": "uint8",  # [U]
     "counts": "int32",  # [conversations] compact tokens of a conversation
     "lengths": "int32",  # [conversations] places it takes in a row, its visual tokens among them
+    "shared": "int32",  # [conversations] of them, the first ones that all conversations of its example share
     "example": "int32",  # [conversations]
     "first_medium": "int32",  # [conversations] of its example's media
     "media": "int32",  # [conversations] how many of them it has
@@ -64,6 +65,7 @@ class Lengths:
     example: np.ndarray  # [conversations] int32, the example it belongs to, ascending
     images: np.ndarray  # [examples] int32, image slots of an example
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
+    shared: np.ndarray | None = None  # [conversations] int32, tokens that stand once in a unit, equal in an example; None: 0
 
 
 class TokenStore:
@@ -92,7 +94,7 @@ class TokenStore:
     def lengths_to_pack(self) -> Lengths:
         """The input of packing."""
         share = None if np.all(self.share == 1) else self.share
-        return Lengths(self.lengths, self.example, self.slots, share)
+        return Lengths(self.lengths, self.example, self.slots, share, self.shared)
 
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""

@@ -12,7 +12,7 @@ from vlm_jax.config import DataConfig, SampleRule
 from vlm_jax.data.example import Example, Source
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.conversation import Conversation, media_of, plain_text
-from vlm_jax.processing.layout import TokenizedConversation
+from vlm_jax.processing.layout import ENDS, LEARNED, TokenizedConversation
 from vlm_jax.processing.pictures import ImageError, Picture, Size, file_bytes, picture_size
 from vlm_jax.processing.processor import Processor
 
@@ -66,8 +66,9 @@ class DatasetTokenizer:
                 slots, media = self._slots(sizes), len(sizes)
                 self._check_example(example, slots, media)
                 out.dropped += sum(len(turns) - len(kept) for turns, (kept, _, _) in zip(found, rows, strict=True))
+                shared = self._shared(rows, sizes) if self.config.share_prefix else 0
                 for turns, written, length in rows:
-                    self._add(out, index, turns, written, length)
+                    self._add(out, index, turns, written, length, shared=shared)
                 out.fields["sizes"].append(np.asarray(sizes, np.int32).reshape(-1))
                 out.fields["file_bytes"].append(np.asarray(of_files[:media], np.int64))
             except (DataError, RequestError, ImageError) as error:
@@ -145,6 +146,19 @@ class DatasetTokenizer:
             length += sum(len(run) - 1 for size in sizes for run in self.processor.media.runs(size))
         return length
 
+    def _shared(self, rows: list[tuple[Conversation, TokenizedConversation, int]], sizes: list[Size]) -> int:
+        """How many places of a row an example's conversations begin with in common: all their images, or none of it."""
+        first, *others = rows
+        media = media_of(first[0])
+        if not others or any(media_of(turns) != media for turns, _, _ in others):
+            return 0
+        tokens = first[1].tokens
+        count = common_prefix([written for _, written, _ in rows])
+        if np.any(tokens[count:] == self.processor.spread.image_id):
+            return 0
+        # Behind the prefix the first conversation is text alone, of one place a token.
+        return first[2] - (len(tokens) - 1 - count)
+
     def _check_example(self, example: Example, slots: int, media: int) -> None:
         config = self.config
         if slots > config.images:
@@ -158,12 +172,15 @@ class DatasetTokenizer:
                 f"{example.id}: an image slot of {most} frames, and a slot has data.frames={config.frames}. Raise it"
             )
 
-    def _add(self, out: Chunk, index: int, turns: Conversation, written: TokenizedConversation, length: int) -> None:
+    def _add(
+        self, out: Chunk, index: int, turns: Conversation, written: TokenizedConversation, length: int, *, shared: int
+    ) -> None:
         fields, media = out.fields, media_of(turns)
         fields["tokens"].append(written.tokens)
         fields["flags"].append(written.flags)
         fields["counts"].append(len(written.tokens))
         fields["lengths"].append(length)
+        fields["shared"].append(shared)
         fields["example"].append(index)
         fields["first_medium"].append(media[0] if media else 0)
         fields["media"].append(len(media))
@@ -174,6 +191,16 @@ class DatasetTokenizer:
             return 1.0
         text = plain_text(turns)
         return next((share for pattern, share in self.rules if pattern.search(text)), 1.0)
+
+
+def common_prefix(written: list[TokenizedConversation]) -> int:
+    """How many tokens conversations begin with in common, none of which predicts a learned token."""
+    shortest = min(len(one.tokens) for one in written)
+    tokens, flags = (np.stack([getattr(one, name)[:shortest] for one in written]) for name in ("tokens", "flags"))
+    # Of a token and what it predicts: the next one, or the end.
+    learns = np.append((flags[0, 1:] & LEARNED) > 0, True) | ((flags[0] & ENDS) > 0)
+    differs = np.any((tokens != tokens[0]) | (flags != flags[0]), axis=0) | learns
+    return int(np.argmax(np.append(differs, True)))
 
 
 def _without_last_pair(turns: Conversation) -> Conversation | None:

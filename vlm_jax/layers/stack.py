@@ -73,6 +73,7 @@ class LanguageInputs(NamedTuple):
     embeddings: Array  # [B, T, D]
     interleaved: InterleavedLayers | None = None
     prefix_end: Array | None = None  # [B, T] int32, the last position each token sees in a prefix-LM; None: its own
+    prefix_segments: Array | None = None  # [B, T] int32, as in `Batch`
 
 
 # So many layers are compiled one after the other, in the body of a scanned group or as a piece: a loop in a loop copies weights

@@ -131,6 +131,7 @@ class VisionLanguageModel(nn.Module):
         if self.has_vision:
             media = dict(visual=visual, media_cache=media_cache, return_attention=return_attention)
             inputs = self.fusion.inputs(inputs.embeddings, batch, **media)
+        inputs = inputs._replace(prefix_segments=batch.prefix_segments)
         return self.language(inputs, batch.positions, batch.segments, cache=cache, return_cache=return_cache)
 
     def logits(self, hidden: Array) -> Array:

@@ -53,9 +53,12 @@ class Layout:
         """[T] bool, whether the token belongs to a prompt."""
         return (self.flags & PROMPT) > 0
 
+    def __getitem__(self, places: slice) -> Layout:
+        return Layout(*(getattr(self, field.name)[places] for field in dataclasses.fields(self)))
+
     def without_last(self) -> Layout:
         """Without the last token, which is only ever a target."""
-        return Layout(*(getattr(self, field.name)[:-1] for field in dataclasses.fields(self)))
+        return self[:-1]
 
 
 def spread(

@@ -68,6 +68,10 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
     if data.processor and (data.augment != AugmentConfig() or data.blank_images):
         raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    if data.share_prefix and model.has_vision and model.fusion.prefix_lm:
+        raise ValueError("config.data.share_prefix: in a prefix-LM the images see the question behind them: set it to False")
+    if data.share_prefix and getattr(getattr(model.language.positions, "scaling", None), "by_length", False):
+        raise ValueError("config.data.share_prefix: these rotary positions depend on a sequence's length: set it to False")
     if data.pad_to_square and not data.processor:
         raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
