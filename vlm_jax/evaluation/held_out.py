@@ -49,7 +49,7 @@ def held_out_questions(source: Source, most: int = 0, *, skip: bool = False) -> 
         for *before, last in example.conversations:
             if last.role != "assistant":
                 raise DataError(
-                    f"{example.id}: this evaluator asks for the last answer, but a turn of {last.role!r} ends the conversation: "
+                    f"{example.id}: an evaluator asks for the last answer, but a turn of {last.role!r} ends the conversation: "
                     "evaluate on held-out data whose conversations end with the assistant's turn"
                 )
             answers.setdefault(tuple(before), []).append(last.text.strip())

@@ -86,7 +86,7 @@ class Generator:
 
     @contextlib.contextmanager
     def holding(self, params: Any) -> Iterator[None]:
-        """With other parameters of the same shapes, of a generator that has not taken its own over: nothing is compiled anew."""
+        """With other parameters of the same shapes, where it has not taken its own over: nothing is compiled anew."""
         before, self.programs.held = self.programs.held, params
         try:
             yield
