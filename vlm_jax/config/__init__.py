@@ -18,7 +18,7 @@ from vlm_jax.config.data import (
     StampsConfig,
 )
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from vlm_jax.config.evaluator import EvaluatorConfig, GenerationConfig, RankingConfig
+from vlm_jax.config.evaluator import EvaluatorConfig, GenerationConfig, RankingConfig, SamplesConfig
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -80,6 +80,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "SamplesConfig",
     "ScalingConfig",
     "SourceConfig",
     "StampsConfig",

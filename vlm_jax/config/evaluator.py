@@ -43,3 +43,12 @@ class GenerationConfig(EvaluatorConfig):
     beams: int = 1  # 1: greedy
     blank: bool = False  # the control: every picture grey
     rows: int = 16  # questions that are answered at once
+
+
+@frozen
+class SamplesConfig(EvaluatorConfig):
+    """Some held-out examples with their pictures and answers, to look at (`training/evaluators/samples.py`)."""
+
+    kind: Literal["samples"] = "samples"
+    examples: int = 6  # evenly spread over the held-out ones
+    max_new_tokens: int = 32
