@@ -18,7 +18,7 @@ from vlm_jax.config.data import (
     StampsConfig,
 )
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from vlm_jax.config.evaluator import EvaluatorConfig
+from vlm_jax.config.evaluator import EvaluatorConfig, GenerationConfig, RankingConfig, SamplesConfig
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "ExpertsConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
+    "GenerationConfig",
     "ImageTowerConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
@@ -75,9 +76,11 @@ __all__ = [
     "PixelShuffleConfig",
     "PositionsConfig",
     "ProjectionConfig",
+    "RankingConfig",
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "SamplesConfig",
     "ScalingConfig",
     "SourceConfig",
     "StampsConfig",

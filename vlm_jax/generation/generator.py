@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -48,7 +49,7 @@ class _Progress:
 class Generator:
     """A model with its parameters and processor, ready to answer.
 
-    The parameters are taken over, see `Programs`.
+    The parameters are taken over, see `Programs`; of a model in training, which keeps its own, `holding` says for how long.
 
     Attributes:
       programs: what runs the model; rows: at most so many requests are answered at once.
@@ -61,9 +62,15 @@ class Generator:
         processor: Processor,
         mesh: Mesh,
         rows: int = 16,
+        *,
+        take_over: bool = True,
     ) -> None:
+        """
+        Args:
+          take_over: False: the parameters stay the caller's; abstract ones will do, until `holding` brings others.
+        """
         self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
-        self.programs = Programs(model, params, mesh=mesh)
+        self.programs = Programs(model, params, mesh=mesh, take_over=take_over)
         self._allowed = processor.allowed(model.config.language.vocab_size)
 
     @property
@@ -76,6 +83,15 @@ class Generator:
     def params(self) -> Any:
         """Nested dicts, layers stacked, as every other place has them. Of a large model on a CPU it is a copy."""
         return self.programs.params
+
+    @contextlib.contextmanager
+    def holding(self, params: Any) -> Iterator[None]:
+        """With other parameters of the same shapes, where it has not taken its own over: nothing is compiled anew."""
+        before, self.programs.held = self.programs.held, params
+        try:
+            yield
+        finally:
+            self.programs.held = before
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
         """The answers, in the order of the requests.
