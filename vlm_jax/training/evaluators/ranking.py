@@ -207,7 +207,8 @@ def _score(
     cache = context.cache.with_slots(context.cache.positions.shape[1] + length)
     hidden = apply(batch, media_cache=context.media_cache, cache=cache, method="forward").hidden
     head = lambda x: apply(x, method="logits")
-    nll, _ = chunked_scores(head, hidden, targets[:, 1:], vocabulary=logits.shape[-1], most=LOGITS)
+    of = dict(learned=weights[:, 1:] > 0, vocabulary=logits.shape[-1], most=LOGITS)
+    nll, _ = chunked_scores(head, hidden, targets[:, 1:], **of)
     first = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :1], axis=1)[:, 0]
     # On all devices, so that every process has it.
     return constrain(first * weights[:, 0] - jnp.sum(nll * weights[:, 1:], axis=1), None)
