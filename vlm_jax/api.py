@@ -9,13 +9,14 @@ print(vlm.generate("what color is the shape?", images=["picture.png"]))
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
@@ -28,16 +29,23 @@ from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files.folder import is_published
+from vlm_jax.interop.peft import own_table, read_adapter, write_adapter
 from vlm_jax.interop.published import open_published
+from vlm_jax.interop.table import Table
+from vlm_jax.layers.lora import NAME, PATH, cast, dequantised, merged, names_of, with_adapters, without_adapters
+from vlm_jax.paths import by_path, nested
 from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.pictures import Picture
 from vlm_jax.runtime import compute_dtype
-from vlm_jax.sharding import AXES, make_mesh
+from vlm_jax.sharding import AXES, boxed_params, make_mesh, place
+from vlm_jax.training.adapters import boxes_of
 from vlm_jax.training.checkpoint import load_run
+from vlm_jax.training.params import Blueprint
 from vlm_jax.training.processors import run_processor, write_processing
 from vlm_jax.training.run_folder import PUBLISHED, read_config
 
 DTYPES = ("float32", "bfloat16")
+log = logging.getLogger(__name__)
 
 
 class Vlm:
@@ -53,14 +61,41 @@ class Vlm:
         devices.
     """
 
-    def __init__(self, checkpoint: RunCheckpoint | Checkpoint, generator: Generator) -> None:
+    def __init__(
+        self, checkpoint: RunCheckpoint | Checkpoint, generator: Generator, adapters: Mapping[str, Any] | None = None
+    ) -> None:
+        """
+        Args:
+          adapters: further ones by name, not active; see `with_adapters`.
+        """
         self.checkpoint, self.generator = checkpoint, generator
+        self._all, self._loaded = generator.programs.held, adapters or {}
         self.model, self.processor, self.mesh = generator.model, generator.processor, generator.mesh
 
     @property
     def params(self) -> Any:
         """Nested dicts on the mesh, layers stacked. Of a large model it is a copy: take it once."""
         return self.generator.params
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of all adapters: the run's own, and those that were loaded."""
+        return (*names_of(self._all), *self._loaded)
+
+    def with_adapters(self, *names: str) -> Vlm:
+        """The same model with these adapters and no others; without a name the base model. The base's arrays are shared.
+
+        Raises:
+          RequestError: there is none of the name.
+        """
+        if unknown := [name for name in names if name not in self.adapters]:
+            raise RequestError(f"no adapter {unknown[0]!r}; there are {', '.join(self.adapters) or 'none'}")
+        params = without_adapters(self._all, names)
+        for name in names:
+            params = with_adapters(params, self._loaded.get(name, {}))
+        other = Vlm(self.checkpoint, self.generator.with_params(params), self._loaded)
+        other._all = self._all
+        return other
 
     def settings(self, **changes: Any) -> Settings:
         """The checkpoint's own settings with some changed."""
@@ -188,9 +223,39 @@ class RunCheckpoint:
                 "configuration to export it under"
             )
         published = open_published(origin, pickles=self.config.pickles)
-        written = published.export(load_run(self.folder, mesh, step=self.step).params, folder)
+        params = load_run(self.folder, mesh, step=self.step).params
+        if any(path.endswith("/kernel_scale") for path in by_path(params)):
+            log.warning("%s: the int8 kernels of the run are written as float32", folder)
+        written = published.export(jax.jit(lambda params: dequantised(merged(params)))(params), folder)
         write_processing(self.config.data, Path(folder))
         return written
+
+    def adapter_tables(self, boxes: Mapping[str, Any]) -> tuple[Table, ...]:
+        """As `Checkpoint.adapter_tables`; the last has our own names."""
+        origin = self.folder / PUBLISHED
+        published = open_published(origin, pickles=self.config.pickles).tables if origin.is_dir() else ()
+        return (*published, own_table(boxes))
+
+    def write_adapter(self, folder: str | Path, name: str, mesh: Mesh) -> int:
+        """Writes an adapter alone, with what was trained beside it; see `interop/peft.py`.
+
+        Raises:
+          PublishedError: there is none of the name, or PEFT's format cannot hold it.
+        """
+        config = self.config
+        model = module_of(config.model)(config.model)
+        boxes = by_path(boxed_params(model))
+        rules = Blueprint.of(model, config.optimizer.rules, mesh, config.adapters).rules
+        return write_adapter(
+            folder,
+            name,
+            load_run(self.folder, mesh, step=self.step).params,
+            self.adapter_tables(boxes)[0],
+            boxes,
+            also=[path for path in boxes if not rules[path].frozen],
+            dropout=next((one.dropout for one in config.adapters if one.name == name), 0.0),
+            base=config.init_from or None,
+        )
 
 
 def open_checkpoint(
@@ -213,6 +278,8 @@ def load(
     rows: int = 16,
     pickles: bool = False,
     pad_to_square: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+    merge_adapters: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Vlm | Encoder:
     """Reads a run of train.py (its `--workdir`) or a published checkpoint.
@@ -228,10 +295,13 @@ def load(
       rows: maximum number of requests answered at once.
       pickles: whether PyTorch's `.bin` files may be read; nothing in them is executed.
       pad_to_square: LLaVA-1.5 only: images are padded to squares first, as its authors evaluated it; transformers does not.
+      adapters: folders of adapters in PEFT's format, by a name of your own; the first is active, `Vlm.with_adapters` chooses.
+        A run's own are active too.
+      merge_adapters: whether the active ones are added to the kernels, which is faster, and final.
       progress: called with the bytes read so far and in total, for a published checkpoint.
 
     Raises:
-      ValueError: no checkpoint, a damaged one, or an invalid mesh or dtype; the message says which.
+      ValueError: no checkpoint or adapter, a damaged one, or an invalid mesh or dtype; the message says which.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -240,13 +310,49 @@ def load(
     checkpoint = open_checkpoint(path, step, pickles=pickles, pad_to_square=pad_to_square) if given else path
     with jax.set_mesh(device_mesh):
         model, params = checkpoint.load(device_mesh, dtype, progress=progress)
+        loaded = _read_adapters(checkpoint, model, adapters or {}, known=names_of(params), mesh=device_mesh, pickles=pickles)
+        if merge_adapters:
+            first = next(iter(loaded.values()), {})
+            params, loaded = jax.jit(lambda params, first: merged(with_adapters(params, first)))(params, first), {}
     if not checkpoint.processor.answers:
         return Encoder(checkpoint, model, params, mesh=device_mesh, rows=rows)
-    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows))
+    vlm = Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows), loaded)
+    return vlm.with_adapters(*names_of(params), next(iter(loaded))) if loaded else vlm
 
 
-def export(path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None) -> int:
-    """Writes a trained model as a folder that transformers loads with `from_pretrained`.
+def _read_adapters(
+    checkpoint: RunCheckpoint | Checkpoint,
+    model: nn.Module,
+    folders: Mapping[str, str | Path],
+    *,
+    known: Sequence[str],
+    mesh: Mesh,
+    pickles: bool,
+) -> dict[str, Any]:
+    """What each puts over the parameters, on the mesh as they are."""
+    if not folders:
+        return {}
+    boxes, made = by_path(boxed_params(model)), {}
+    tables = checkpoint.adapter_tables(boxes)
+    for name, folder in folders.items():
+        if not NAME.fullmatch(name) or name in known:
+            raise RequestError(f"adapters: name {name!r}: expected letters, digits, '_', '-' and '.', and not {list(known)}")
+        leaves = by_path(read_adapter(folder, name, tables, boxes, pickles=pickles))
+        of = dict(boxes)
+        for path, leaf in leaves.items():
+            if (found := PATH.fullmatch(path)) and found["leaf"] == "a":
+                of |= boxes_of(path.removesuffix("/a"), boxes[f"{found['module']}/kernel"], leaf.shape[-1])
+        of_leaf = lambda path, of=of: NamedSharding(mesh, place(of[path].names, of[path].value.shape, mesh).spec)
+        made[name] = cast(nested({path: jax.device_put(leaf, of_leaf(path)) for path, leaf in leaves.items()}), model.dtype)
+    return made
+
+
+def export(
+    path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None, adapter: str | None = None
+) -> int:
+    """Writes a trained model as a folder that transformers loads with `from_pretrained`; or one of its adapters, for PEFT.
+
+    A whole model is written with its adapters merged, and int8 kernels as float32.
 
     It gets a file `checksums.sha256`, and is read here only as long as it is what was written.
 
@@ -255,6 +361,7 @@ def export(path: str | Path, folder: str | Path, *, step: int | None = None, mes
       folder: a new one.
       step: which checkpoint of the run; None: the newest.
       mesh: as in `load`, for a model too large for one device.
+      adapter: of a run: the name of the adapter that is written alone, with the parameters that were trained beside it.
 
     Returns:
       the bytes of the weights.
@@ -265,7 +372,12 @@ def export(path: str | Path, folder: str | Path, *, step: int | None = None, mes
     device_mesh = parse_mesh(mesh)
     checkpoint = open_checkpoint(path, step)
     with jax.set_mesh(device_mesh):
-        written = checkpoint.convert(folder, device_mesh)
+        if adapter is None:
+            written = checkpoint.convert(folder, device_mesh)
+        elif isinstance(checkpoint, RunCheckpoint):
+            written = checkpoint.write_adapter(folder, adapter, device_mesh)
+        else:
+            raise RequestError(f"adapter={adapter!r}: {path} is a published checkpoint, and has no adapters")
     write_checksums(Path(folder).expanduser())
     return written
 

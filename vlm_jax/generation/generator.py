@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -76,6 +77,12 @@ class Generator:
     def params(self) -> Any:
         """Nested dicts, layers stacked, as every other place has them. Of a large model on a CPU it is a copy."""
         return self.programs.params
+
+    def with_params(self, held: Any) -> Generator:
+        """The same with other parameters, as `Programs.held` has them."""
+        other = copy.copy(self)
+        other.programs = self.programs.with_params(held)
+        return other
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
         """The answers, in the order of the requests.

@@ -40,7 +40,7 @@ def adapter_boxes(boxes: Mapping[str, Named], adapters: tuple[LoraConfig, ...]) 
             )
         for path in matched:
             if f"{path}/lora/{entry.name}/a" not in found:
-                found |= _boxes_of(f"{path}/lora/{entry.name}", maps[path], entry.rank)
+                found |= boxes_of(f"{path}/lora/{entry.name}", maps[path], entry.rank)
     return found
 
 
@@ -51,8 +51,8 @@ def _check(entry: LoraConfig, where: str) -> None:
         raise ValueError(f"{where}: rank={entry.rank}, dropout={entry.dropout}: expected a rank of 1 or more, a share below 1")
 
 
-def _boxes_of(adapter: str, box: Named, rank: int) -> dict[str, Named]:
-    """Of a kernel's box, those of its adapter."""
+def boxes_of(adapter: str, box: Named, rank: int) -> dict[str, Named]:
+    """Of a kernel's box, those of its adapter, whose path is `adapter`."""
     lead = int(box.names[0] == "layers")
     ends = lead + box.inputs
     names, shape = box.names, box.value.shape
