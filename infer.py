@@ -175,7 +175,9 @@ def run(args: argparse.Namespace) -> None:
     runtime.prepare()
     with bytes_read("reading") as progress:
         adapters = {"adapter": args.adapter} if args.adapter else None
-        options = dict(dtype=args.dtype, rows=args.batch, adapters=adapters, merge_adapters=bool(adapters), pickles=args.pickles)
+        options = dict(
+            dtype=args.dtype, rows=args.batch, adapters=adapters, merge_adapters=bool(adapters), pickles=args.pickles
+        )
         vlm = vlm_jax.load(checkpoint, args.mesh, progress=progress, **options)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)

@@ -70,7 +70,9 @@ def test_llava15_with_adapters(choice):
     assert {str(leaves[f"{path}/kernel"].dtype) for path in adapted} == {held}
     assert leaves["language/lm_head/kernel"].dtype == leaves["language/embedding"].dtype == "bfloat16"
     query = leaves["language/layers/attention/query/lora/default/a"]
-    assert query.shape[-1] == 128 and query.dtype == "float32" and run.adapters[0].alpha == 256 and run.adapters[0].dropout == 0.05
+    assert (
+        query.shape[-1] == 128 and query.dtype == "float32" and run.adapters[0].alpha == 256 and run.adapters[0].dropout == 0.05
+    )
     for wrong in ("7b,lora,qlora", "sharegpt4v-7b,lora", "7b,loro"):
         with pytest.raises(ValueError, match=r"lora or qlora|behind a comma without_stage1, lora, qlora"):
             llava15_stage2.get_config(wrong)

@@ -33,7 +33,12 @@ from vlm_jax.layers.lora import PATH
 from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.sharding import Named
 
-CONFIG, WEIGHTS, PICKLE, OTHERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"
+CONFIG, WEIGHTS, PICKLE, OTHERS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "non_lora_trainables.bin",
+)
 PREFIX = "base_model.model."
 HALVES = {".lora_A.weight": "a", ".lora_B.weight": "b"}
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"}
@@ -135,7 +140,9 @@ def read_adapter(
         if one.published not in maps:
             maps[one.published] = _map_of(one, boxes, str(folder))
         if any(number >= count for number, count in zip(numbers, maps[one.published].counts, strict=True)):
-            raise PublishedError(f"{folder}: {key}: the model has {maps[one.published].counts[0]} layers; it is another model's")
+            raise PublishedError(
+                f"{folder}: {key}: the model has {maps[one.published].counts[0]} layers; it is another model's"
+            )
         found[one.published][numbers, half] = values
         scales[one.published, numbers] = _scale(settings, _weight(key).removesuffix(".weight"), values.shape[half == "b"])
     if unknown:
@@ -164,7 +171,9 @@ def _settings(folder: Path) -> Mapping[str, Any]:
             "it to a plain LoRA (`save_pretrained(path_initial_model_for_weight_conversion=...)`)"
         )
     if settings.get("bias", "none") != "none" or settings.get("fan_in_fan_out"):
-        raise PublishedError(f"{path}: bias={settings.get('bias')!r}, fan_in_fan_out={settings.get('fan_in_fan_out')}: not implemented")
+        raise PublishedError(
+            f"{path}: bias={settings.get('bias')!r}, fan_in_fan_out={settings.get('fan_in_fan_out')}: not implemented"
+        )
     known = READ | IDLE | {"init_lora_weights"}
     if wrong := {name: value for name, value in settings.items() if name not in known and value}:
         raise PublishedError(f"{path}: {', '.join(f'{name}={value!r:.60}' for name, value in wrong.items())}: not implemented")
@@ -266,7 +275,9 @@ def _stacked(
         ranks[numbers] = a.shape[0]
         wanted = tuple(one.of_rank(half, a.shape[0]).shape for half in ("a", "b"))
         if (a.shape, b.shape) != wanted:
-            raise PublishedError(f"{folder}: {module}: found shapes {a.shape} and {b.shape}, expected {wanted}: another model's?")
+            raise PublishedError(
+                f"{folder}: {module}: found shapes {a.shape} and {b.shape}, expected {wanted}: another model's?"
+            )
     most = max(ranks.values())
     leaves = {}
     for place, module in enumerate(one.modules):
@@ -373,7 +384,9 @@ def write_adapter(
             rank = own["a"].shape[-1]
             base_name = published_name(template, numbers).removesuffix(".weight")
             for end, half in HALVES.items():
-                tensors[f"{PREFIX}{base_name}{end}"] = np.ascontiguousarray(of_map.of_rank(half, rank).joined([own[half][numbers]]))
+                tensors[f"{PREFIX}{base_name}{end}"] = np.ascontiguousarray(
+                    of_map.of_rank(half, rank).joined([own[half][numbers]])
+                )
             sizes[base_name] = (rank, _number(float(own["scale"][numbers]) * rank))
     whole = _whole(flat, also, table, adapters)
     tensors |= {f"{PREFIX}{key}": values for key, values in whole.items()}
@@ -409,7 +422,10 @@ def _number(value: float) -> float:
 def _whole(flat: Mapping[str, Any], also: Sequence[str], table: Table, adapters: Mapping[str, Any]) -> dict[str, np.ndarray]:
     chosen = [one for one in table.rows if set(one.ours) & set(also)]
     for one in chosen:
-        part, alone = one.ours[0].rpartition("/")[0] in adapters, "." not in memory_name(one.published[0]).removeprefix("model.")
+        part, alone = (
+            one.ours[0].rpartition("/")[0] in adapters,
+            "." not in memory_name(one.published[0]).removeprefix("model."),
+        )
         if part or alone or not set(one.ours) <= set(also):
             raise PublishedError(
                 f"{', '.join(one.ours)} was trained too, and PEFT's format holds only whole modules without an adapter: export the "

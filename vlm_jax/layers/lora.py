@@ -40,9 +40,7 @@ def without_adapters(params: Params, keep: Collection[str] = ()) -> Params:
 def with_adapters(params: Params, adapters: Params) -> Params:
     """The parameters and `adapters`, a tree of them alone; layers may be tuples, and get theirs of the stack."""
     if isinstance(params, tuple):
-        return tuple(
-            with_adapters(layer, jax.tree.map(lambda leaf, i=i: leaf[i], adapters)) for i, layer in enumerate(params)
-        )
+        return tuple(with_adapters(layer, jax.tree.map(lambda leaf, i=i: leaf[i], adapters)) for i, layer in enumerate(params))
     if not isinstance(params, Mapping):
         return adapters
     return dict(params) | {

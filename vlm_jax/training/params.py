@@ -95,9 +95,7 @@ class Blueprint:
     adapters: tuple[LoraConfig, ...]
 
     @classmethod
-    def of(
-        cls, model: nn.Module, rules: tuple[ParamRule, ...], mesh: Mesh, adapters: tuple[LoraConfig, ...] = ()
-    ) -> Blueprint:
+    def of(cls, model: nn.Module, rules: tuple[ParamRule, ...], mesh: Mesh, adapters: tuple[LoraConfig, ...] = ()) -> Blueprint:
         """
         Raises:
           ValueError: a rule or an adapter that matches no parameter, or an adapter that is frozen.
