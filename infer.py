@@ -103,8 +103,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--classes needs an --image")
     if args.classes is not None and not all(name.strip() for name in args.classes.split(",")):
         parser.error(f"--classes={args.classes!r}: expected comma-separated names")
-    if args.classes is not None and (args.attention or args.shot or args.stop or args.stream):
-        parser.error("--attention, --shot, --stop and --stream need a --prompt")
+    if args.classes is not None and (args.attention or args.shot or args.stop or args.stream or args.adapter):
+        parser.error("--attention, --shot, --stop, --stream and --adapter need a --prompt")
     if args.classes is not None and "{}" not in args.template:
         parser.error(f"--template={args.template!r} has no {{}}, which is replaced by the class name")
     if (args.input is None) != (args.output is None):
@@ -175,10 +175,8 @@ def run(args: argparse.Namespace) -> None:
     runtime.prepare()
     with bytes_read("reading") as progress:
         adapters = {"adapter": args.adapter} if args.adapter else None
-        options = dict(
-            dtype=args.dtype, rows=args.batch, adapters=adapters, merge_adapters=bool(adapters), pickles=args.pickles
-        )
-        vlm = vlm_jax.load(checkpoint, args.mesh, progress=progress, **options)
+        own = dict(adapters=adapters, merge_adapters=bool(adapters), pickles=args.pickles)
+        vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress, **own)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)
         refused = answer_file(vlm, questions, output=args.output, settings=settings, progress=progress)

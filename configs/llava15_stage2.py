@@ -42,8 +42,8 @@ def get_config(choice: str = "7b") -> ml_collections.ConfigDict:
     size, *options = choice.split(",")
     if size not in SIZES or not set(options) <= set(OPTIONS):
         raise ValueError(
-            f"name a size behind a colon: --config=configs/llava15_stage2.py:7b; there are {', '.join(SIZES)}, and behind a comma "
-            f"{', '.join(OPTIONS)}"
+            f"name a size behind a colon: --config=configs/llava15_stage2.py:7b; there are {', '.join(SIZES)}, and behind a "
+            f"comma {', '.join(OPTIONS)}"
         )
     frozen = [option for option in options if option in BESIDE_ADAPTERS]
     if len(frozen) > 1 or (frozen and size == "sharegpt4v-7b"):

@@ -9,18 +9,15 @@ print(vlm.generate("what color is the shape?", images=["picture.png"]))
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
-from vlm_jax.config.register import module_of
 from vlm_jax.encoders import Encoder
 from vlm_jax.errors import RequestError
 from vlm_jax.files import write_checksums
@@ -29,23 +26,15 @@ from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files.folder import is_published
-from vlm_jax.interop.peft import own_table, read_adapter, write_adapter
+from vlm_jax.interop.peft_read import load_adapters
 from vlm_jax.interop.published import open_published
-from vlm_jax.interop.table import Table
-from vlm_jax.layers.lora import NAME, PATH, cast, dequantised, merged, names_of, with_adapters, without_adapters
-from vlm_jax.paths import by_path, nested
+from vlm_jax.layers.lora import merged, names_of, with_adapters, without_adapters
 from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.pictures import Picture
-from vlm_jax.runtime import compute_dtype
-from vlm_jax.sharding import AXES, boxed_params, make_mesh, place
-from vlm_jax.training.adapters import boxes_of
-from vlm_jax.training.checkpoint import load_run
-from vlm_jax.training.params import Blueprint
-from vlm_jax.training.processors import run_processor, write_processing
-from vlm_jax.training.run_folder import PUBLISHED, read_config
+from vlm_jax.sharding import AXES, make_mesh
+from vlm_jax.training.run_checkpoint import RunCheckpoint
 
 DTYPES = ("float32", "bfloat16")
-log = logging.getLogger(__name__)
 
 
 class Vlm:
@@ -184,80 +173,6 @@ def _as_list(images: Any) -> list[Any]:
     return list(images)
 
 
-class RunCheckpoint:
-    """A run of train.py (its `--workdir`), with its configuration read and its weights not yet.
-
-    Attributes:
-      config: of the run.
-    """
-
-    def __init__(self, folder: Path, step: int | None) -> None:
-        self.folder, self.step = folder, step
-        self.config = read_config(folder)
-        self.processor = run_processor(self.config.data, folder)
-
-    def load(
-        self, mesh: Mesh, dtype: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> tuple[nn.Module, Any]:
-        """The model, and its parameters on the mesh.
-
-        Args:
-          dtype: None: the run's own.
-          progress: not called: runs are read without one.
-        """
-        compute = compute_dtype(dtype or self.config.dtype)
-        run = load_run(self.folder, mesh, dtype=compute if compute != "float32" or dtype else None, step=self.step)
-        self.step = run.step
-        return module_of(run.config.model)(run.config.model, compute), run.params
-
-    def convert(self, folder: str | Path, mesh: Mesh) -> int:
-        """Writes the run's parameters in the format of the published checkpoint it was started from.
-
-        Raises:
-          RequestError: it was not started from one.
-        """
-        origin = self.folder / PUBLISHED
-        if not origin.is_dir():
-            raise RequestError(
-                f"{self.folder} was not started from a published checkpoint (config.init_from), so there is no published "
-                "configuration to export it under"
-            )
-        published = open_published(origin, pickles=self.config.pickles)
-        params = load_run(self.folder, mesh, step=self.step).params
-        if any(path.endswith("/kernel_scale") for path in by_path(params)):
-            log.warning("%s: the int8 kernels of the run are written as float32", folder)
-        written = published.export(jax.jit(lambda params: dequantised(merged(params)))(params), folder)
-        write_processing(self.config.data, Path(folder))
-        return written
-
-    def adapter_tables(self, boxes: Mapping[str, Any]) -> tuple[Table, ...]:
-        """As `Checkpoint.adapter_tables`; the last has our own names."""
-        origin = self.folder / PUBLISHED
-        published = open_published(origin, pickles=self.config.pickles).tables if origin.is_dir() else ()
-        return (*published, own_table(boxes))
-
-    def write_adapter(self, folder: str | Path, name: str, mesh: Mesh) -> int:
-        """Writes an adapter alone, with what was trained beside it; see `interop/peft.py`.
-
-        Raises:
-          PublishedError: there is none of the name, or PEFT's format cannot hold it.
-        """
-        config = self.config
-        model = module_of(config.model)(config.model)
-        boxes = by_path(boxed_params(model))
-        rules = Blueprint.of(model, config.optimizer.rules, mesh, config.adapters).rules
-        return write_adapter(
-            folder,
-            name,
-            load_run(self.folder, mesh, step=self.step).params,
-            self.adapter_tables(boxes)[0],
-            boxes,
-            also=[path for path in boxes if not rules[path].frozen],
-            dropout=next((one.dropout for one in config.adapters if one.name == name), 0.0),
-            base=config.init_from or None,
-        )
-
-
 def open_checkpoint(
     path: str | Path, step: int | None = None, *, pickles: bool = False, pad_to_square: bool = False
 ) -> RunCheckpoint | Checkpoint:
@@ -310,41 +225,15 @@ def load(
     checkpoint = open_checkpoint(path, step, pickles=pickles, pad_to_square=pad_to_square) if given else path
     with jax.set_mesh(device_mesh):
         model, params = checkpoint.load(device_mesh, dtype, progress=progress)
-        loaded = _read_adapters(checkpoint, model, adapters or {}, known=names_of(params), mesh=device_mesh, pickles=pickles)
+        options = dict(known=names_of(params), mesh=device_mesh, pickles=pickles)
+        loaded = load_adapters(model, checkpoint.adapter_tables, adapters or {}, **options)
         if merge_adapters:
             first = next(iter(loaded.values()), {})
             params, loaded = jax.jit(lambda params, first: merged(with_adapters(params, first)))(params, first), {}
     if not checkpoint.processor.answers:
         return Encoder(checkpoint, model, params, mesh=device_mesh, rows=rows)
     vlm = Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows), loaded)
-    return vlm.with_adapters(*names_of(params), next(iter(loaded))) if loaded else vlm
-
-
-def _read_adapters(
-    checkpoint: RunCheckpoint | Checkpoint,
-    model: nn.Module,
-    folders: Mapping[str, str | Path],
-    *,
-    known: Sequence[str],
-    mesh: Mesh,
-    pickles: bool,
-) -> dict[str, Any]:
-    """What each puts over the parameters, on the mesh as they are."""
-    if not folders:
-        return {}
-    boxes, made = by_path(boxed_params(model)), {}
-    tables = checkpoint.adapter_tables(boxes)
-    for name, folder in folders.items():
-        if not NAME.fullmatch(name) or name in known:
-            raise RequestError(f"adapters: name {name!r}: expected letters, digits, '_', '-' and '.', and not {list(known)}")
-        leaves = by_path(read_adapter(folder, name, tables, boxes, pickles=pickles))
-        of = dict(boxes)
-        for path, leaf in leaves.items():
-            if (found := PATH.fullmatch(path)) and found["leaf"] == "a":
-                of |= boxes_of(path.removesuffix("/a"), boxes[f"{found['module']}/kernel"], leaf.shape[-1])
-        of_leaf = lambda path, of=of: NamedSharding(mesh, place(of[path].names, of[path].value.shape, mesh).spec)
-        made[name] = cast(nested({path: jax.device_put(leaf, of_leaf(path)) for path, leaf in leaves.items()}), model.dtype)
-    return made
+    return vlm.with_adapters(*options["known"], next(iter(loaded))) if loaded else vlm
 
 
 def export(

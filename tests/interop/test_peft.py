@@ -18,7 +18,9 @@ from vlm_jax.config import LoraConfig
 from vlm_jax.errors import RequestError
 from vlm_jax.generation.by_layer import split_layers
 from vlm_jax.interop.files.source import PublishedError
-from vlm_jax.interop.peft import own_table, read_adapter, write_adapter
+from vlm_jax.interop.peft import own_table
+from vlm_jax.interop.peft_read import read_adapter
+from vlm_jax.interop.peft_write import write_adapter
 from vlm_jax.layers.lora import merged, names_of, only_adapters, with_adapters, without_adapters
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import boxed_params
@@ -56,7 +58,7 @@ def made_by_peft(model, folder, seed=0, **settings):
 
 def test_theirs_read_kept_by_name_switched_and_merged(published, tmp_path):
     """Ranks and alphas that differ by map and layer, rsLoRA, a whole module beside them, some layers without any."""
-    folder, again, inputs, vlm, request = published
+    folder, again, inputs, _, request = published
     settings = [
         dict(rank_pattern={r"layers\.1\.self_attn\.q_proj": 2}, alpha_pattern={"down_proj": 3}, modules_to_save=["linear_1"]),
         dict(use_rslora=True, target_modules=["gate_proj", "up_proj"], layers_to_transform=[0, 2], layers_pattern="layers"),
@@ -130,7 +132,7 @@ def test_our_own_names_give_the_same_back(published, tmp_path):
 
 def test_llavas_own_layout(published, tmp_path):
     """`finetune_lora.sh` leaves the projector in `non_lora_trainables.bin`, under its own names."""
-    folder, again, inputs, vlm, request = published
+    folder, again, inputs, _, request = published
     peft = made_by_peft(again(), tmp_path, modules_to_save=["multi_modal_projector"])
     path = tmp_path / "adapter_model.safetensors"
     theirs_now = {key: torch.tensor(value) for key, value in load_file(path).items()}
@@ -140,7 +142,7 @@ def test_llavas_own_layout(published, tmp_path):
     torch.save({own(k): v for k, v in theirs_now.items() if "projector" in k}, tmp_path / "non_lora_trainables.bin")
     language = lambda key: key.replace("model.language_model.", "model.")
     save_file({language(k): v.numpy() for k, v in theirs_now.items() if "projector" not in k}, path)
-    with pytest.raises(PublishedError, match="non_lora_trainables.bin, trained parameters: it is read with pickles=True"):
+    with pytest.raises(PublishedError, match=r"non_lora_trainables\.bin, trained parameters: it is read with pickles=True"):
         load(folder, adapters={"a": tmp_path})
     compare(logits(load(folder, adapters={"a": tmp_path}, pickles=True), request), theirs(peft, inputs))
 

@@ -22,7 +22,8 @@ from tests.tiny import mesh_of
 from vlm_jax.config import LoraConfig, RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.interop.engine import abstract_params, to_ours
-from vlm_jax.interop.peft import read_adapter, write_adapter
+from vlm_jax.interop.peft_read import read_adapter
+from vlm_jax.interop.peft_write import write_adapter
 from vlm_jax.interop.published import open_published
 from vlm_jax.layers.lora import merged
 from vlm_jax.paths import by_path, nested
@@ -58,14 +59,14 @@ def record(number, talk):
 
 
 def plain(number):
-    """What is read, and the part of it that is learned."""
-    return [("<image>", False), (f"{CAPTIONS[number]}\n", True)]
+    """What is read, and the part of it that is learned: ended by the end token, where LLaVA's captions end in a line break."""
+    return [("<image>", False), (f"{CAPTIONS[number]}</s>", True)]
 
 
 def vicuna(number):
     parts = [(SYSTEM, False)]
     for turn, (question, answer) in enumerate(TALKS[number]):
-        parts += [(f"USER: {'' if turn else '<image>' + chr(10)}{question} ASSISTANT: ", False), (f"{answer}</s>", True)]
+        parts += [(f"USER: {'' if turn else '<image>' + chr(10)}{question} ASSISTANT:", False), (f" {answer}</s>", True)]
     return parts
 
 
@@ -95,7 +96,7 @@ def their_inputs(processor, number, parts, image):
 
 
 def stage(folder, recipe, talks, *, adapters=()):
-    """The batch of a run with the recipe's rules, the trainer, and the sums and gradients of it."""
+    """A run with the recipe's rules, and a batch with each conversation once."""
     lines = folder / f"{recipe.optimizer.lr}.json"
     lines.write_text(json.dumps([record(number, talk) for number, talk in enumerate(talks)]))
     sizes = dict(rows=4, tokens=384, images=4, template=recipe.data.template, pad_to_square=recipe.data.pad_to_square)
@@ -103,7 +104,7 @@ def stage(folder, recipe, talks, *, adapters=()):
     rules = tuple(dataclasses.replace(rule, frozen_dtype="float32") for rule in recipe.optimizer.rules)
     run = dataclasses.replace(run, optimizer=dataclasses.replace(recipe.optimizer, rules=rules))
     check_pictures(run)
-    return run, packed(run, folder / f"run{recipe.optimizer.lr}")[1][0]
+    return run, packed(run, folder / f"run{recipe.optimizer.lr}")[0][0]
 
 
 def ours(trainer, state, batch):

@@ -19,10 +19,24 @@ import jax.numpy as jnp
 
 from vlm_jax.ops.quantised import dequantise
 from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.sharding import Named
 
 Array = jax.Array
 PATH = re.compile(r"(?P<module>.+)/lora/(?P<name>[^/]+)/(?P<leaf>.+)")
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def boxes_of(adapter: str, box: Named, rank: int) -> dict[str, Named]:
+    """Of a kernel's box, those of its adapter, whose path is `adapter`."""
+    lead = int(box.names[0] == "layers")
+    ends = lead + box.inputs
+    names, shape = box.names, box.value.shape
+    made = lambda names, shape: Named(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+    return {
+        f"{adapter}/a": made((*names[:ends], "rank"), (*shape[:ends], rank)),
+        f"{adapter}/b": made((*names[:lead], "rank", *names[ends:]), (*shape[:lead], rank, *shape[ends:])),
+        f"{adapter}/scale": made(names[:lead], shape[:lead]),
+    }
 
 
 def without_adapters(params: Params, keep: Collection[str] = ()) -> Params:
@@ -38,14 +52,16 @@ def without_adapters(params: Params, keep: Collection[str] = ()) -> Params:
 
 
 def with_adapters(params: Params, adapters: Params) -> Params:
-    """The parameters and `adapters`, a tree of them alone; layers may be tuples, and get theirs of the stack."""
+    """The parameters and `adapters`, a tree of them alone and of parameters to replace; layers may be tuples, and get theirs of
+    the stack."""
     if isinstance(params, tuple):
         return tuple(with_adapters(layer, jax.tree.map(lambda leaf, i=i: leaf[i], adapters)) for i, layer in enumerate(params))
     if not isinstance(params, Mapping):
         return adapters
-    return dict(params) | {
-        name: with_adapters(params[name], part) if name in params else part for name, part in adapters.items()
-    }
+    merged = {name: with_adapters(params[name], part) if name in params else part for name, part in adapters.items()}
+    # A whole kernel in the place of an int8 one has no scales.
+    kept = {name: part for name, part in params.items() if name != "kernel_scale" or "kernel" not in adapters}
+    return kept | merged
 
 
 def only_adapters(params: Params, names: Collection[str] | None = None) -> Params:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import LoraConfig, ParamRule
-from vlm_jax.layers.lora import NAME, PATH, with_adapters
+from vlm_jax.layers.lora import NAME, PATH, boxes_of, with_adapters
 from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.sharding import Named
 
@@ -49,19 +49,6 @@ def _check(entry: LoraConfig, where: str) -> None:
         raise ValueError(f"{where}: name {entry.name!r}: expected letters, digits, '_', '-' and '.'")
     if entry.rank < 1 or not 0 <= entry.dropout < 1:
         raise ValueError(f"{where}: rank={entry.rank}, dropout={entry.dropout}: expected a rank of 1 or more, a share below 1")
-
-
-def boxes_of(adapter: str, box: Named, rank: int) -> dict[str, Named]:
-    """Of a kernel's box, those of its adapter, whose path is `adapter`."""
-    lead = int(box.names[0] == "layers")
-    ends = lead + box.inputs
-    names, shape = box.names, box.value.shape
-    made = lambda names, shape: Named(jax.ShapeDtypeStruct(shape, jnp.float32), names)
-    return {
-        f"{adapter}/a": made((*names[:ends], "rank"), (*shape[:ends], rank)),
-        f"{adapter}/b": made((*names[:lead], "rank", *names[ends:]), (*shape[:lead], rank, *shape[ends:])),
-        f"{adapter}/scale": made(names[:lead], shape[:lead]),
-    }
 
 
 def entry_of(path: str, adapters: tuple[LoraConfig, ...]) -> LoraConfig:
