@@ -2,18 +2,19 @@
 
 import pytest
 
-from configs import llava15_stage1, llava15_stage2
+from configs import llava15_stage1, llava15_stage2, llava_next
 from tests.tiny import mesh_of
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.paths import by_path
 from vlm_jax.training.params import Blueprint
 from vlm_jax.training.step import check_pictures
 
 
 def frozen_parts(run):
     """(part, whether all of it is frozen), and the rules by path."""
-    rules = Blueprint.of(VisionLanguageModel(run.model), run.optimizer.rules, mesh_of(1, 1, 1)).rules
+    rules = Blueprint.of(VisionLanguageModel(run.model), run.optimizer.rules, mesh_of(1, 1, 1), run.adapters).rules
     return {part: all(rule.frozen for path, rule in rules.items() if path.startswith(part)) for part in run_parts(rules)}, rules
 
 
@@ -49,3 +50,40 @@ def test_stage_two_without_stage_one():
     assert not run.init_from and [part.part for part in run.init_parts] == ["vision", "language"]
     with pytest.raises(ValueError, match="name a size behind a colon"):
         llava15_stage2.get_config("70b")
+
+
+@pytest.mark.parametrize("choice", ["7b,lora", "13b,qlora,without_stage1"])
+def test_llava15_with_adapters(choice):
+    """`finetune_lora.sh`: every linear map of the language model but the head; what is trained, and how the rest is held."""
+    run = from_config_dict(RunConfig, llava15_stage2.get_config(choice))
+    assert bool(run.init_parts) == ("without_stage1" in choice)
+    blueprint = Blueprint.of(VisionLanguageModel(run.model), run.optimizer.rules, mesh_of(1, 1, 1), run.adapters)
+    leaves, rules = by_path(blueprint.abstract), blueprint.rules
+    maps = [path for path in rules if path.startswith("language/") and path.endswith("/kernel")]
+    adapted = {path.split("/lora/")[0] for path in rules if "/lora/" in path}
+    assert adapted == {path.removesuffix("/kernel") for path in maps} - {"language/lm_head"} and len(adapted) == 7
+    rates = {path: rule.lr * run.optimizer.lr for path, rule in rules.items() if not rule.frozen}
+    assert {path for path in rates if "/lora/" not in path} == {path for path in rules if path.startswith("connector/")}
+    assert {round(rate, 9) for path, rate in rates.items() if "/lora/" in path} == {2e-4}
+    assert {round(rate, 9) for path, rate in rates.items() if "/lora/" not in path} == {2e-5}
+    held = "int8" if "qlora" in choice else "bfloat16"
+    assert {str(leaves[f"{path}/kernel"].dtype) for path in adapted} == {held}
+    assert leaves["language/lm_head/kernel"].dtype == leaves["language/embedding"].dtype == "bfloat16"
+    query = leaves["language/layers/attention/query/lora/default/a"]
+    assert (
+        query.shape[-1] == 128 and query.dtype == "float32" and run.adapters[0].alpha == 256 and run.adapters[0].dropout == 0.05
+    )
+    for wrong in ("7b,lora,qlora", "sharegpt4v-7b,lora", "7b,loro"):
+        with pytest.raises(ValueError, match=r"lora or qlora|behind a comma without_stage1, lora, qlora"):
+            llava15_stage2.get_config(wrong)
+
+
+@pytest.mark.parametrize("size", llava_next.SIZES)
+def test_llava_next(size):
+    run = from_config_dict(RunConfig, llava_next.get_config(size))
+    check_pictures(run)
+    fates, rules = frozen_parts(run)
+    assert not any(fates.values()) and set(fates) == {"connector", "fusion", "language", "vision"}
+    rates = {path.split("/")[0]: round(rule.lr * run.optimizer.lr, 9) for path, rule in rules.items()}
+    assert rates == {"connector": 1e-5, "fusion": 1e-5, "language": 1e-5, "vision": 2e-6}
+    assert (run.data.tokens, run.optimizer.weight_decay, run.optimizer.warmup_steps) == (32_768, 0.0, round(0.03 * run.steps))

@@ -36,7 +36,7 @@ from vlm_jax.config.language import (
 )
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
-from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config.run import LoraConfig, MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "LoraConfig",
     "MeshConfig",
     "MlpProjectorConfig",
     "ModelConfig",

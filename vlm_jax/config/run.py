@@ -20,7 +20,25 @@ class ParamRule:
     lr: float = 1.0  # times the schedule
     decay: float = 1.0  # times `weight_decay`
     rows_from: int = 0  # only rows from this one on are trained (new tokens of an embedding)
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen parameter is held
+    # How a frozen parameter is held. "int8": kernels of linear maps, with a float32 scale for every output; others in bfloat16.
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+
+
+@frozen
+class LoraConfig:
+    """LoRA (Hu et al. 2021) beside the linear maps whose path `pattern` (a regex, searched) is found in.
+
+    A map `x W` becomes `x W + alpha / rank * dropout(x) A B`. The path is a kernel's without its last word:
+    `language/layers/attention/query`. Of several entries with one name the first that matches a map counts. What is trained and
+    what is frozen is said by `OptimizerConfig.rules`, whose patterns also meet `.../query/lora/NAME/a` and `b`.
+    """
+
+    pattern: str
+    rank: int
+    alpha: float
+    dropout: float = 0.0  # share of x that is left out in training
+    rank_stabilised: bool = False  # alpha / sqrt(rank) (Kalajdzievski 2023)
+    name: str = "default"
 
 
 @frozen
@@ -65,6 +83,7 @@ class RunConfig:
     objective: ObjectiveConfig = NextTokenConfig()
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
+    adapters: tuple[LoraConfig, ...] = ()
     seed: int = 0
     steps: int
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -92,6 +93,12 @@ class Generator:
             yield
         finally:
             self.programs.held = before
+
+    def with_params(self, held: Any) -> Generator:
+        """The same with other parameters, as `Programs.held` has them."""
+        other = copy.copy(self)
+        other.programs = self.programs.with_params(held)
+        return other
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
         """The answers, in the order of the requests.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,12 @@ class Programs:
     def params(self) -> Any:
         """Nested dicts, layers stacked, as every other place has them; a copy where layers are held one by one."""
         return restack_layers(self.held)
+
+    def with_params(self, held: Any) -> Programs:
+        """The same programs with other parameters, as `held` has them."""
+        other = copy.copy(self)
+        other.held, other.by_function = held, {}
+        return other
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""

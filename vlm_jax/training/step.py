@@ -14,12 +14,13 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import AugmentConfig, RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
-from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.paths import Params, by_path
 from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import batch_sharding, batch_shards, unboxed
+from vlm_jax.training.adapters import with_dropout
 from vlm_jax.training.objective import OBJECTIVES, Objective
 from vlm_jax.training.optimizer import make_optimizer, schedule
-from vlm_jax.training.params import Blueprint, merge, split, stored, trained_rows
+from vlm_jax.training.params import Blueprint, merge, split, trained_rows
 
 Array = jax.Array
 
@@ -96,7 +97,7 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.model = module_of(config.model)(config.model, compute_dtype(config.dtype), config.remat)
         self.objective: Objective = OBJECTIVES[type(config.objective)](config.objective)
-        self.blueprint = Blueprint.of(self.model, config.optimizer.rules, mesh)
+        self.blueprint = Blueprint.of(self.model, config.optimizer.rules, mesh, config.adapters)
         self.rules = self.blueprint.rules
         self.optimizer = make_optimizer(config.optimizer, self.rules, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
@@ -128,7 +129,7 @@ class Trainer:
         return self._state_of(unboxed(self.model.init(key, *self.model.example())["params"]))
 
     def _state_of(self, params: Params) -> TrainState:
-        params = nested({path: stored(path, leaf, self.rules) for path, leaf in by_path(params).items()})
+        params = self.blueprint.hold(params, jax.random.key(self.config.seed))
         trained, frozen = split(params, self.rules)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero)
@@ -140,18 +141,23 @@ class Trainer:
         return TrainState(replicated, trained, frozen, opt_state, replicated, replicated)
 
     def gradients(
-        self, trained: Params, frozen: Params, batch: Batch, *, recompute: bool = True
+        self, trained: Params, frozen: Params, batch: Batch, *, step: Array | None = None, recompute: bool = True
     ) -> tuple[dict[str, Array], Params]:
         """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches.
 
         Args:
+          step: of which the dropout of adapters is; None: without dropout.
           recompute: False: without rematerialisation, to count the mathematics alone.
         """
         weight = self.objective.weight(batch)
         model = self.model if recompute else self.model.clone(remat="none")
 
-        def loss(trained: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
-            sums = self.objective.sums(model, merge(trained, frozen), part, recompute=recompute)
+        def loss(trained: Params, part: Batch, number: Array | int = 0) -> tuple[Array, dict[str, Array]]:
+            params = merge(trained, frozen)
+            if step is not None:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
+                params = with_dropout(params, self.config.adapters, key)
+            sums = self.objective.sums(model, params, part, recompute=recompute)
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
 
@@ -164,15 +170,15 @@ class Trainer:
         # Every device keeps its own rows: micro-batch `a` takes rows a, a + A, a + 2A, ...
         parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad(trained, part)), None
+        def add(total: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad(trained, *numbered)), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, batch))
-        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
+        (gradients, sums), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(micro)))
         return sums, gradients
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        sums, gradients = self.gradients(state.trained, state.frozen, batch)
+        sums, gradients = self.gradients(state.trained, state.frozen, batch, step=state.step)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
