@@ -45,4 +45,7 @@ class Batch:
     targets: Array | None = None  # [B, T] int32, the token to predict at this place; None: nothing is learned
     weights: Array | None = None  # [B, T] float32, the weight of that prediction in the loss
     visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
+    # [B, T] int32, of the row's p-th pair of answers: p within the segment of the chosen one, -p in the rejected one; 0 is
+    # padding; None: the segments are no pairs.
+    preference: Array | None = None
     sizes: Array | None = None  # [B, M, I, 2] int32, height and width of frames that differ in size; None: they do not

@@ -35,7 +35,7 @@ from vlm_jax.config.language import (
     YarnScaling,
 )
 from vlm_jax.config.model import ModelConfig
-from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
+from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig, PreferenceConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
@@ -74,6 +74,7 @@ __all__ = [
     "PerceiverConfig",
     "PixelShuffleConfig",
     "PositionsConfig",
+    "PreferenceConfig",
     "ProjectionConfig",
     "RopeConfig",
     "RunConfig",

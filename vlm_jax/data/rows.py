@@ -31,6 +31,7 @@ def empty_rows(config: DataConfig, rows: int, *, features: tuple[int, int] | Non
     size, image_shape = config.image_size, (rows, config.images, config.frames)
     names = ["tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "targets"]
     names += ["visual"] if config.visual_tokens else []
+    names += ["preference"] if config.pairs else []
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
     if config.keep_shapes:
         arrays["sizes"] = np.zeros((*image_shape, 2), np.int32)
@@ -114,6 +115,8 @@ class RowMaker:
                 targets, weights = targets_of(layout, self._spread.end_id)
                 end = begin + len(targets)
                 row["targets"][begin:end], row["weights"][begin:end] = targets, weights
+                if "preference" in row:  # segments 1 and 2 are the first pair of the row
+                    row["preference"][begin:end] = (segment + 1) // 2 * (1 if segment % 2 else -1)
                 first = int(self._store.first_medium[index])
                 before = sum(map(len, media[:first])) if tile_tokens else first
                 layout = layout.without_last()

@@ -64,6 +64,7 @@ class Lengths:
     example: np.ndarray  # [conversations] int32, the example it belongs to, ascending
     images: np.ndarray  # [examples] int32, image slots of an example
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
+    together: int = 1  # so many sequences in a row stay together, of which the first says the share: 2 for pairs of answers
 
 
 class TokenStore:
@@ -92,7 +93,7 @@ class TokenStore:
     def lengths_to_pack(self) -> Lengths:
         """The input of packing."""
         share = None if np.all(self.share == 1) else self.share
-        return Lengths(self.lengths, self.example, self.slots, share)
+        return Lengths(self.lengths, self.example, self.slots, share, 2 if self.meta.get("pairs") else 1)
 
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""

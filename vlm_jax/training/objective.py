@@ -20,6 +20,10 @@ class Objective(Protocol):
     Attributes:
       checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).
       examples_metric: metric that counts the examples of a batch, for the reported speed.
+
+    An objective that compares with the parameters of the beginning (`objectives/preference.py`) has a method
+    `reference_of(trained)`, which gives the frozen copies that the state keeps; its `sums` gets them as `reference`. One whose
+    batches hold pairs of answers has `reads_pairs = True`.
     """
 
     checkpoint_metric: str
