@@ -22,6 +22,14 @@ class EasyVqaConfig(SourceConfig):
 
 
 @frozen
+class EasyVqaPairsConfig(SourceConfig):
+    """easy-VQA's training questions, each with the right answer and a wrong one of the same kind: `data.pairs`."""
+
+    kind: Literal["easy_vqa_pairs"] = "easy_vqa_pairs"
+    cache_dir: str = "~/.cache/vlm_jax/tfds"  # as of easy_vqa
+
+
+@frozen
 class StampsConfig(SourceConfig):
     """Tux Paint's stamps with their captions; a quarter of the captions is held out."""
 

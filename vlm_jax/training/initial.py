@@ -58,7 +58,10 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
     else:
         params = load_run(config.init_from, trainer.mesh).params
     _check(f"config.init_from={config.init_from}", params, trainer.abstract_state.params)
-    return trainer.state_of(params), 0
+    state = trainer.state_of(params)
+    if hasattr(trainer.objective, "check_start"):
+        trainer.objective.check_start(state.trained)
+    return state, 0
 
 
 def _warn_of_unaligned(trainer: Trainer) -> None:

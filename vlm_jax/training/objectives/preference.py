@@ -80,6 +80,19 @@ class Preference:
             f", with frozen copies of {rest} other trained arrays" if rest else ": nothing is copied"
         )
 
+    def check_start(self, trained: Params) -> None:
+        """Warns of trained adapters that already do something at the beginning: the reference leaves them out."""
+        if self.config.reference != "frozen":
+            return
+        begun = [path for path, leaf in by_path(trained).items() if adapters_of(path) and path.endswith("/b") and jnp.any(leaf)]
+        if begun:
+            log.warning(
+                "the run begins with adapters that are trained already (%s and %d more), and the reference is the base model "
+                "without them: set config.objective.reference=with_adapters to compare with the parameters it begins with",
+                begun[0],
+                len(begun) - 1,
+            )
+
     def _reference_params(self, params: Params, reference: Params) -> Params:
         base = params if self.config.reference == "with_adapters" else without_adapters(params)
         return nested(by_path(base) | by_path(reference))
