@@ -30,6 +30,7 @@ from vlm_jax.training.objectives.next_token import chunked_scores
 Array = jax.Array
 log = logging.getLogger(__name__)
 
+Answers = tuple[Array, Array, Array, Array]  # of `pair_log_probs`
 ADAPTERS = "lora"  # the subtrees beside a kernel that hold its adapters: .../query/lora/NAME/{a,b,scale}
 MEANS = ("margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob")
 
@@ -107,27 +108,39 @@ class Preference:
         Args:
           reference: of the state, as `reference_of` gave it.
         """
-        config, learned = self.config, batch.weights > 0
-        frozen = self._reference_params(params, reference or {}) if config.reference != "none" else None
+        frozen = self._reference_params(params, reference or {}) if self.config.reference != "none" else None
         if frozen is not None and _same_features(params, frozen) and batch.images is not None and batch.sizes is None:
             batch = _with_features(model, params, batch)
+        policy = self.answers(model, params, batch, recompute=recompute)
+        if frozen is None:
+            return self.sums_of(policy, None, batch)
+        return self.sums_of(policy, jax.lax.stop_gradient(self.answers(model, frozen, batch, recompute=recompute)), batch)
 
-        def answers(params: Params) -> tuple[Array, Array, Array, Array]:
-            hidden, _ = model.apply({"params": params}, batch, method="hidden")
-            head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
-            vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
-            most = config.logits_mib * 2**20 if recompute else None
-            nll, _ = chunked_scores(lambda x: head(params, x), hidden, batch.targets, vocabulary=vocabulary, most=most)
-            return pair_log_probs(nll, learned, batch.preference, pairs=_most_pairs(batch))
+    def answers(self, model: nn.Module, params: Params, batch: Batch, *, recompute: bool = True) -> Answers:
+        """The log-probabilities of all answers under some parameters, policy or reference."""
+        hidden, _ = model.apply({"params": params}, batch, method="hidden")
+        head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
+        vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
+        most = self.config.logits_mib * 2**20 if recompute else None
+        nll, _ = chunked_scores(lambda x: head(params, x), hidden, batch.targets, vocabulary=vocabulary, most=most)
+        return pair_log_probs(nll, batch.weights > 0, batch.preference, pairs=_most_pairs(batch))
 
-        chosen, rejected, *tokens = answers(params)
-        weights = _pair_weights(batch)
+    def sums_of(self, policy: Answers, base: Answers | None, batch: Batch) -> Sums:
+        """Sums over the pairs of a batch.
+
+        Args:
+          base: of the reference; None: reference-free.
+        """
+        config, weights = self.config, _pair_weights(batch)
+        chosen, rejected, *tokens = policy
         chosen_tokens, rejected_tokens = (jnp.maximum(count, 1.0) for count in tokens)
-        bases = (0.0, 0.0) if frozen is None else jax.lax.stop_gradient(answers(frozen)[:2])
-        rewards = []
-        for policy, base, count in zip((chosen, rejected), bases, (chosen_tokens, rejected_tokens), strict=True):
+
+        def reward(policy: Array, base: Array | float, count: Array) -> Array:
             ratio = policy - base
-            rewards.append(config.beta * (ratio / count if config.length_normalised else ratio))
+            return config.beta * (ratio / count if config.length_normalised else ratio)
+
+        chosen_base, rejected_base = (0.0, 0.0) if base is None else base[:2]
+        rewards = reward(chosen, chosen_base, chosen_tokens), reward(rejected, rejected_base, rejected_tokens)
         loss = dpo_loss(*rewards, label_smoothing=config.label_smoothing)
         if config.chosen_loss:
             loss = loss - config.chosen_loss * chosen / chosen_tokens
