@@ -94,7 +94,8 @@ class Preference:
                 len(begun) - 1,
             )
 
-    def _reference_params(self, params: Params, reference: Params) -> Params:
+    def reference_params(self, params: Params, reference: Params) -> Params:
+        """The parameters of the reference, from those of the run and the copies of its state."""
         base = params if self.config.reference == "with_adapters" else without_adapters(params)
         return nested(by_path(base) | by_path(reference))
 
@@ -108,7 +109,7 @@ class Preference:
         Args:
           reference: of the state, as `reference_of` gave it.
         """
-        frozen = self._reference_params(params, reference or {}) if self.config.reference != "none" else None
+        frozen = self.reference_params(params, reference or {}) if self.config.reference != "none" else None
         if frozen is not None and _same_features(params, frozen) and batch.images is not None and batch.sizes is None:
             batch = _with_features(model, params, batch)
         policy = self.answers(model, params, batch, recompute=recompute)
