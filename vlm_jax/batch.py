@@ -54,4 +54,7 @@ class Batch:
     weights: Array | None = None  # [B, T] float32, the weight of that prediction in the loss
     visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
     prefix_segments: Array | None = None  # [B, T] int32, the segment of the shared prefix it sees too; 0: none; None: all 0
+    # [B, T] int32, of the row's p-th pair of answers: p within the segment of the chosen one, -p in the rejected one; 0 is
+    # padding; None: the segments are no pairs.
+    preference: Array | None = None
     sizes: Array | None = None  # [B, M, I, 2] int32, height and width of frames that differ in size; None: they do not

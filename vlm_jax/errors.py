@@ -13,6 +13,10 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message names the file and the line."""
 
 
+class RecordError(Exception):
+    """What is wrong with a record of the user's data; the caller adds the file and the line."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from data_helpers import processor_of
 
+from vlm_jax.config import EasyVqaPairsConfig
 from vlm_jax.data.pipeline import build_source
 from vlm_jax.data.sources.easy_vqa import EasyVqaSource, prepare
 from vlm_jax.errors import DataError
@@ -127,3 +129,17 @@ def test_the_questions_about_a_picture_as_one_conversation(easy_vqa_folder):
     together.check(4_000)
     with pytest.raises(DataError, match="38575 conversations"):
         together.check(38_575)
+
+
+def test_easy_vqa_pairs_are_of_the_training_split_and_apart_from_those_held_out(easy_vqa_config, easy_vqa_folder):
+    config = dataclasses.replace(easy_vqa_config, source=EasyVqaPairsConfig(cache_dir=str(easy_vqa_folder)), pairs=True)
+    splits = {split: build_source(config, split) for split in ("train", "eval")}
+    assert {split: len(source) for split, source in splits.items()} == {"train": 3600, "eval": 400}
+    whole = EasyVqaSource("train", easy_vqa_folder)
+    ids = {split: {source[index].id for index in range(0, len(source), 100)} for split, source in splits.items()}
+    assert not ids["train"] & ids["eval"] and all("train/" in one for of_split in ids.values() for one in of_split)
+    example, original = splits["train"][0], whole[1]
+    assert (example.id, example.media, example.pairs) == (original.id, original.media, True)
+    assert example.conversations[::2] == original.conversations
+    for chosen, rejected in zip(example.conversations[::2], example.conversations[1::2], strict=True):
+        assert chosen[0] == rejected[0] and chosen[1].text != rejected[1].text

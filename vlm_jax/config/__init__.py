@@ -12,6 +12,7 @@ from vlm_jax.config.data import (
     AugmentConfig,
     DataConfig,
     EasyVqaConfig,
+    EasyVqaPairsConfig,
     JsonLinesConfig,
     SampleRule,
     SourceConfig,
@@ -35,7 +36,7 @@ from vlm_jax.config.language import (
     YarnScaling,
 )
 from vlm_jax.config.model import ModelConfig
-from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
+from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig, PreferenceConfig
 from vlm_jax.config.run import LoraConfig, MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
@@ -50,6 +51,7 @@ __all__ = [
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
+    "EasyVqaPairsConfig",
     "EvaluatorConfig",
     "ExpertsConfig",
     "FusionConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "PerceiverConfig",
     "PixelShuffleConfig",
     "PositionsConfig",
+    "PreferenceConfig",
     "ProjectionConfig",
     "RankingConfig",
     "RopeConfig",

@@ -22,6 +22,14 @@ class EasyVqaConfig(SourceConfig):
 
 
 @frozen
+class EasyVqaPairsConfig(SourceConfig):
+    """easy-VQA's training questions, each with the right answer and a wrong one of the same kind: `data.pairs`."""
+
+    kind: Literal["easy_vqa_pairs"] = "easy_vqa_pairs"
+    cache_dir: str = "~/.cache/vlm_jax/tfds"  # as of easy_vqa
+
+
+@frozen
 class StampsConfig(SourceConfig):
     """Tux Paint's stamps with their captions; a quarter of the captions is held out."""
 
@@ -90,7 +98,11 @@ class DataConfig:
     # Whether the features of a frozen vision encoder are computed once and kept on disk, in the place of pixels.
     cache_features: bool = False
     check_pictures: bool = False  # decode every picture before the first step, once, and not only its header
-    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted).
+    # Every example is pairs of a chosen and a rejected answer to the same question about the same pictures (objective
+    # "preference"); both halves of a pair are always in the same row.
+    pairs: bool = False
+    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted). The last turns of
+    # a pair are its answers: a pair is dropped as a whole.
     too_long: Literal["error", "drop_turns"] = "error"
     cache_dir: str = "~/.cache/vlm_jax/tokens"  # where tokenised data sets are kept
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process

@@ -21,3 +21,20 @@ class NextTokenConfig(ObjectiveConfig):
     logits_mib: int = 256
     # Times the loss that balances the load of experts (Fedus et al. 2021, Switch Transformers, equation 4).
     router_loss: float = 0.0
+
+
+@frozen
+class PreferenceConfig(ObjectiveConfig):
+    """Direct preference optimisation (Rafailov et al. 2023); `data.pairs` says that the data are pairs of answers."""
+
+    kind: Literal["preference"] = "preference"
+    beta: float = 0.1  # how strongly the policy is held at the reference
+    label_smoothing: float = 0.0  # the chance that a label is wrong (conservative DPO), below 1/2
+    length_normalised: bool = False  # the log-probabilities are divided by the answer's number of tokens
+    # Times the chosen answer's loss a token, which is added (iterative RPO, Pang et al. 2024, equation 1).
+    chosen_loss: float = 0.0
+    # "frozen": the initial parameters, by frozen copies of what is trained; adapters are left out, so that LoRA's base is the
+    # reference. "with_adapters": adapters are copied too, for a run that begins with trained ones. "none": reference-free.
+    reference: Literal["frozen", "with_adapters", "none"] = "frozen"
+    reference_dtype: Literal["float32", "bfloat16"] = "float32"  # how the copy is held
+    logits_mib: int = 256  # as in NextTokenConfig

@@ -51,6 +51,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
     """
     parts = [VERSION, source.fingerprint, processor.fingerprint, config.tokens, config.images, config.frames]
     parts += [config.share_prefix, config.sampling, config.too_long, config.check_pictures, skip]
+    parts += ["pairs"] if config.pairs else []
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
     cache = Path(config.cache_dir).expanduser()
     try:
@@ -213,6 +214,7 @@ class _StoreBuilder:
             np.save(self.folder / f"{name}.npy", np.concatenate([[0], np.cumsum(read(field), dtype=np.int64)]).astype(np.int64))
         meta = {name: self.state[name] for name in ("problems", "shown", "dropped", "seconds")}
         meta |= {"ids": self.ids, "version": VERSION, "content": content_of(self.folder)}
+        meta["pairs"] = self.dataset_tokenizer.config.pairs
         (self.folder / "meta.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=2) + "\n")
         shutil.rmtree(self.target, ignore_errors=True)
         self.folder.rename(self.target)

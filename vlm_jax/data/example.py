@@ -30,6 +30,7 @@ class Example:
     id: str  # names the example in messages: "train/7", "chats.jsonl:12"
     media: Media  # each of one picture, or of the frames of a video
     conversations: tuple[Conversation, ...]  # independent of one another; they may share media, each a range s, s + 1, ...
+    pairs: bool = False  # they are pairs with the same prompt, the chosen answer first: chosen, rejected, chosen, rejected, ...
 
 
 class Source(Protocol):

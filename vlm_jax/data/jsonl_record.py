@@ -1,4 +1,4 @@
-"""A record of a JSON-lines file -> Example. The three formats are described in `jsonl.py`."""
+"""A record of a JSON-lines file -> Example. The formats are described in `jsonl.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.data.example import Example
-from vlm_jax.errors import abbreviated, check_text
+from vlm_jax.data.preference_record import answer_alone, picture_bytes, sides_of
+from vlm_jax.errors import RecordError, abbreviated, check_text
 from vlm_jax.processing.conversation import (
     IMAGE_KEYS,
     MARKER,
@@ -28,10 +29,6 @@ PICTURES = ("image", "images")
 MISTAKEN = re.compile(
     r"(image|img|picture|pic|photo|video|frame|media)s?([_-]?(file|path|name|url|list|\d+)s?)?", re.IGNORECASE
 )
-
-
-class RecordError(Exception):
-    """What is wrong with a record; the caller adds the line."""
 
 
 def as_json(value: Any) -> str:
@@ -63,10 +60,15 @@ class Record:
         if not isinstance(record, dict):
             raise RecordError(f"is {as_json(record)}; expected an object")
         self._where, self._record, self._picture = where, record, picture
-        self._media: list[tuple[str, ...]] = []
+        self._media: list[tuple[str | bytes, ...]] = []
 
     def example(self) -> Example:
         """Raises RecordError; RequestError: messages or a text that no model could be asked with."""
+        sides = sides_of(self._record)
+        if sides is not None:
+            chosen, rejected = (Record(self._where, side, self._picture).example() for side in sides)
+            answers = tuple(answer_alone(side.conversations[0]) for side in (chosen, rejected))
+            return Example(self._where, chosen.media, answers, pairs=True)
         kinds = [key for key in KINDS if key in self._record]
         if len(kinds) != 1:
             names = ", ".join(map(repr, KINDS))
@@ -98,10 +100,10 @@ class Record:
         given = [self._record[key] for key in PICTURES if self._record.get(key) is not None]
         if len(given) > 1:
             raise RecordError("has 'image' and 'images'; expected one of them")
-        return [path for found in given for path in (found if isinstance(found, list) else [found])]
+        return [picture_bytes(path) for found in given for path in (found if isinstance(found, list) else [found])]
 
     def _next_medium(self, paths: Any) -> Medium:
-        self._media.append(tuple(self._picture(path) for path in paths))
+        self._media.append(tuple(path if isinstance(path, bytes) else self._picture(path) for path in paths))
         return Medium(len(self._media) - 1)
 
     def _conversation(self) -> list[Turn]:

@@ -1,9 +1,9 @@
 """Packing: a plan of an epoch says which sequences are in which row, before any image is opened.
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
-whole; tokens that its sequences share count once. Units are shuffled and put, first fit, into rows of at most `tokens` tokens
-and `images` pictures. Every sequence of every example is in exactly one row of an epoch; one with a share below 1 is included
-with that probability.
+whole; tokens that its sequences share count once, and a pair of answers is one sequence, so that both are in the same row.
+Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of every
+example is in exactly one row of an epoch; one with a share below 1 is included with that probability.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -67,12 +67,17 @@ def plan_epoch(
 
     Args:
       tokens: T of a row. images: M of a row.
-      per_image: at most so many sequences of a unit; 0: as many as the row takes.
+      per_image: at most so many sequences, or pairs, of a unit; 0: as many as the row takes.
       shuffle: False keeps the order of the data set, and all of it (an evaluation).
 
     Raises:
       ValueError: a sequence or an example that no row can take (`tokenise.py` says so in the user's words).
     """
+    together = lengths.together
+    if together > 1:
+        plan = plan_epoch(_joined(lengths), tokens, images, per_image, seed, epoch, shuffle=shuffle)
+        sequences = (together * plan.sequences[:, None] + np.arange(together, dtype=np.int32)).reshape(-1)
+        return Plan(plan.rows, together * plan.units, sequences)
     if len(lengths.tokens) and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
         raise ValueError("a sequence longer than a row, or an example of more images than a row has")
     index = np.arange(len(lengths.tokens))
@@ -98,6 +103,16 @@ def plan_epoch(
     sequences = index[np.repeat(bounds[placed] - (ends - sizes), sizes) + np.arange(count)]
     row_bounds = np.cumsum([0, *map(len, rows)])
     return Plan(row_bounds, np.concatenate([[0], ends]).astype(np.int64), sequences.astype(np.int32))
+
+
+def _joined(lengths: Lengths) -> Lengths:
+    """Those that stay together as one."""
+    every = lengths.together
+    tokens = lengths.tokens.reshape(-1, every).sum(1, dtype=np.int64)
+    share, shared = (None if of is None else of[::every] for of in (lengths.share, lengths.shared))
+    if shared is not None:
+        tokens -= (every - 1) * shared
+    return Lengths(tokens, lengths.example[::every], lengths.images, share, shared)
 
 
 def _unit_starts(own: np.ndarray, shared: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:

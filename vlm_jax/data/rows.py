@@ -33,6 +33,7 @@ def empty_rows(config: DataConfig, rows: int, *, features: tuple[int, int] | Non
     names = ["tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "targets"]
     names += ["visual"] if config.visual_tokens else []
     names += ["prefix_segments"] if config.share_prefix else []
+    names += ["preference"] if config.pairs else []
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
     if config.keep_shapes:
         arrays["sizes"] = np.zeros((*image_shape, 2), np.int32)
@@ -95,7 +96,7 @@ class RowMaker:
         row = {name: array[place] for name, array in arrays.items()}
         rng = None if self._seed is None else np.random.default_rng((self._seed, number))
         tile_tokens = self._spread.media.tile_tokens
-        slot = begin = segment = 0
+        slot = begin = segment = pairs = 0
         left_out: list[int] = []
         for conversations in units:
             example = int(self._store.example[conversations[0]])
@@ -112,20 +113,23 @@ class RowMaker:
                 raise DataError(f"{self._source[example].id}: {error}: data.image_size") from error
             shared = int(self._store.shared[conversations[0]]) if len(conversations) > 1 else 0
             prefix_segment = segment = segment + 1 if shared else segment
-            for number_of_unit, index in enumerate(conversations):
+            for order, index in enumerate(conversations):
                 layout = self._spread(self._store.written(index), self._store.sizes_of(index))
                 targets, weights = targets_of(layout, self._spread.end_id)
                 first = int(self._store.first_medium[index])
                 before = slot + (sum(map(len, media[:first])) if tile_tokens else first)
                 put = functools.partial(put_sequence, row, slot=before, tile_tokens=tile_tokens)
                 layout = layout.without_last()
-                if shared and not number_of_unit:
+                if shared and not order:
                     begin = put(layout[:shared], begin, segment=prefix_segment)
                 segment += 1
                 end = put(layout[shared:], begin, segment=segment, after=shared)
                 row["targets"][begin:end], row["weights"][begin:end] = targets[shared:], weights[shared:]
                 if shared:
                     row["prefix_segments"][begin:end] = prefix_segment
+                if "preference" in row:
+                    pairs += order % 2 == 0
+                    row["preference"][begin:end] = pairs if order % 2 == 0 else -pairs
                 begin = end
             slot += taken
         return left_out

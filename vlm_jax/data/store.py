@@ -66,6 +66,7 @@ class Lengths:
     images: np.ndarray  # [examples] int32, image slots of an example
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
     shared: np.ndarray | None = None  # [conversations] int32, tokens that stand once in a unit, equal in an example; None: 0
+    together: int = 1  # so many sequences in a row stay together, of which the first says the share: 2 for pairs of answers
 
 
 class TokenStore:
@@ -94,7 +95,8 @@ class TokenStore:
     def lengths_to_pack(self) -> Lengths:
         """The input of packing."""
         share = None if np.all(self.share == 1) else self.share
-        return Lengths(self.lengths, self.example, self.slots, share, self.shared)
+        together = 2 if self.meta.get("pairs") else 1
+        return Lengths(self.lengths, self.example, self.slots, share, self.shared, together)
 
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""

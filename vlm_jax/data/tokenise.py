@@ -18,6 +18,8 @@ from vlm_jax.processing.processor import Processor
 
 KNOWN_PICTURES = 4096  # files that are remembered while a store is made
 
+Written = tuple[Conversation, TokenizedConversation, int]  # and its length in a row
+
 
 @dataclasses.dataclass
 class Chunk:
@@ -61,11 +63,12 @@ class DatasetTokenizer:
                 example = self.source[index]
                 sizes, of_files, found = self._measured(example)
                 rows = [self._written(example, turns, sizes) for turns in found]
+                rows = self._whole_pairs(example, rows) if self.config.pairs else rows
                 # Media used only by dropped turns take no slot.
                 sizes = sizes[: max((place + 1 for turns, _, _ in rows for place in media_of(turns)), default=0)]
                 slots, media = self._slots(sizes), len(sizes)
                 self._check_example(example, slots, media)
-                out.dropped += sum(len(turns) - len(kept) for turns, (kept, _, _) in zip(found, rows, strict=True))
+                out.dropped += sum(map(len, found)) - sum(len(kept) for kept, _, _ in rows)
                 shared = self._shared(rows, sizes) if self.config.share_prefix else 0
                 for turns, written, length in rows:
                     self._add(out, index, turns, written, length, shared=shared)
@@ -99,6 +102,13 @@ class DatasetTokenizer:
             of_files.append(sum(length for _, length in of_frames))
         if not example.conversations:
             raise DataError(f"{example.id}: has no text")
+        if example.pairs != self.config.pairs:
+            is_one = "is a pair of a chosen and a rejected answer" if example.pairs else "has no chosen and rejected answer"
+            kind = "preference" if example.pairs else "next_token"
+            raise DataError(
+                f"{example.id}: {is_one}, and data.pairs={self.config.pairs}: set config.data.pairs={example.pairs} and the "
+                f"objective {kind!r}, or give other data"
+            )
         for turns in example.conversations:
             places = media_of(turns)
             if places != list(range(places[0], places[0] + len(places)) if places else []):
@@ -115,9 +125,7 @@ class DatasetTokenizer:
             self.processor.media.pixels((picture,))
         return size, file_bytes(picture)
 
-    def _written(
-        self, example: Example, turns: Conversation, sizes: list[Size]
-    ) -> tuple[Conversation, TokenizedConversation, int]:
+    def _written(self, example: Example, turns: Conversation, sizes: list[Size]) -> Written:
         """The tokenised conversation and its length in a row, dropping last turns if too_long="drop_turns"."""
         drops = self.config.too_long == "drop_turns"
         while True:
@@ -127,6 +135,8 @@ class DatasetTokenizer:
                 raise DataError(f"{example.id}: {error}") from error
             own = [sizes[place] for place in media_of(turns)]
             length = self._length(written, own)
+            if self.config.pairs:
+                return turns, written, length  # `_whole_pairs` looks at both halves together
             too_long, too_many = length > self.config.tokens, self._slots(own) > self.config.images
             shorter = _without_last_pair(turns) if drops and (too_long or too_many) else None
             if shorter is None and not too_long:
@@ -138,6 +148,25 @@ class DatasetTokenizer:
                     + (" (which was done, but the first is too long already)" if drops else "")
                 )
             turns = shorter
+
+    def _whole_pairs(self, example: Example, rows: list[Written]) -> list[Written]:
+        """Those whose both halves fit into one row. Nothing is cut: an answer's end is part of what is preferred.
+
+        Raises:
+          DataError: one does not, and too_long="error".
+        """
+        kept: list[Written] = []
+        for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+            length = chosen[2] + rejected[2]
+            if length <= self.config.tokens:
+                kept += [chosen, rejected]
+            elif self.config.too_long == "error":
+                raise DataError(
+                    f"{example.id}: a chosen and a rejected answer of {chosen[2]} and {rejected[2]} tokens, each with its "
+                    f"prompt, and a row, which takes both, has data.tokens={self.config.tokens}. Raise it, or leave such pairs "
+                    "out: data.too_long=drop_turns"
+                )
+        return kept
 
     def _length(self, written: TokenizedConversation, sizes: list[Size]) -> int:
         """Places in a row: the last token is only a target."""

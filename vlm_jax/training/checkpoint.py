@@ -53,6 +53,12 @@ def _fingerprints(state: TrainState) -> dict[str, jax.Array]:
     return {"fingerprint": fingerprint(state), "params": fingerprint((state.trained, state.frozen))}
 
 
+def _kept(state: TrainState) -> dict[str, Any]:
+    """By name, without an empty `reference`: most runs have none, nor have checkpoints from before there was one."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if name != "reference" or value}
+
+
 class Checkpoints:
     """Saves and restores a `TrainState`: asynchronous, atomic, sharded, the last and the best ones kept."""
 
@@ -106,7 +112,7 @@ class Checkpoints:
         """
         found = jax.tree.map(int, _fingerprints(state))
         meta = {"position": step, "data": self.data, **found}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_kept(state)), meta=ocp.args.JsonSave(meta))
         with self._writes():
             self.manager.save(step, args=items, metrics=metrics if self.ranks in (metrics or {}) else None)
 
@@ -171,8 +177,9 @@ class Checkpoints:
     def _restore(self, trainer: Trainer, step: int) -> Any:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         target = jax.tree.map(place, trainer.abstract_state, trainer.shardings)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        return self.manager.restore(step, args=items)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(_kept(target)), meta=ocp.args.JsonRestore())
+        restored = self.manager.restore(step, args=items)
+        return ocp.args.Composite(state=TrainState(**restored.state), meta=restored.meta)
 
     def _set_aside(self, step: int) -> None:
         alone = jax.process_count() == 1

@@ -61,7 +61,10 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
     else:
         params = _of_run(config.init_from, trainer)
     _check(f"config.init_from={config.init_from}", params, trainer.blueprint, taken=names_of(params))
-    return trainer.state_of(params), 0
+    state = trainer.state_of(params)
+    if hasattr(trainer.objective, "check_start"):
+        trainer.objective.check_start(state.trained)
+    return state, 0
 
 
 def _of_run(path: str, trainer: Trainer) -> Params:

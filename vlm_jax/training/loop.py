@@ -176,7 +176,8 @@ class _Run:
         config, trainer = self.config, self.trainer
         batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
         # The mathematics alone is counted: rematerialisation is work, but not the model's.
-        flops = count_flops(functools.partial(trainer.gradients, recompute=False), state.trained, state.frozen, batch)
+        mathematics = functools.partial(trainer.gradients, reference=state.reference, recompute=False)
+        flops = count_flops(mathematics, state.trained, state.frozen, batch)
         update = trainer.train_step.lower(state, batch).compile()
         self.reporter.say(f"{human_rate(flops, 'FLOP')} a step; compiled in {human_time(time.perf_counter() - began)}")
         return flops, update

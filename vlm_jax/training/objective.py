@@ -20,6 +20,11 @@ class Objective(Protocol):
     Attributes:
       checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).
       examples_metric: metric that counts the examples of a batch, for the reported speed.
+
+    An objective that compares with the parameters of the beginning (`objectives/preference.py`) has a method
+    `reference_of(trained)`, which gives the frozen copies that the state keeps and `sums` gets as `reference`; and
+    `describe_reference(trained)` and `check_start(trained)`, for the log of a run's start. One whose batches hold pairs of
+    answers has `reads_pairs = True`.
     """
 
     checkpoint_metric: str

@@ -36,6 +36,8 @@ class TrainState:
     opt_state: Any
     skipped: Array  # [] int32, updates left out because the loss or a gradient was not finite
     skipped_in_a_row: Array  # [] int32
+    # Frozen copies of parameters as they were at the beginning, for an objective that compares with them (`Objective`).
+    reference: Params = dataclasses.field(default_factory=dict)
 
     @property
     def params(self) -> Params:
@@ -77,6 +79,9 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
         raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
+    pairs = getattr(OBJECTIVES[type(config.objective)], "reads_pairs", False)
+    if data.pairs != pairs:
+        raise ValueError(f"config.data.pairs={data.pairs}: the objective {config.objective.kind!r} needs {pairs}")
 
 
 class Trainer:
@@ -132,21 +137,34 @@ class Trainer:
         params = self.blueprint.hold(params, jax.random.key(self.config.seed))
         trained, frozen = split(params, self.rules)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero)
+        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero, self._reference(trained))
+
+    def _reference(self, trained: Params) -> Params:
+        copied = getattr(self.objective, "reference_of", None)
+        return copied(trained) if copied else {}
 
     def _shardings(self) -> TrainState:
         trained, frozen = split(self.blueprint.shardings, self.rules)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         opt_state = _like_parameters(self.abstract_state.opt_state, by_path(trained), otherwise=replicated)
-        return TrainState(replicated, trained, frozen, opt_state, replicated, replicated)
+        reference = _like_parameters(self.abstract_state.reference, by_path(trained), otherwise=replicated)
+        return TrainState(replicated, trained, frozen, opt_state, replicated, replicated, reference)
 
     def gradients(
-        self, trained: Params, frozen: Params, batch: Batch, *, step: Array | None = None, recompute: bool = True
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        *,
+        step: Array | None = None,
+        reference: Params | None = None,
+        recompute: bool = True,
     ) -> tuple[dict[str, Array], Params]:
         """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches.
 
         Args:
           step: of which the dropout of adapters is; None: without dropout.
+          reference: of the state.
           recompute: False: without rematerialisation, to count the mathematics alone.
         """
         weight = self.objective.weight(batch)
@@ -157,7 +175,7 @@ class Trainer:
             if step is not None:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
                 params = with_dropout(params, self.config.adapters, key)
-            sums = self.objective.sums(model, params, part, recompute=recompute)
+            sums = self.objective.sums(model, params, part, recompute=recompute, **self._compared(reference))
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
 
@@ -178,7 +196,7 @@ class Trainer:
         return sums, gradients
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        sums, gradients = self.gradients(state.trained, state.frozen, batch, step=state.step)
+        sums, gradients = self.gradients(state.trained, state.frozen, batch, step=state.step, reference=state.reference)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
@@ -191,6 +209,7 @@ class Trainer:
             opt_state=choose(opt_state, state.opt_state),
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            reference=state.reference,
         )
         updates_done = state.step - state.skipped
         metrics = self.objective.means(sums) | {
@@ -202,7 +221,10 @@ class Trainer:
         return new, metrics
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        return self.objective.sums(self.model, state.params, batch)
+        return self.objective.sums(self.model, state.params, batch, **self._compared(state.reference))
+
+    def _compared(self, reference: Params | None) -> dict[str, Params]:
+        return {"reference": reference} if hasattr(self.objective, "reference_of") else {}
 
 
 def _like_parameters(state: Any, of_params: dict[str, Any], *, otherwise: Any) -> Any:

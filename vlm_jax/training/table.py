@@ -57,6 +57,12 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
         row["sharding"][sharding] += 0 if scales else size
         for reason in placement.replicated:
             reasons[f"{path.split('/')[0]}: {reason}"] += 1
+    for path, leaf in by_path(state.reference).items():
+        sharding, shards = _sharding(trainer.blueprint.placements[path].spec, mesh)
+        row = rows[("reference", "frozen copy", str(leaf.dtype), 0.0, 0.0)]
+        row["count"] += leaf.size
+        row["bytes"] += leaf.size * np.dtype(leaf.dtype).itemsize / shards
+        row["sharding"][sharding] += leaf.size
     table = Table(
         title=f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} devices", title_justify="left"
     )
@@ -70,6 +76,8 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
     total = sum(row["count"] for row in rows.values())
     table.add_row("all", f"{total:,}", "", "", "", "", "", _bytes(sum(row["bytes"] for row in rows.values())))
     notes = [f"replicated, {reason} ({count} arrays)" for reason, count in sorted(reasons.items())]
+    if hasattr(trainer.objective, "describe_reference"):
+        notes.append(trainer.objective.describe_reference(state.trained))
     return table, notes
 
 

@@ -1,4 +1,4 @@
-"""The user's own data: a JSON-lines file and image files. Its three formats have different keys and may be mixed in a file.
+"""The user's own data: a JSON-lines file and image files. Its formats have different keys and may be mixed in a file.
 
 A conversation in LLaVA's format. `image` (or `images`) is one path, a list of them, or missing; each `<image>` marks the place
 of the next image, and without any marker all images come before the first turn. The turns of "gpt" are learned::
@@ -19,6 +19,23 @@ Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless "lea
 
     {"id": "8", "content": [{"image": "a.png"}, {"text": "My puppy."}, {"frames": ["f0.png", "f1.png"]},
                             {"text": "What does it do?", "learn": false}, {"text": " It sleeps."}]}
+
+Pairs of a chosen and a rejected answer, for the objective "preference" (`data.pairs`), in three forms; of a conversation only
+the last answer is learned. RLHF-V's, whose fields may also stand in a JSON string under "text"::
+
+    {"image": "a.jpg", "question": "What is this?", "chosen": "A cat.", "rejected": "A dog."}
+
+LLaVA-RLHF's, in which the outputs take the place of the conversation's last answer, if it has one there::
+
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}], "preference": 1,
+     "output_1": {"from": "llava", "value": "A cat."}, "output_2": {"from": "llava", "value": "A dog."}}
+
+TRL's, a prompt and two answers as messages, or the prompt in front of each::
+
+    {"images": ["a.jpg"], "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+     "chosen": [{"role": "assistant", "content": "A cat."}], "rejected": [{"role": "assistant", "content": "A dog."}]}
+
+Their pictures may also be {"bytes": base64, "path": ...}, as Hugging Face writes a data set to JSON.
 
 Paths are relative to `image_root`, or to the file's folder. A `.json` file with a list of such records also works. In an
 interleaved text, `<image>` is plain text.
@@ -41,8 +58,8 @@ import numpy as np
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
-from vlm_jax.data.jsonl_record import Record, RecordError, as_json
-from vlm_jax.errors import DataError, RequestError
+from vlm_jax.data.jsonl_record import Record, as_json
+from vlm_jax.errors import DataError, RecordError, RequestError
 from vlm_jax.files import JsonError, open_regular, parse_json
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
