@@ -34,8 +34,8 @@ from vlm_jax.config.language import (
     ScalingConfig,
     YarnScaling,
 )
-from vlm_jax.config.model import ModelConfig
-from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
+from vlm_jax.config.model import ModelConfig, SystemConfig
+from vlm_jax.config.objective import ContrastiveConfig, NextTokenConfig, ObjectiveConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
@@ -45,6 +45,7 @@ __all__ = [
     "AugmentConfig",
     "BlockConfig",
     "ConnectorConfig",
+    "ContrastiveConfig",
     "DataConfig",
     "DecoderConfig",
     "DualEncoderConfig",
@@ -81,6 +82,7 @@ __all__ = [
     "ScalingConfig",
     "SourceConfig",
     "StampsConfig",
+    "SystemConfig",
     "TextTowerConfig",
     "VisionConfig",
     "VitConfig",

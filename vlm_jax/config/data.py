@@ -61,6 +61,8 @@ class SampleRule:
 @frozen
 class DataConfig:
     source: SourceConfig
+    # What a row holds: conversations, packed; or a picture and its caption, for two towers (`processing/pair.py`).
+    layout: Literal["conversation", "pair"] = "conversation"
     # A published checkpoint (folder or name) whose own tokenizer, chat template and picture processor are used; "": the
     # recipe's, which are `tokenizer`, `prompt`, `answer` and `image_fit`.
     processor: str = ""
@@ -87,7 +89,8 @@ class DataConfig:
     # Whether the features of a frozen vision encoder are computed once and kept on disk, in the place of pixels.
     cache_features: bool = False
     check_pictures: bool = False  # decode every picture before the first step, once, and not only its header
-    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted).
-    too_long: Literal["error", "drop_turns"] = "error"
+    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted); a pair's caption
+    # is cut, as CLIP's and SigLIP's are.
+    too_long: Literal["error", "drop_turns", "truncate"] = "error"
     cache_dir: str = "~/.cache/vlm_jax/tokens"  # where tokenised data sets are kept
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process

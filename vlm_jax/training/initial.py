@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from vlm_jax.training.checkpoint import Checkpoints, load_run
 from vlm_jax.training.run_folder import PUBLISHED, CheckpointError, unseal
 from vlm_jax.training.step import Trainer, TrainState
 
-Params = Any
+Shape = tuple[int, ...]
 log = logging.getLogger(__name__)
 
 
@@ -42,8 +41,10 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
         _warn_of_unaligned(trainer)
-        params = trainer.init().params | {part.part: _part(trainer, part) for part in config.init_parts}
-        return trainer.state_of(params), 0
+        params = by_path(trainer.init().params)
+        for part in config.init_parts:
+            params |= {f"{config.model.part_path(part.part)}/{name}": leaf for name, leaf in _part(trainer, part).items()}
+        return trainer.state_of(nested(params)), 0
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):
@@ -57,7 +58,8 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
             part.rename(folder / PUBLISHED)
     else:
         params = load_run(config.init_from, trainer.mesh).params
-    _check(f"config.init_from={config.init_from}", params, trainer.abstract_state.params)
+    shapes = lambda tree: {path: leaf.shape for path, leaf in by_path(tree).items()}
+    _check(f"config.init_from={config.init_from}", shapes(params), shapes(trainer.abstract_state.params))
     return trainer.state_of(params), 0
 
 
@@ -73,11 +75,13 @@ def _warn_of_unaligned(trainer: Trainer) -> None:
         )
 
 
-def _part(trainer: Trainer, init: PartInit) -> Params:
-    """The parameters of one part; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
-    wanted = trainer.abstract_state.params.get(init.part)
+def _part(trainer: Trainer, init: PartInit) -> dict[str, jax.Array]:
+    """The parameters of one part by path; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
+    path = f"{trainer.config.model.part_path(init.part)}/"
+    within = lambda tree: {one.removeprefix(path): leaf for one, leaf in by_path(tree).items() if one.startswith(path)}
+    sizes = {one: leaf.shape for one, leaf in within(trainer.abstract_state.params).items()}
     name = f"config.init_parts {init.part}={init.checkpoint}"
-    if wanted is None:
+    if not sizes:
         raise CheckpointError(
             f"{name}: config.model has no part of that name; it has {', '.join(trainer.abstract_state.params)}"
         )
@@ -85,16 +89,15 @@ def _part(trainer: Trainer, init: PartInit) -> Params:
         published = open_published(init.checkpoint, pickles=trainer.config.pickles)
         found = published.config.part(published.load_params(trainer.mesh), init.part)
     else:
-        found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
+        run = load_run(init.checkpoint, trainer.mesh)
+        found = run.config.model.part(run.params, init.part)
     if found is None:
         raise CheckpointError(f"{name}: this checkpoint has no part of that name")
-    boxes = by_path(
-        jax.tree.map(lambda box: box.names, trainer.blueprint.boxed[init.part], is_leaf=lambda x: isinstance(x, Named))
-    )
-    found, sizes = by_path(found), {path: leaf.shape for path, leaf in by_path(wanted).items()}
-    found = {path: _with_new_tokens(leaf, boxes.get(path, ()), sizes.get(path)) for path, leaf in found.items()}
-    _check(name, nested(found), wanted)
-    return nested(found)
+    names = jax.tree.map(lambda box: box.names, trainer.blueprint.boxed, is_leaf=lambda x: isinstance(x, Named))
+    boxes = within(names)
+    found = {one: _with_new_tokens(leaf, boxes.get(one, ()), sizes.get(one)) for one, leaf in by_path(found).items()}
+    _check(name, {one: leaf.shape for one, leaf in found.items()}, sizes)
+    return found
 
 
 def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...] | None) -> jax.Array:
@@ -108,8 +111,7 @@ def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tupl
     return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis)], axis)
 
 
-def _check(name: str, params: Params, wanted: Params) -> None:
-    expected, found = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (wanted, params))
+def _check(name: str, found: dict[str, Shape], expected: dict[str, Shape]) -> None:
     if expected != found:
         wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]
         is_now, should = (shapes.get(wrong[0], "not there") for shapes in (found, expected))

@@ -20,6 +20,11 @@ class Objective(Protocol):
     Attributes:
       checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).
       examples_metric: metric that counts the examples of a batch, for the reported speed.
+
+    Two more are for those that need them:
+      whole_batch: True: the losses of micro-batches do not add up. `sums` gets the whole batch and, as `micro`, how many
+        micro-batches `optimizer.accumulate` says it is to be computed in.
+      bound(trained): the trained parameters after an update, brought back within the bounds that they have.
     """
 
     checkpoint_metric: str

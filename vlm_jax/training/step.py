@@ -43,8 +43,7 @@ class TrainState:
 
 def zeros_batch(config: RunConfig, rows: int) -> Batch:
     """A batch of the run's shapes with nothing in it."""
-    vision = config.model.vision
-    features = (vision.frame_features, vision.width) if config.data.cache_features else None
+    features = config.model.cached_features if config.data.cache_features else None
     return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows, features=features)))
 
 
@@ -145,14 +144,17 @@ class Trainer:
         """
         weight = self.objective.weight(batch)
         model = self.model if recompute else self.model.clone(remat="none")
+        micro = self.config.optimizer.accumulate
+        options = {}
+        if getattr(self.objective, "whole_batch", False):
+            options, micro = {"micro": micro}, 1
 
         def loss(trained: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
-            sums = self.objective.sums(model, merge(trained, frozen), part, recompute=recompute)
+            sums = self.objective.sums(model, merge(trained, frozen), part, recompute=recompute, **options)
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
 
         grad = jax.grad(loss, has_aux=True)
-        micro = self.config.optimizer.accumulate
         if micro == 1:
             gradients, sums = grad(trained, batch)
             return sums, gradients
@@ -171,12 +173,13 @@ class Trainer:
         sums, gradients = self.gradients(state.trained, state.frozen, batch)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
+        updated = getattr(self.objective, "bound", lambda trained: trained)(optax.apply_updates(state.trained, updates))
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad = (~finite).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
-            trained=choose(optax.apply_updates(state.trained, updates), state.trained),
+            trained=choose(updated, state.trained),
             frozen=state.frozen,
             opt_state=choose(opt_state, state.opt_state),
             skipped=state.skipped + bad,
