@@ -12,13 +12,15 @@ from vlm_jax.config.data import (
     AugmentConfig,
     DataConfig,
     EasyVqaConfig,
+    EmojiConfig,
+    FashionMnistConfig,
     JsonLinesConfig,
     SampleRule,
     SourceConfig,
     StampsConfig,
 )
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from vlm_jax.config.evaluator import EvaluatorConfig
+from vlm_jax.config.evaluator import EvaluatorConfig, RetrievalConfig, ZeroShotConfig
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -51,8 +53,10 @@ __all__ = [
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
+    "EmojiConfig",
     "EvaluatorConfig",
     "ExpertsConfig",
+    "FashionMnistConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
     "ImageTowerConfig",
@@ -76,6 +80,7 @@ __all__ = [
     "PixelShuffleConfig",
     "PositionsConfig",
     "ProjectionConfig",
+    "RetrievalConfig",
     "RopeConfig",
     "RunConfig",
     "SampleRule",
@@ -87,4 +92,5 @@ __all__ = [
     "VisionConfig",
     "VitConfig",
     "YarnScaling",
+    "ZeroShotConfig",
 ]

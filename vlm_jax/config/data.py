@@ -30,6 +30,25 @@ class StampsConfig(SourceConfig):
 
 
 @frozen
+class EmojiConfig(SourceConfig):
+    """Emoji of one drawing style with their names; a quarter of the names is held out."""
+
+    kind: Literal["emoji"] = "emoji"
+    folder: str  # an unpacked npm package emoji-datasource-*
+    eval_folder: str = ""  # of another style, in which the held-out ones are drawn; "": the same
+
+
+@frozen
+class FashionMnistConfig(SourceConfig):
+    """Fashion-MNIST: pictures of ten classes of clothes."""
+
+    kind: Literal["fashion_mnist"] = "fashion_mnist"
+    folder: str = "/usr/share/datasets/fashion-mnist"
+    # Dark clothes on a white ground: its makers turned the grey values of the photographs around (section 2).
+    photographed: bool = False
+
+
+@frozen
 class JsonLinesConfig(SourceConfig):
     """The user's own data: see `vlm_jax/data/sources/jsonl.py` for the formats of a line."""
 

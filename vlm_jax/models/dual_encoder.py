@@ -145,13 +145,9 @@ class DualEncoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         if config.image.pool == "none":
-            raise ValueError(
-                "image.pool='none': two towers need one vector of an image: expected class_token, mean or attention"
-            )
+            raise ValueError("image.pool='none': two towers need a vector of an image: expected class_token, mean or attention")
         if config.image.width != config.text.width:
-            raise ValueError(
-                f"embeddings of images have width {config.image.width} and those of texts {config.text.width}: expected the same"
-            )
+            raise ValueError(f"embeddings of images have width {config.image.width} and those of texts {config.text.width}")
         self.image = ImageTower(config.image, self.dtype, self.remat)
         self.text = TextTower(config.text, self.dtype, self.remat)
         scalar = lambda name, start: self.param(name, named(nn.initializers.constant(start)), ())

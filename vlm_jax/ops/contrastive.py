@@ -1,5 +1,5 @@
-"""Contrastive losses over all pairs of a batch: CLIP's softmax (Radford et al. 2021, figure 3) and SigLIP's sigmoid (Zhai et al.
-2023, algorithm 1), where the batch is cut over the devices of a mesh.
+"""Contrastive losses over all pairs of a batch that is cut over the devices of a mesh: CLIP's softmax (Radford et al. 2021,
+figure 3) and SigLIP's sigmoid (Zhai et al. 2023, algorithm 1).
 
 A device compares its own b rows with those of every device. Either it gathers them all at once (`all_gather`: logits
 [b, B]), or they come by one device's rows at a time, each handing on to the next what it has (`ring`: logits [b, b], made again
@@ -59,8 +59,8 @@ class ContrastiveLoss:
           scale, bias: [] float32.
 
         Returns:
-          [] float32 each: "loss", "weight", "pairs", how many there are, "images_right" and "texts_right", how many are likest to
-          their own among all.
+          [] float32 each: "loss"; "weight"; "pairs", how many there are; "images_right" and "texts_right", how many of them are
+          likest to their own among all.
         """
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES)
@@ -162,7 +162,7 @@ def _joined(one: Part, other: Part) -> Part:
 
 
 def groups_of(tokens: Array) -> Array:
-    """[B, T] int32 -> [B] int32, the same number for the same tokens: a polynomial hash, whose chance of a collision is 2^-32."""
+    """[B, T] int32 -> [B] int32, the same number for the same tokens: a polynomial hash of 32 bits."""
     powers = jnp.cumprod(jnp.full(tokens.shape[1], 0x01000193, jnp.uint32))
     mixed = (tokens.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)) * powers[None]
     return jax.lax.bitcast_convert_type(jnp.sum(mixed ^ (mixed >> 15), axis=1, dtype=jnp.uint32), jnp.int32)

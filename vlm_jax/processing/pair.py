@@ -1,4 +1,4 @@
-"""A picture and its caption, for two towers: the pixels with the size of the image tower, the text by the text tower's tokenizer.
+"""A picture and its caption, for two towers: pixels of the image tower's size, text by the text tower's tokenizer.
 
     tokens    [CLS]  a  toucan  .  [SEP]  [PAD]  [PAD]  [PAD]
     positions   0    1    2     3    4      5      6      7

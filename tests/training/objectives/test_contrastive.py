@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's losses: equal to transformers' from texts and files, on every mesh, in both forms and in micro-batches."""
+"""CLIP's and SigLIP's losses: equal to transformers' from texts and files, on every mesh, in both forms, in micro-batches."""
 
 import dataclasses
 
@@ -53,8 +53,8 @@ def test_loss_and_every_gradient_equal_transformers(family, tmp_path):
     found = dict(to_published(jax.device_get(gradients), published.tables[0]))
     assert expected.keys() <= found.keys()
     for name, value in expected.items():
-        assert np.abs(value).max() > 1e-4, name
-        np.testing.assert_allclose(found[name].reshape(value.shape), value, atol=1e-4 * np.abs(value).max(), err_msg=name)
+        tolerance = 1e-4 * max(np.abs(value).max(), 1e-2)  # a key's bias has no gradient but rounding
+        np.testing.assert_allclose(found[name].reshape(value.shape), value, atol=tolerance, err_msg=name)
 
 
 def unit(rng, rows):
@@ -138,9 +138,9 @@ def test_a_locked_tower_has_no_gradient(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path):
     config = to_dict(from_config_dict(RunConfig, get_config()))
     changed = lambda **changes: from_dict(RunConfig, config | changes)
-    with pytest.raises(ValueError, match="this model writes no text: set objective.kind='contrastive'"):
+    with pytest.raises(ValueError, match="this model writes no text"):
         changed(objective={"kind": "next_token"})
-    with pytest.raises(ValueError, match="data.layout='conversation': set it to 'pair'"):
+    with pytest.raises(ValueError, match="set it to 'pair'"):
         changed(data=config["data"] | {"layout": "conversation"})
     with pytest.raises(ValueError, match="a pair has one picture"):
         changed(data=config["data"] | {"images": 2})

@@ -1,4 +1,4 @@
-"""Images and texts of a batch find each other: CLIP's softmax loss (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023).
+"""Images and texts of a batch find each other: CLIP's loss (Radford et al. 2021) and SigLIP's (Zhai et al. 2023).
 
 With `optimizer.accumulate` k the towers run on k micro-batches and the loss is one over the whole batch (GradCache, Gao et al.
 2021): of each micro-batch only its embeddings are kept, and the backward pass runs it again to hand their gradients on to the
