@@ -86,7 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
         layout="pair",
         vocab_size=300,
         image_size=16,
-        rows=4,
+        rows=16,
         tokens=16,
         images=1,
         workers=0,
@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     run = RunConfig(
         model=tiny_towers(),
         data=data,
-        objective=ContrastiveConfig(max_scale=10.0),
+        objective=ContrastiveConfig(max_scale=10.0, exchange="ring", mask_duplicates=True),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=2, accumulate=2),
         steps=8,
         dtype="float32",

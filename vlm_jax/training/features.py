@@ -51,6 +51,7 @@ def features_of(trainer: Trainer, state: TrainState, source: Source, *, processo
       DataError: a picture cannot be read, or the cache cannot be written.
     """
     config: RunConfig = trainer.config
+    params = state.params  # those that are not needed are not computed with
     path = f"{config.model.vision_path}/"
     vision = nested({name: leaf for name, leaf in by_path(state.frozen).items() if name.startswith(path)})
     shards = batch_shards(trainer.mesh)
@@ -58,7 +59,7 @@ def features_of(trainer: Trainer, state: TrainState, source: Source, *, processo
     apply = jax.jit(lambda params, images: trainer.model.apply({"params": params}, images, method="cached_features"))
 
     def encode(images: np.ndarray) -> np.ndarray:
-        return np.asarray(apply(vision, jax.device_put(images, batch_sharding(trainer.mesh))), np.float32)
+        return np.asarray(apply(params, jax.device_put(images, batch_sharding(trainer.mesh))), np.float32)
 
     store = tokens_of(config.data, processor, source)
     maker = RowMaker(config.data, store, source, processor.spread, seed=None)
