@@ -58,7 +58,7 @@ def test_stage_two_without_stage_one():
 def test_clip(name):
     """Radford et al. 2021, appendix F."""
     run = from_config_dict(RunConfig, clip.get_config(name))
-    optimizer, model = run.optimizer, run.model
+    optimizer = run.optimizer
     assert (run.data.rows, run.data.tokens, run.objective.max_scale) == (32_768, 77, 100.0)
     assert (optimizer.b2, optimizer.eps, optimizer.weight_decay, optimizer.warmup_steps) == (0.98, 1e-6, 0.2, 2000)
     assert optimizer.lr == {"b32": 5e-4, "l14": 4e-4, "l14-336": 2e-5}[name]

@@ -135,6 +135,30 @@ def test_a_locked_tower_has_no_gradient(tmp_path):
     assert towers["image"] == "image/projection/kernel" and "text" in towers
 
 
+def test_micro_batches_give_the_same_gradients_in_less_memory():
+    """GradCache (Gao et al. 2021): one loss over all pairs, the activations of one micro-batch at a time."""
+    config, mesh, rng, rows = from_config_dict(RunConfig, get_config()), mesh_of(1, 1, 1), np.random.default_rng(0), 64
+    data = dataclasses.replace(config.data, rows=rows)
+    batch = dataclasses.replace(
+        zeros_batch(dataclasses.replace(config, data=data), rows),
+        images=jnp.asarray(rng.integers(0, 256, (rows, 1, 1, 16, 16, 3), dtype=np.uint8)),
+        tokens=jnp.asarray(rng.integers(0, 300, (rows, 16), dtype=np.int32)),
+        weights=jnp.ones((rows, 16)),
+    )
+    found, memory = {}, {}
+    with jax.set_mesh(mesh):
+        for micro in (1, 8):
+            optimizer = dataclasses.replace(config.optimizer, accumulate=micro)
+            trainer = Trainer(dataclasses.replace(config, data=data, optimizer=optimizer), mesh)
+            state = trainer.init()
+            program = jax.jit(trainer.gradients).lower(state.trained, state.frozen, batch).compile()
+            found[micro] = program(state.trained, state.frozen, batch)
+            memory[micro] = program.memory_analysis().temp_size_in_bytes
+    for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert memory[8] < memory[1] / 3
+
+
 def test_what_does_not_go_together_is_refused(tmp_path):
     config = to_dict(from_config_dict(RunConfig, get_config()))
     changed = lambda **changes: from_dict(RunConfig, config | changes)
