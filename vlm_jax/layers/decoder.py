@@ -93,6 +93,11 @@ class Decoder(nn.Module):
                 raise ValueError("max_positions=None: learned positions need their number")
             shape = (config.max_positions + config.positions.offset, inner)
             self.position_embedding = self.param("position_embedding", named(small, "positions", "embed"), shape)
+        if config.token_types:
+            shape = (config.token_types, inner)
+            self.type_embedding = self.param("type_embedding", named(small, "positions", "embed"), shape)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(block.norm, inner, self.dtype)
         self.block = Block(block, self.dtype, parent=None)
         example = (jnp.zeros((1, 1, inner)), lambda q, k, v: (q, None))
         self.layers = stacked(self, "layers", self.block, config.layers, *example)
@@ -157,6 +162,10 @@ class Decoder(nn.Module):
             table = constrain(self.position_embedding, "positions", None)
             x = x + jnp.take(table, positions + config.positions.offset, axis=0).astype(x.dtype)
             x = constrain(x, "batch", "length", None)
+        if config.token_types:
+            x = x + self.type_embedding[0].astype(x.dtype)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
 
         def layer(carry: tuple[Array, Any], indexed: tuple[Any, ...]) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
             (x, held), (index, params, own) = carry, indexed

@@ -83,6 +83,10 @@ class VisionLanguageModel(nn.Module):
         """[B, height, width, 3] uint8 -> what the connector reads, [B, P, D]."""
         return self.vision(images)
 
+    def cached_features(self, images: Array) -> Array:
+        """What `data.cache_features` keeps in the place of pixels."""
+        return self.features(images)
+
     def encode_images(
         self, images: Array, frames: Array, *, sizes: Array | None = None, return_attention: bool = False
     ) -> tuple[Array, Array | None]:

@@ -15,14 +15,13 @@ from vlm_jax.config import PartInit
 from vlm_jax.interop.files.folder import is_published
 from vlm_jax.interop.published import open_published
 from vlm_jax.layers.lora import dequantised, merged, names_of, only_adapters, with_adapters, without_adapters
-from vlm_jax.paths import by_path, nested
+from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.sharding import Named, unboxed
 from vlm_jax.training.checkpoint import Checkpoints, load_run
 from vlm_jax.training.params import Blueprint
 from vlm_jax.training.run_folder import PUBLISHED, CheckpointError, unseal
 from vlm_jax.training.step import Trainer, TrainState
 
-Params = Any
 log = logging.getLogger(__name__)
 
 
@@ -45,8 +44,10 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
         _warn_of_unaligned(trainer)
-        params = dequantised(trainer.init().params) | {part.part: _part(trainer, part) for part in config.init_parts}
-        return trainer.state_of(params), 0
+        params = by_path(dequantised(trainer.init().params))
+        for part in config.init_parts:
+            params |= {f"{config.model.part_path(part.part)}/{name}": leaf for name, leaf in _part(trainer, part).items()}
+        return trainer.state_of(nested(params)), 0
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):
@@ -62,8 +63,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         params = _of_run(config.init_from, trainer)
     _check(f"config.init_from={config.init_from}", params, trainer.blueprint, taken=names_of(params))
     state = trainer.state_of(params)
-    if hasattr(trainer.objective, "check_start"):
-        trainer.objective.check_start(state.trained)
+    trainer.objective.check_start(state.trained)
     return state, 0
 
 
@@ -91,11 +91,13 @@ def _warn_of_unaligned(trainer: Trainer) -> None:
         )
 
 
-def _part(trainer: Trainer, init: PartInit) -> Params:
-    """The parameters of one part; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
-    wanted = trainer.blueprint.without_held.get(init.part)
+def _part(trainer: Trainer, init: PartInit) -> dict[str, jax.Array]:
+    """The parameters of one part by path; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
+    path = f"{trainer.config.model.part_path(init.part)}/"
+    within = lambda tree: {one.removeprefix(path): leaf for one, leaf in by_path(tree).items() if one.startswith(path)}
+    wanted = within(trainer.blueprint.without_held)
     name = f"config.init_parts {init.part}={init.checkpoint}"
-    if wanted is None:
+    if not wanted:
         raise CheckpointError(
             f"{name}: config.model has no part of that name; it has {', '.join(trainer.blueprint.without_held)}"
         )
@@ -103,15 +105,16 @@ def _part(trainer: Trainer, init: PartInit) -> Params:
         published = open_published(init.checkpoint, pickles=trainer.config.pickles)
         found = published.config.part(published.load_params(trainer.mesh), init.part)
     else:
-        found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
+        run = load_run(init.checkpoint, trainer.mesh)
+        found = run.config.model.part(run.params, init.part)
         found = found and jax.jit(lambda part: dequantised(merged(part)))(found)
     if found is None:
         raise CheckpointError(f"{name}: this checkpoint has no part of that name")
-    names = {path: box.names for path, box in by_path(trainer.blueprint.boxed[init.part]).items() if isinstance(box, Named)}
-    found, sizes = by_path(found), {path: leaf.shape for path, leaf in by_path(wanted).items()}
-    found = {path: _with_new_tokens(leaf, names.get(path, ()), sizes.get(path)) for path, leaf in found.items()}
-    _compare(name, nested(found), wanted)
-    return nested(found)
+    names = {one: box.names for one, box in within(trainer.blueprint.boxed).items() if isinstance(box, Named)}
+    sizes = {one: leaf.shape for one, leaf in wanted.items()}
+    found = {one: _with_new_tokens(leaf, names.get(one, ()), sizes.get(one)) for one, leaf in by_path(found).items()}
+    _compare(name, found, wanted)
+    return found
 
 
 def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...] | None) -> jax.Array:
@@ -129,11 +132,11 @@ def _check(name: str, params: Params, blueprint: Blueprint, *, taken: Collection
     """Compares the shapes of parameters with those of the run; adapters that are not `taken` along begin anew."""
     wanted = by_path(blueprint.without_held)
     wanted |= by_path(only_adapters(unboxed(blueprint.boxed), taken))
-    _compare(name, params, nested(wanted))
+    _compare(name, by_path(params), wanted)
 
 
-def _compare(name: str, params: Params, wanted: Params) -> None:
-    shapes = lambda tree: {path: leaf.shape for path, leaf in by_path(tree).items() if not path.endswith("/kernel_scale")}
+def _compare(name: str, params: dict[str, Any], wanted: dict[str, Any]) -> None:
+    shapes = lambda leaves: {path: leaf.shape for path, leaf in leaves.items() if not path.endswith("/kernel_scale")}
     expected, found = shapes(wanted), shapes(params)
     if expected != found:
         wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]

@@ -46,8 +46,7 @@ class TrainState:
 
 def zeros_batch(config: RunConfig, rows: int) -> Batch:
     """A batch of the run's shapes with nothing in it."""
-    vision = config.model.vision
-    features = (vision.frame_features, vision.width) if config.data.cache_features else None
+    features = config.model.cached_features if config.data.cache_features else None
     return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows, features=features)))
 
 
@@ -79,7 +78,7 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
         raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
-    pairs = getattr(OBJECTIVES[type(config.objective)], "reads_pairs", False)
+    pairs = OBJECTIVES[type(config.objective)].reads_pairs
     if data.pairs != pairs:
         raise ValueError(f"config.data.pairs={data.pairs}: the objective {config.objective.kind!r} needs {pairs}")
 
@@ -137,11 +136,7 @@ class Trainer:
         params = self.blueprint.hold(params, jax.random.key(self.config.seed))
         trained, frozen = split(params, self.rules)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero, self._reference(trained))
-
-    def _reference(self, trained: Params) -> Params:
-        copied = getattr(self.objective, "reference_of", None)
-        return copied(trained) if copied else {}
+        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero, self.objective.reference_of(trained))
 
     def _shardings(self) -> TrainState:
         trained, frozen = split(self.blueprint.shardings, self.rules)
@@ -169,18 +164,21 @@ class Trainer:
         """
         weight = self.objective.weight(batch)
         model = self.model if recompute else self.model.clone(remat="none")
+        micro = self.config.optimizer.accumulate
+        options: dict[str, Any] = {"reference": reference} if reference else {}
+        if self.objective.whole_batch:
+            options, micro = options | {"micro": micro}, 1
 
         def loss(trained: Params, part: Batch, number: Array | int = 0) -> tuple[Array, dict[str, Array]]:
             params = merge(trained, frozen)
             if step is not None:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
                 params = with_dropout(params, self.config.adapters, key)
-            sums = self.objective.sums(model, params, part, recompute=recompute, **self._compared(reference))
+            sums = self.objective.sums(model, params, part, recompute=recompute, **options)
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
 
         grad = jax.grad(loss, has_aux=True)
-        micro = self.config.optimizer.accumulate
         if micro == 1:
             gradients, sums = grad(trained, batch)
             return sums, gradients
@@ -199,12 +197,13 @@ class Trainer:
         sums, gradients = self.gradients(state.trained, state.frozen, batch, step=state.step, reference=state.reference)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
+        updated = self.objective.bound(optax.apply_updates(state.trained, updates))
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad = (~finite).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
-            trained=choose(optax.apply_updates(state.trained, updates), state.trained),
+            trained=choose(updated, state.trained),
             frozen=state.frozen,
             opt_state=choose(opt_state, state.opt_state),
             skipped=state.skipped + bad,
@@ -221,10 +220,8 @@ class Trainer:
         return new, metrics
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        return self.objective.sums(self.model, state.params, batch, **self._compared(state.reference))
-
-    def _compared(self, reference: Params | None) -> dict[str, Params]:
-        return {"reference": reference} if hasattr(self.objective, "reference_of") else {}
+        compared = {"reference": state.reference} if state.reference else {}
+        return self.objective.sums(self.model, state.params, batch, **compared)
 
 
 def _like_parameters(state: Any, of_params: dict[str, Any], *, otherwise: Any) -> Any:

@@ -76,8 +76,8 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
     total = sum(row["count"] for row in rows.values())
     table.add_row("all", f"{total:,}", "", "", "", "", "", _bytes(sum(row["bytes"] for row in rows.values())))
     notes = [f"replicated, {reason} ({count} arrays)" for reason, count in sorted(reasons.items())]
-    if hasattr(trainer.objective, "describe_reference"):
-        notes.append(trainer.objective.describe_reference(state.trained))
+    if described := trainer.objective.describe_reference(state.trained):
+        notes.append(described)
     return table, notes
 
 

@@ -14,14 +14,14 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import NextTokenConfig
 from vlm_jax.ops.experts import load_balance
 from vlm_jax.sharding import shards
-from vlm_jax.training.objective import OBJECTIVES, Sums
+from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
 
 Array = jax.Array
 Scores = tuple[Array, Array]  # [B, T]: float32 negative log-likelihood of the target, and bool, whether it is the likeliest
 
 
 @OBJECTIVES.add(NextTokenConfig)
-class NextToken:
+class NextToken(Objective):
     """`loss` and `token_accuracy` a token, `accuracy` a sequence: whether greedy decoding gives exactly its learned tokens."""
 
     checkpoint_metric, examples_metric = "accuracy", "sequences"

@@ -25,7 +25,7 @@ from vlm_jax.config import PreferenceConfig
 from vlm_jax.layers.lora import PATH, without_adapters
 from vlm_jax.ops.preference import dpo_loss, pair_log_probs
 from vlm_jax.paths import Params, by_path, nested
-from vlm_jax.training.objective import OBJECTIVES, Sums
+from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
 from vlm_jax.training.objectives.next_token import chunked_scores
 
 Array = jax.Array
@@ -41,7 +41,7 @@ def adapters_of(path: str) -> bool:
 
 
 @OBJECTIVES.add(PreferenceConfig)
-class Preference:
+class Preference(Objective):
     """Means over pairs: `loss`; `reward_accuracy`, how often the chosen answer has the higher reward; `margin` of the rewards.
 
     A reward is beta times the log-ratio of the policy and the reference.
