@@ -34,6 +34,7 @@ from vlm_jax.config.language import (
     ScalingConfig,
     YarnScaling,
 )
+from vlm_jax.config.mixture import MemberConfig, MixtureConfig, SetConfig
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
@@ -62,7 +63,9 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "MemberConfig",
     "MeshConfig",
+    "MixtureConfig",
     "MlpProjectorConfig",
     "ModelConfig",
     "NextTokenConfig",
@@ -79,6 +82,7 @@ __all__ = [
     "RunConfig",
     "SampleRule",
     "ScalingConfig",
+    "SetConfig",
     "SourceConfig",
     "StampsConfig",
     "TextTowerConfig",

@@ -75,13 +75,18 @@ def plan_epoch(
     if len(lengths.tokens) and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
         raise ValueError("a sequence longer than a row, or an example of more images than a row has")
     index = np.arange(len(lengths.tokens))
+    together = lengths.example
     if shuffle:
-        if lengths.share is not None:
-            index = index[(hash_uint64(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < lengths.share]
+        if lengths.drawn is not None:
+            index, together = lengths.drawn(seed, epoch)
+        elif lengths.share is not None:
+            index = index[included(lengths.share, seed, epoch, index)]
+            together = together[index]
         # Within an example by hash; the examples themselves stay together.
-        index = index[np.lexsort((hash_uint64(seed, epoch, 1, index), lengths.example[index]))]
+        order = np.lexsort((hash_uint64(seed, epoch, 1, index), together))
+        index, together = index[order], together[order]
     count = len(index)
-    starts = _unit_starts(lengths.tokens[index], lengths.example[index], tokens, per_image)
+    starts = _unit_starts(lengths.tokens[index], together, tokens, per_image)
     bounds = np.append(starts, count)
     order = np.arange(len(starts))
     if shuffle:
@@ -95,6 +100,11 @@ def plan_epoch(
     sequences = index[np.repeat(bounds[placed] - (ends - sizes), sizes) + np.arange(count)]
     row_bounds = np.cumsum([0, *map(len, rows)])
     return Plan(row_bounds, np.concatenate([[0], ends]).astype(np.int64), sequences.astype(np.int32))
+
+
+def included(share: np.ndarray, seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
+    """[conversations] bool, which sequences an epoch takes by their shares."""
+    return (hash_uint64(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < share[index]
 
 
 def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:

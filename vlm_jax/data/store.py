@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Lengths:
     example: np.ndarray  # [conversations] int32, the example it belongs to, ascending
     images: np.ndarray  # [examples] int32, image slots of an example
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
+    # Of a mixture: seed, epoch -> the sequences of an epoch, and of each the number of the draw that took its example.
+    drawn: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class TokenStore:
