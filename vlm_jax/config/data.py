@@ -83,11 +83,20 @@ class DataConfig:
     visual_tokens: int = 0
     sampling: tuple[SampleRule, ...] = ()  # only in training; an evaluation uses every sequence
     augment: AugmentConfig = AugmentConfig()
+    # What is learned of a conversation: all its learned texts, or only those that follow a picture, up to the end of that chunk
+    # (OpenFlamingo's label mask for interleaved documents).
+    learned: Literal["all", "after_image"] = "all"
+    # Flamingo's p_next: the probability, drawn once a document, that in training its tokens see the next picture by
+    # cross-attention instead of the last one.
+    next_image: float = 0.0
+    # The probability, drawn once an example, that its learned texts begin with a space (Flamingo's paired texts).
+    leading_space: float = 0.0
     blank_images: bool = False  # the control experiment: every image grey
     # Whether the features of a frozen vision encoder are computed once and kept on disk, in the place of pixels.
     cache_features: bool = False
     check_pictures: bool = False  # decode every picture before the first step, once, and not only its header
-    # A conversation longer than a row is an error, or its last turns are dropped until it fits (and counted).
-    too_long: Literal["error", "drop_turns"] = "error"
+    # A conversation that is longer, or has more pictures, than a row takes: an error; its last turns are dropped until it fits;
+    # or it is cut where the row ends, as pages are for Flamingo. Both are counted and reported.
+    too_long: Literal["error", "drop_turns", "cut"] = "error"
     cache_dir: str = "~/.cache/vlm_jax/tokens"  # where tokenised data sets are kept
     workers: int = 1  # processes that prepare batches ahead; 0: in the training process

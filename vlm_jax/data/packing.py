@@ -59,6 +59,11 @@ def hash_uint64(*values: int | np.ndarray) -> np.ndarray:
     return state
 
 
+def uniform(*values: int | np.ndarray) -> np.ndarray:
+    """Float64 from 0 to 1 of integers, as `hash_uint64`."""
+    return (hash_uint64(*values) >> np.uint64(11)) * 2.0**-53
+
+
 def plan_epoch(
     lengths: Lengths, tokens: int, images: int, per_image: int = 0, seed: int = 0, epoch: int = 0, *, shuffle: bool = True
 ) -> Plan:
@@ -104,7 +109,7 @@ def plan_epoch(
 
 def included(share: np.ndarray, seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
     """[conversations] bool, which sequences an epoch takes by their shares."""
-    return (hash_uint64(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < share[index]
+    return uniform(seed, epoch, 3, index) < share[index]
 
 
 def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from vlm_jax.config import AugmentConfig, DataConfig
 from vlm_jax.data.augment import augment
 from vlm_jax.data.example import Example, Source
 from vlm_jax.data.features import FeatureStore
+from vlm_jax.data.packing import uniform
 from vlm_jax.data.store import TokenStore
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.batching import Arrays, Tiles, put_media, put_sequence
@@ -19,6 +20,7 @@ from vlm_jax.processing.media import Medium
 from vlm_jax.processing.pictures import FileUnavailable, ImageError, Size, file_bytes, picture_name, picture_size
 from vlm_jax.processing.processor import Spread
 
+NEXT_IMAGE = 5  # a number of its own among those that are hashed
 CACHE_BYTES = 64 << 20  # of tiles, kept by each process that makes rows
 
 
@@ -61,12 +63,13 @@ class RowMaker:
 
         Args:
           spread: of the processor.
-          seed: of the augmentation; None: no augmentation.
+          seed: of what is drawn in training, augmentation and the next picture; None: nothing is.
           features: what stands in the rows in the place of pixels; None: pixels do.
         """
         self._config, self._store, self._source, self._spread, self._features = config, store, source, spread, features
         self._skips = config.source.bad_lines == "skip"
         self._seed = None if config.blank_images or config.augment == AugmentConfig() else seed
+        self._next_seed = seed if config.next_image else None
         self._init()
 
     def _init(self) -> None:
@@ -75,10 +78,10 @@ class RowMaker:
         self._room = CACHE_BYTES
 
     def __getstate__(self) -> Any:
-        return self._config, self._store, self._source, self._spread, self._features, self._skips, self._seed
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_cache", "_room")}
 
     def __setstate__(self, state: Any) -> None:
-        self._config, self._store, self._source, self._spread, self._features, self._skips, self._seed = state
+        self.__dict__.update(state)
         self._init()
 
     def fill(self, arrays: Arrays, place: int, units: list[np.ndarray], number: int) -> list[int]:
@@ -110,6 +113,8 @@ class RowMaker:
                 raise DataError(f"{self._source[example].id}: {error}: data.image_size") from error
             for index in conversations:
                 layout = self._spread(self._store.written(index), self._store.sizes_of(index))
+                if self._sees_next(number, int(index)):
+                    layout = layout.with_next_image()
                 segment += 1
                 targets, weights = targets_of(layout, self._spread.end_id)
                 end = begin + len(targets)
@@ -129,6 +134,12 @@ class RowMaker:
         except ImageError as error:
             return f"{self._source[number].id}: {error}"
         return f"{self._source[number].id}: its pictures could not be read, and now can"
+
+    def _sees_next(self, row: int, index: int) -> bool:
+        """Whether this time the conversation's tokens see the next picture: another draw in each epoch."""
+        if self._next_seed is None:
+            return False
+        return uniform(self._next_seed, row, NEXT_IMAGE, index) < self._config.next_image
 
     def _augment(self, tiles: Tiles, rng: np.random.Generator) -> Tiles:
         if len(tiles) == 1:

@@ -10,12 +10,14 @@ import numpy as np
 
 from vlm_jax.config import DataConfig, SampleRule
 from vlm_jax.data.example import Example, Source
+from vlm_jax.data.packing import uniform
 from vlm_jax.errors import DataError, RequestError
-from vlm_jax.processing.conversation import Conversation, media_of, plain_text
-from vlm_jax.processing.layout import TokenizedConversation
+from vlm_jax.processing.conversation import Conversation, Medium, Text, media_of, plain_text
+from vlm_jax.processing.layout import ENDS, LEARNED, TokenizedConversation
 from vlm_jax.processing.pictures import ImageError, Picture, Size, file_bytes, picture_size
 from vlm_jax.processing.processor import Processor
 
+SPACE = 6  # a number of its own among those that are hashed
 KNOWN_PICTURES = 4096  # files that are remembered while a store is made
 
 
@@ -26,6 +28,7 @@ class Chunk:
     fields: dict[str, list]  # of `store.FIELDS`: values, or arrays to be joined
     problems: list[str]  # of examples that were left out
     dropped: int = 0  # turns that were left out
+    cut: int = 0  # conversations that were cut where the row ends
 
     @classmethod
     def empty(cls) -> Chunk:
@@ -60,13 +63,16 @@ class DatasetTokenizer:
             try:
                 example = self.source[index]
                 sizes, of_files, found = self._measured(example)
+                if self.config.leading_space:
+                    found = tuple(_spaced(turns, uniform(SPACE, index) < self.config.leading_space) for turns in found)
                 rows = [self._written(example, turns, sizes) for turns in found]
                 # Media used only by dropped turns take no slot.
-                sizes = sizes[: max((place + 1 for turns, _, _ in rows for place in media_of(turns)), default=0)]
+                sizes = sizes[: max((place + 1 for turns, *_ in rows for place in media_of(turns)), default=0)]
                 slots, media = self._slots(sizes), len(sizes)
                 self._check_example(example, slots, media)
-                out.dropped += sum(len(turns) - len(kept) for turns, (kept, _, _) in zip(found, rows, strict=True))
-                for turns, written, length in rows:
+                out.dropped += sum(len(turns) - len(kept) for turns, (kept, *_) in zip(found, rows, strict=True))
+                out.cut += sum(cut for *_, cut in rows)
+                for turns, written, length, _ in rows:
                     self._add(out, index, turns, written, length)
                 out.fields["sizes"].append(np.asarray(sizes, np.int32).reshape(-1))
                 out.fields["file_bytes"].append(np.asarray(of_files[:media], np.int64))
@@ -116,8 +122,8 @@ class DatasetTokenizer:
 
     def _written(
         self, example: Example, turns: Conversation, sizes: list[Size]
-    ) -> tuple[Conversation, TokenizedConversation, int]:
-        """The tokenised conversation and its length in a row, dropping last turns if too_long="drop_turns"."""
+    ) -> tuple[Conversation, TokenizedConversation, int, bool]:
+        """The tokenised conversation, its length in a row, and whether it was cut; without last turns if they are dropped."""
         drops = self.config.too_long == "drop_turns"
         while True:
             try:
@@ -127,9 +133,11 @@ class DatasetTokenizer:
             own = [sizes[place] for place in media_of(turns)]
             length = self._length(written, own)
             too_long, too_many = length > self.config.tokens, self._slots(own) > self.config.images
+            if self.config.too_long == "cut" and (too_long or too_many):
+                return self._cut(example, turns, written, own)
             shorter = _without_last_pair(turns) if drops and (too_long or too_many) else None
             if shorter is None and not too_long:
-                return turns, written, length
+                return turns, written, length, False
             if shorter is None:
                 raise DataError(
                     f"{example.id}: a conversation of {length} tokens, and a row has data.tokens={self.config.tokens}. Raise "
@@ -137,6 +145,40 @@ class DatasetTokenizer:
                     + (" (which was done, but the first is too long already)" if drops else "")
                 )
             turns = shorter
+
+    def _cut(
+        self, example: Example, turns: Conversation, written: TokenizedConversation, sizes: list[Size]
+    ) -> tuple[Conversation, TokenizedConversation, int, bool]:
+        """What a row takes of a conversation from its beginning: no picture in part, and none behind the last slot.
+
+        Raises:
+          DataError: nothing of that is learned.
+        """
+        media = self.processor.media
+        is_image = written.tokens == self.processor.spread.image_id
+        runs = [[len(run) for run in media.runs(size)] if self._in_sequence else [1] for size in sizes]
+        places = np.ones(len(written.tokens), np.int64)
+        places[is_image] = [length for of in runs for length in of]
+        # Of each medium, where its tokens begin and end among those that are written.
+        ends = np.cumsum([len(of) for of in runs])
+        at = np.append(np.flatnonzero(is_image), len(written.tokens))
+        most = int(np.searchsorted(np.cumsum(places), self.config.tokens + 1, side="right"))
+        whole = lambda count: self._slots(sizes[:count]) <= self.config.images and at[ends[count - 1] - 1] < most
+        room = next((count for count in range(len(sizes)) if not whole(count + 1)), len(sizes))
+        if room < len(sizes):
+            most = min(most, int(at[ends[room] - len(runs[room])]))
+        # What stands behind the last learned token changes nothing.
+        learned = np.flatnonzero(written.flags[:most] & LEARNED)
+        ended = np.flatnonzero(written.flags[: most - 1] & ENDS) + 1
+        most = int(max(learned.max(initial=0), ended.max(initial=0))) + 1
+        if most < 2:
+            raise DataError(
+                f"{example.id}: nothing is learned of the {self.config.tokens} tokens and {self.config.images} pictures that a "
+                "row takes: raise data.tokens or data.images"
+            )
+        short = TokenizedConversation(written.tokens[:most], written.flags[:most])
+        kept = sum(bool(at[end - 1] < most) for end in ends)
+        return _with_media(turns, kept), short, self._length(short, sizes[:kept]), True
 
     def _length(self, written: TokenizedConversation, sizes: list[Size]) -> int:
         """Places in a row: the last token is only a target."""
@@ -174,6 +216,21 @@ class DatasetTokenizer:
             return 1.0
         text = plain_text(turns)
         return next((share for pattern, share in self.rules if pattern.search(text)), 1.0)
+
+
+def _with_media(turns: Conversation, count: int) -> Conversation:
+    """With only the first of its media."""
+    left = iter(range(len(media_of(turns))))
+    kept = lambda part: not isinstance(part, Medium) or next(left) < count
+    return tuple(dataclasses.replace(turn, content=tuple(filter(kept, turn.content))) for turn in turns)
+
+
+def _spaced(turns: Conversation, space: bool) -> Conversation:
+    """With a space before each learned text, or none."""
+    begin = " " if space else ""
+    return tuple(
+        dataclasses.replace(turn, content=(Text(begin + turn.text.lstrip()),)) if turn.learn else turn for turn in turns
+    )
 
 
 def _without_last_pair(turns: Conversation) -> Conversation | None:

@@ -80,6 +80,13 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
     if data.processor and (data.augment != AugmentConfig() or data.blank_images):
         raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    for name in ("next_image", "leading_space"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"config.data.{name}={getattr(data, name)}: expected a probability, from 0 to 1")
+    if data.next_image and needed:
+        raise ValueError("config.data.next_image is for cross-attention: visual tokens in the sequence stand where they stand")
+    if data.processor and (data.learned != "all" or data.leading_space):
+        raise ValueError("config.data.learned and leading_space are for recipes: config.data.processor has its own template")
     if data.pad_to_square and not data.processor:
         raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
