@@ -20,8 +20,8 @@ replace = dataclasses.replace
 def source(tmp_path_factory):
     file = write_data(tmp_path_factory.mktemp("data"), 12)
     words = file.with_name("words.jsonl")  # text alone
-    turns = [{"from": "human", "value": "which colour?"}, {"from": "gpt", "value": "none"}]
-    words.write_text("\n".join(json.dumps({"id": number, "conversations": turns}) for number in range(5)))
+    turns = lambda number: [{"from": "human", "value": f"{number}?"}, {"from": "gpt", "value": "none"}]
+    words.write_text("\n".join(json.dumps({"id": number, "conversations": turns(number)}) for number in range(5)))
     return {"squares": JsonLinesConfig(train=str(file), eval=str(file)), "words": JsonLinesConfig(train=str(words), eval="")}
 
 
@@ -42,14 +42,20 @@ def test_an_update_adds_the_weighted_gradients_of_the_mean_losses(source):
         state = trainer.init()
         own, words = random_batch(8, 0), random_batch(16, 1)
         words.weights[4:] = 0
-        one, other = (trainer.gradients(state.trained, state.frozen, trainer.put(batch)) for batch in (own, words))
-        sums, total = jax.jit(trainer.gradients_of_sets)(state.trained, state.frozen, trainer.put((own, words)))
-        expected = jax.tree.map(lambda a, b: a + 0.2 * b, one[1], other[1])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), total, expected)
-        assert float(sums["words"]["weight"]) == words.weights.sum() and float(sums[""]["weight"]) == own.weights.sum()
-        in_turn = jax.jit(trainer.gradients_of_sets)(state.trained, state.frozen, (None, trainer.put(words)))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.2 * b, rtol=2e-4, atol=1e-6), in_turn[1], other[1])
-        assert list(in_turn[0]) == ["words"]
+        parts = jax.jit(
+            lambda trained, frozen, own, words: (
+                trainer.gradients(trained, frozen, own),
+                trainer.gradients(trained, frozen, words),
+                trainer.gradients_of_sets(trained, frozen, (own, words)),
+                trainer.gradients_of_sets(trained, frozen, (None, words)),
+            )
+        )(state.trained, state.frozen, *trainer.put((own, words)))
+    one, other, (sums, total), in_turn = parts
+    expected = jax.tree.map(lambda a, b: a + 0.2 * b, one[1], other[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), total, expected)
+    assert float(sums["words"]["weight"]) == words.weights.sum() and float(sums[""]["weight"]) == own.weights.sum()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.2 * b, rtol=2e-4, atol=1e-6), in_turn[1], other[1])
+    assert list(in_turn[0]) == ["words"]
 
 
 @pytest.mark.parametrize("sets", ["accumulate", "round_robin"])

@@ -38,6 +38,7 @@ from vlm_jax.config.mixture import MemberConfig, MixtureConfig, SetConfig
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config.sources import TarConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "SetConfig",
     "SourceConfig",
     "StampsConfig",
+    "TarConfig",
     "TextTowerConfig",
     "VisionConfig",
     "VitConfig",

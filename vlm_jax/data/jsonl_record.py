@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+from vlm_jax.data.documents import as_content
 from vlm_jax.data.example import Example
-from vlm_jax.errors import abbreviated, check_text
+from vlm_jax.errors import RecordError, as_json, check_text
 from vlm_jax.processing.conversation import (
     IMAGE_KEYS,
     MARKER,
@@ -20,6 +20,7 @@ from vlm_jax.processing.conversation import (
     from_messages,
     user,
 )
+from vlm_jax.processing.pictures import Picture
 
 KINDS = ("conversations", "messages", "content")
 HUMAN, GPT = ("human", "user"), ("gpt", "assistant")
@@ -28,15 +29,6 @@ PICTURES = ("image", "images")
 MISTAKEN = re.compile(
     r"(image|img|picture|pic|photo|video|frame|media)s?([_-]?(file|path|name|url|list|\d+)s?)?", re.IGNORECASE
 )
-
-
-class RecordError(Exception):
-    """What is wrong with a record; the caller adds the line."""
-
-
-def as_json(value: Any) -> str:
-    """A wrong value, for messages."""
-    return abbreviated(json.dumps(value, ensure_ascii=False))
 
 
 def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
@@ -59,11 +51,11 @@ def _objects(values: Any) -> list[dict[str, Any]]:
 class Record:
     """One parsed JSON value on its way to an Example."""
 
-    def __init__(self, where: str, record: Any, picture: Callable[[Any], str]):
+    def __init__(self, where: str, record: Any, picture: Callable[[Any], Picture]):
         if not isinstance(record, dict):
             raise RecordError(f"is {as_json(record)}; expected an object")
-        self._where, self._record, self._picture = where, record, picture
-        self._media: list[tuple[str, ...]] = []
+        self._where, self._record, self._picture = where, as_content(record), picture
+        self._media: list[tuple[Picture, ...]] = []
 
     def example(self) -> Example:
         """Raises RecordError; RequestError: messages or a text that no model could be asked with."""
@@ -101,7 +93,7 @@ class Record:
         return [path for found in given for path in (found if isinstance(found, list) else [found])]
 
     def _next_medium(self, paths: Any) -> Medium:
-        self._media.append(tuple(self._picture(path) for path in paths))
+        self._media.append(tuple(path if isinstance(path, bytes) else self._picture(path) for path in paths))
         return Medium(len(self._media) - 1)
 
     def _conversation(self) -> list[Turn]:

@@ -20,6 +20,8 @@ Interleaved text and pictures, as in Flamingo's M3W. Text is learned unless "lea
     {"id": "8", "content": [{"image": "a.png"}, {"text": "My puppy."}, {"frames": ["f0.png", "f1.png"]},
                             {"text": "What does it do?", "learn": false}, {"text": " It sleeps."}]}
 
+OBELICS' and MMC4's documents are read as they are (`vlm_jax/data/documents.py`).
+
 Paths are relative to `image_root`, or to the file's folder. A `.json` file with a list of such records also works. In an
 interleaved text, `<image>` is plain text.
 """
@@ -41,8 +43,8 @@ import numpy as np
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
-from vlm_jax.data.jsonl_record import Record, RecordError, as_json
-from vlm_jax.errors import DataError, RequestError
+from vlm_jax.data.jsonl_record import Record
+from vlm_jax.errors import DataError, RecordError, RequestError, as_json
 from vlm_jax.files import JsonError, open_regular, parse_json
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
