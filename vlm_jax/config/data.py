@@ -43,6 +43,7 @@ class JsonLinesConfig(SourceConfig):
 @frozen
 class AugmentConfig:
     flip: bool = False  # left-right and up-down, each with probability 1/2
+    mirror: bool = False  # left-right alone
     shift: int = 0  # maximum shift in pixels; the border is repeated
     colour: float = 0.0  # maximum relative change of brightness and contrast
 
