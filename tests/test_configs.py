@@ -1,5 +1,6 @@
 """The recipes in configs/, as far as they need nothing that must be fetched."""
 
+import functools
 import math
 
 import pytest
@@ -15,9 +16,14 @@ from vlm_jax.training.sets import check_sets
 from vlm_jax.training.step import check_pictures
 
 
+@functools.cache
+def blueprint(run):
+    return Blueprint.of(VisionLanguageModel(run.model), run.optimizer.rules, mesh_of(1, 1, 1))
+
+
 def frozen_parts(run):
     """(part, whether all of it is frozen), and the rules by path."""
-    rules = Blueprint.of(VisionLanguageModel(run.model), run.optimizer.rules, mesh_of(1, 1, 1)).rules
+    rules = blueprint(run).rules
     return {part: all(rule.frozen for path, rule in rules.items() if path.startswith(part)) for part in run_parts(rules)}, rules
 
 
@@ -94,5 +100,4 @@ def test_openflamingo(size):
 
 def count(run, part):
     """Its parameters."""
-    leaves = by_path(Blueprint.of(VisionLanguageModel(run.model), run.optimizer.rules, mesh_of(1, 1, 1)).abstract)
-    return sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith(part))
+    return sum(math.prod(leaf.shape) for path, leaf in by_path(blueprint(run).abstract).items() if path.startswith(part))

@@ -98,10 +98,12 @@ class Record:
 
     def _conversation(self) -> list[Turn]:
         said = _take(self._record, "conversations", list)
+        # An answer before the first question, in conversations that were cut out of longer ones, is no turn for LLaVA either.
+        led = len(said) > 1 and isinstance(said[0], dict) and said[0].get("from") in GPT
         paths = self._pictures()
         turns: list[Turn] = []
         values: list[tuple[str, str]] = []
-        for number, turn in enumerate(said, 1):
+        for number, turn in enumerate(said[led:], 1 + led):
             if not isinstance(turn, dict):
                 raise RecordError(f"turn {number} is {as_json(turn)}; expected an object of 'from' and 'value'")
             speaker, value = _take(turn, "from", str), _take(turn, "value", str)

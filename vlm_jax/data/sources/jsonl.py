@@ -6,7 +6,8 @@ of the next image, and without any marker all images come before the first turn.
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 
-The first turn may be from "system". A single marker in a human turn is moved before its text.
+The first turn may be from "system". A single marker in a human turn is moved before its text. A turn of gpt before the first
+human one is left out, as LLaVA's own `preprocess` does.
 
 An OpenAI-style list of messages (`processing/conversation.py`); the assistant's turns are learned::
 
