@@ -38,7 +38,7 @@ from vlm_jax.config.mixture import MemberConfig, MixtureConfig, SetConfig
 from vlm_jax.config.model import ModelConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
-from vlm_jax.config.sources import TarConfig
+from vlm_jax.config.sources import FieldsConfig, HuggingFaceConfig, TarConfig, TfdsConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
 __all__ = [
@@ -54,8 +54,10 @@ __all__ = [
     "EasyVqaConfig",
     "EvaluatorConfig",
     "ExpertsConfig",
+    "FieldsConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
+    "HuggingFaceConfig",
     "ImageTowerConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
@@ -88,6 +90,7 @@ __all__ = [
     "StampsConfig",
     "TarConfig",
     "TextTowerConfig",
+    "TfdsConfig",
     "VisionConfig",
     "VitConfig",
     "YarnScaling",
