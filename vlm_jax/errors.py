@@ -16,6 +16,14 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message names the file and the line."""
 
 
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names the file and the cause."""
+
+
+class FileUnavailable(ImageError):
+    """The picture's file cannot be opened or read: nothing is known of the picture itself."""
+
+
 class RecordError(Exception):
     """What is wrong with a record of a data set; the caller adds where it stands."""
 

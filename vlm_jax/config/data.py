@@ -80,6 +80,7 @@ class DataConfig:
     tokens: int  # T of a row
     images: int  # M of a row: pictures, or tiles where visual tokens stand in the sequence
     frames: int = 1  # F of a slot
+    video_rate: float = 1.0  # frames a second that are read of a video's file, `frames` at most
     # Number of visual tokens of a tile in the sequence (LLaVA); 0: cross-attention.
     visual_tokens: int = 0
     sampling: tuple[SampleRule, ...] = ()  # only in training; an evaluation uses every sequence

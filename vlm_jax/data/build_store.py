@@ -51,7 +51,7 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
     """
     parts = [VERSION, source.fingerprint, processor.fingerprint, config.tokens, config.images, config.frames]
     parts += [config.sampling, config.too_long, config.check_pictures, skip]
-    parts += [config.leading_space] if config.leading_space else []
+    parts += [value for value, default in ((config.leading_space, 0.0), (config.video_rate, 1.0)) if value != default]
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
     cache = Path(config.cache_dir).expanduser()
     try:
