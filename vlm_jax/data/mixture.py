@@ -25,17 +25,22 @@ ORDER = 4  # a number of its own among those that are hashed
 class MixedStore:
     """Several token stores, their conversations and examples numbered on; read like a `TokenStore`. It pickles as them."""
 
-    def __init__(self, stores: tuple[TokenStore, ...], passes: tuple[float, ...]) -> None:
-        self._stores, self._passes = stores, passes
+    def __init__(self, stores: tuple[TokenStore, ...], weights: tuple[float, ...], *, shares: bool) -> None:
+        """
+        Args:
+          weights: of each store, as `shares` says: its share of the examples, relative to the others, or how often it is seen
+            in an epoch.
+        """
+        self._stores, self._weights, self._shares = stores, weights, shares
         contents = [store.meta["content"] for store in stores]
         self.meta = {"content": contents[0] if len(contents) == 1 else zlib.crc32(repr(contents).encode())}
-        names = repr(([store.folder.name for store in stores], passes))
+        names = repr(([store.folder.name for store in stores], weights, shares))
         self.folder: Path = stores[0].folder.with_name(f"mixture-{hashlib.sha256(names.encode()).hexdigest()[:24]}")
         self._conversations = np.cumsum([0, *map(len, stores)])
         self._examples = np.cumsum([0, *(len(store.slots) for store in stores)])
 
     def __reduce__(self) -> Any:
-        return type(self), (self._stores, self._passes)
+        return functools.partial(type(self), shares=self._shares), (self._stores, self._weights)
 
     def __len__(self) -> int:
         return int(self._conversations[-1])
@@ -73,15 +78,24 @@ class MixedStore:
         store, own = self._at(self._examples, example)
         return store.media_of(own)
 
+    def folder_of(self, example: int) -> Path:
+        return self._at(self._examples, example)[0].folder
+
     def file_bytes_of(self, example: int) -> list[int]:
         store, own = self._at(self._examples, example)
         return store.file_bytes_of(own)
 
     @functools.cached_property
     def lengths_to_pack(self) -> Lengths:
+        # Examples that were left out when they were tokenised have no conversation.
+        examples = [len(np.unique(store.example)) for store in self._stores]
+        passes = self._weights
+        if self._shares:
+            whole = sum(examples) / sum(self._weights)
+            passes = tuple(weight * whole / count for weight, count in zip(self._weights, examples, strict=True))
         members = [
-            _Member(store.example, store.share, passes, first)
-            for store, passes, first in zip(self._stores, self._passes, self._conversations, strict=False)
+            _Member(store.example, store.share, often, first)
+            for store, often, first in zip(self._stores, passes, self._conversations, strict=False)
         ]
         return Lengths(self._joined("lengths"), self.example, self.slots, drawn=functools.partial(draw, members))
 
@@ -113,7 +127,6 @@ def draw(members: list[_Member], seed: int, epoch: int) -> tuple[np.ndarray, np.
 
 def _places(member: _Member, number: int, seed: int, epoch: int) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
     """Of each pass through a member that an epoch takes something of: which, the conversations, and their examples' places."""
-    # Examples without a conversation were left out when they were tokenised.
     begins = np.flatnonzero(np.append(True, member.example[1:] != member.example[:-1])) if len(member.example) else []
     examples = len(begins)
     if not examples:

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm_jax.config import AugmentConfig, DataConfig
 from vlm_jax.data.augment import augment
-from vlm_jax.data.example import Example, Source
+from vlm_jax.data.example import Source
 from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.packing import uniform
 from vlm_jax.data.store import TokenStore
@@ -158,13 +158,13 @@ class RowMaker:
             except ImageError as error:
                 raise DataError(f"{example.id}: {error}") from error
             if not same:
-                raise self._changed(example, medium)
+                raise self._changed(number, medium)
         return found
 
-    def _changed(self, example: Example, medium: Medium) -> DataError:
+    def _changed(self, number: int, medium: Medium) -> DataError:
         return DataError(
-            f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
-            f"delete {self._store.folder}, which is made anew, and start again"
+            f"{self._source[number].id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
+            f"delete {self._store.folder_of(number)}, which is made anew, and start again"
         )
 
     def tiles(self, number: int) -> list[Tiles]:
@@ -178,7 +178,7 @@ class RowMaker:
             return kept
         example = self._source[number]
         known = zip(self._store.media_of(number), self._store.file_bytes_of(number), strict=True)
-        made = [self._pixels(example, *one) for one in zip(example.media, known, strict=False)]  # others are not referenced
+        made = [self._pixels(number, *one) for one in zip(example.media, known, strict=False)]  # others are not referenced
         size = sum(tile.nbytes for tiles in made for tile in tiles)
         with self._lock:
             # An epoch reads every example once, so keeping the first ones is as good as keeping the last ones.
@@ -187,7 +187,7 @@ class RowMaker:
                 self._cache[number] = made
         return made
 
-    def _pixels(self, example: Example, medium: Medium, known: tuple[Size, int]) -> Tiles:
+    def _pixels(self, number: int, medium: Medium, known: tuple[Size, int]) -> Tiles:
         """
         Raises:
           DataError: it is not the picture that was tokenised, or cannot be used and data.source.bad_lines is "error".
@@ -196,9 +196,9 @@ class RowMaker:
         try:
             # The bytes first: what was damaged since then is no picture that was broken before.
             if sum(map(file_bytes, medium)) != known[1] or picture_size(medium[0]) != known[0]:
-                raise self._changed(example, medium)
+                raise self._changed(number, medium)
             return self._spread.media.pixels(medium)
         except (ImageError, RequestError) as error:
             if isinstance(error, ImageError) and not isinstance(error, FileUnavailable) and self._skips:
                 raise
-            raise DataError(f"{example.id}: {error}") from error
+            raise DataError(f"{self._source[number].id}: {error}") from error

@@ -106,6 +106,10 @@ class TokenStore:
         begin, end = self.media_offsets[example], self.media_offsets[example + 1]
         return [(int(height), int(width)) for height, width in self.sizes[begin:end]]
 
+    def folder_of(self, example: int) -> Path:
+        """Where its tokens are kept."""
+        return self.folder
+
     def file_bytes_of(self, example: int) -> list[int]:
         """The bytes of the files of an example's media."""
         return self.file_bytes[self.media_offsets[example] : self.media_offsets[example + 1]].tolist()

@@ -20,11 +20,14 @@ class MixedSource(Source):
     """
     Attributes:
       members: by name; each has a token store of its own.
-      passes: of each member, how often it is seen in an epoch.
     """
 
-    def __init__(self, members: dict[str, Source], passes: dict[str, float]) -> None:
-        self.members, self.passes = members, passes
+    def __init__(self, members: dict[str, Source], weights: dict[str, float], *, shares: bool) -> None:
+        """
+        Args:
+          shares: whether the weights are shares of the examples; else how often a member is seen in an epoch.
+        """
+        self.members, self._weights, self._shares = members, weights, shares
         self.fingerprint = f"mixture {[(name, member.fingerprint) for name, member in members.items()]}"
         self._starts = np.cumsum([0, *map(len, members.values())])
 
@@ -40,7 +43,7 @@ class MixedSource(Source):
 
     def joined(self, stores: list[TokenStore]) -> MixedStore:
         """The stores of its members, in their order, as one."""
-        return MixedStore(tuple(stores), tuple(self.passes.values()))
+        return MixedStore(tuple(stores), tuple(self._weights.values()), shares=self._shares)
 
 
 @SOURCES.add(MixtureConfig)
@@ -62,12 +65,8 @@ def open_mixture(config: DataConfig, split: Split) -> MixedSource:
             opened[member.name] = SOURCES[type(member.source)](dataclasses.replace(config, source=member.source), split)
         except DataError as error:
             raise DataError(f"data.source.members.{member.name}: {error}") from error
-    if source.weights == "epochs":
-        return MixedSource(opened, {member.name: member.weight for member in members})
-    total, weights = sum(map(len, opened.values())), sum(member.weight for member in members)
-    return MixedSource(
-        opened, {member.name: member.weight / weights * total / max(len(opened[member.name]), 1) for member in members}
-    )
+    weights = {member.name: member.weight for member in members}
+    return MixedSource(opened, weights, shares=source.weights == "share")
 
 
 def _check(source: MixtureConfig) -> None:
