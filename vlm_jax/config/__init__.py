@@ -44,9 +44,11 @@ from vlm_jax.config.language import (
     ScalingConfig,
     YarnScaling,
 )
+from vlm_jax.config.mixture import MemberConfig, MixtureConfig, SetConfig
 from vlm_jax.config.model import ModelConfig, SystemConfig
 from vlm_jax.config.objective import ContrastiveConfig, NextTokenConfig, ObjectiveConfig, PreferenceConfig
 from vlm_jax.config.run import LoraConfig, MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config.sources import FieldsConfig, HuggingFaceConfig, TarConfig, TfdsConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
 __all__ = [
@@ -66,9 +68,11 @@ __all__ = [
     "EvaluatorConfig",
     "ExpertsConfig",
     "FashionMnistConfig",
+    "FieldsConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
     "GenerationConfig",
+    "HuggingFaceConfig",
     "ImageTowerConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
@@ -78,7 +82,9 @@ __all__ = [
     "Llama3Scaling",
     "LongRopeScaling",
     "LoraConfig",
+    "MemberConfig",
     "MeshConfig",
+    "MixtureConfig",
     "MlpProjectorConfig",
     "ModelConfig",
     "NextTokenConfig",
@@ -99,10 +105,13 @@ __all__ = [
     "SampleRule",
     "SamplesConfig",
     "ScalingConfig",
+    "SetConfig",
     "SourceConfig",
     "StampsConfig",
     "SystemConfig",
+    "TarConfig",
     "TextTowerConfig",
+    "TfdsConfig",
     "VisionConfig",
     "VitConfig",
     "YarnScaling",

@@ -120,8 +120,6 @@ def _run(run: RunConfig) -> Iterator[str]:
         yield f"data.layout={run.data.layout!r}: set it to {'pair' if embeds else 'conversation'!r} for this model"
     if embeds and (run.data.images, run.data.frames) != (1, 1):
         yield "data.images and data.frames: a pair has one picture: set both to 1"
-    if (run.data.too_long == "truncate") and not embeds:
-        yield "data.too_long='truncate' is for pairs: a conversation's last turns may be dropped (drop_turns)"
     if embeds and run.data.too_long == "drop_turns":
         yield "data.too_long='drop_turns' is for conversations: a pair's caption may be cut (truncate)"
     if embeds and run.data.tokens > (run.model.language.max_positions or run.data.tokens):

@@ -7,6 +7,7 @@ from typing import Literal
 from vlm_jax.config.data import DataConfig
 from vlm_jax.config.evaluator import EvaluatorConfig
 from vlm_jax.config.frozen import frozen
+from vlm_jax.config.mixture import SetConfig
 from vlm_jax.config.model import SystemConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 
@@ -80,6 +81,9 @@ class PartInit:
 class RunConfig:
     model: SystemConfig
     data: DataConfig
+    accumulated: tuple[SetConfig, ...] = ()  # data sets beside `data`, each with a weight in the loss (Flamingo)
+    # How they are learned: all in every update, or one an update in turn (round robin, Flamingo's ablation).
+    sets: Literal["accumulate", "round_robin"] = "accumulate"
     objective: ObjectiveConfig = NextTokenConfig()
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
@@ -102,3 +106,9 @@ class RunConfig:
     init_from: str = ""  # a run, or a published checkpoint's folder or name, with the initial parameters
     pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed
     init_parts: tuple[PartInit, ...] = ()  # or initial parameters of some parts; the others are initialised
+
+    @property
+    def data_sets(self) -> tuple[SetConfig, ...]:
+        """`data`, under the name "", and the others by their names."""
+        own = SetConfig(name="", data=self.data, weight=1.0)
+        return (own, *sorted(self.accumulated, key=lambda one: one.name))

@@ -60,6 +60,11 @@ def hash_uint64(*values: int | np.ndarray) -> np.ndarray:
     return state
 
 
+def uniform(*values: int | np.ndarray) -> np.ndarray:
+    """Float64 from 0 to 1 of integers, as `hash_uint64`."""
+    return (hash_uint64(*values) >> np.uint64(11)) * 2.0**-53
+
+
 def plan_epoch(
     lengths: Lengths, tokens: int, images: int, per_image: int = 0, seed: int = 0, epoch: int = 0, *, shuffle: bool = True
 ) -> Plan:
@@ -81,15 +86,20 @@ def plan_epoch(
     if len(lengths.tokens) and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
         raise ValueError("a sequence longer than a row, or an example of more images than a row has")
     index = np.arange(len(lengths.tokens))
+    drawn = lengths.example
     if shuffle:
-        if lengths.share is not None:
-            index = index[(hash_uint64(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < lengths.share]
-        # Within an example by hash; the examples themselves stay together.
-        index = index[np.lexsort((hash_uint64(seed, epoch, 1, index), lengths.example[index]))]
+        if lengths.drawn is not None:
+            index, drawn = lengths.drawn(seed, epoch)
+        elif lengths.share is not None:
+            index = index[included(lengths.share, seed, epoch, index)]
+            drawn = drawn[index]
+        # Within an example by hash; the examples themselves stay drawn.
+        order = np.lexsort((hash_uint64(seed, epoch, 1, index), drawn))
+        index, drawn = index[order], drawn[order]
     count = len(index)
     shared = np.zeros_like(lengths.tokens) if lengths.shared is None else lengths.shared
     own, shared = (lengths.tokens - shared)[index], shared[index]
-    starts = _unit_starts(own, shared, lengths.example[index], tokens, per_image)
+    starts = _unit_starts(own, shared, drawn, tokens, per_image)
     bounds = np.append(starts, count)
     order = np.arange(len(starts))
     if shuffle:
@@ -113,6 +123,11 @@ def _joined(lengths: Lengths) -> Lengths:
     if shared is not None:
         tokens -= (every - 1) * shared
     return Lengths(tokens, lengths.example[::every], lengths.images, share, shared)
+
+
+def included(share: np.ndarray, seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
+    """[conversations] bool, which sequences an epoch takes by their shares."""
+    return uniform(seed, epoch, 3, index) < share[index]
 
 
 def _unit_starts(own: np.ndarray, shared: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:

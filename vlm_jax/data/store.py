@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class Lengths:
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
     shared: np.ndarray | None = None  # [conversations] int32, tokens that stand once in a unit, equal in an example; None: 0
     together: int = 1  # so many sequences in a row stay together, of which the first says the share: 2 for pairs of answers
+    # Of a mixture: seed, epoch -> the sequences of an epoch, and of each the number of the draw that took its example.
+    drawn: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class TokenStore:
@@ -107,6 +109,10 @@ class TokenStore:
         """The sizes of an example's media."""
         begin, end = self.media_offsets[example], self.media_offsets[example + 1]
         return [(int(height), int(width)) for height, width in self.sizes[begin:end]]
+
+    def folder_of(self, example: int) -> Path:
+        """Where its tokens are kept."""
+        return self.folder
 
     def file_bytes_of(self, example: int) -> list[int]:
         """The bytes of the files of an example's media."""

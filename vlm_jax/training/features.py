@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax.config import AugmentConfig, RunConfig
+from vlm_jax.config import AugmentConfig, DataConfig, RunConfig
 from vlm_jax.data.example import Source
 from vlm_jax.data.features import FeatureStore, feature_store
 from vlm_jax.data.pipeline import tokens_of
@@ -38,19 +38,25 @@ def check_cacheable(trainer: Trainer) -> None:
             f"config.data.cache_features=True: the vision encoder is trained ({trained[0]} and {len(trained) - 1} more): "
             "freeze it by config.optimizer.rules, or set cache_features=False"
         )
-    if config.data.augment != AugmentConfig():
+    if any(one.data.augment != AugmentConfig() for one in config.data_sets if one.data.cache_features):
         raise ValueError("config.data.cache_features=True: augmented pictures always differ: leave config.data.augment out")
     if jax.process_count() > 1:
         raise ValueError("config.data.cache_features=True: features are computed by one process; train in one")
 
 
-def features_of(trainer: Trainer, state: TrainState, source: Source, *, processor: Processor) -> FeatureStore:
+def features_of(
+    trainer: Trainer, state: TrainState, source: Source, *, processor: Processor, data: DataConfig | None = None
+) -> FeatureStore:
     """The features of all pictures of a source, computed on the mesh unless they are on disk.
+
+    Args:
+      data: how the source is read; None: as the run's own data are.
 
     Raises:
       DataError: a picture cannot be read, or the cache cannot be written.
     """
     config: RunConfig = trainer.config
+    data = config.data if data is None else data
     params = state.params  # those that are not needed are not computed with
     path = f"{config.model.vision_path}/"
     vision = nested({name: leaf for name, leaf in by_path(state.frozen).items() if name.startswith(path)})
@@ -61,8 +67,8 @@ def features_of(trainer: Trainer, state: TrainState, source: Source, *, processo
     def encode(images: np.ndarray) -> np.ndarray:
         return np.asarray(apply(params, jax.device_put(images, batch_sharding(trainer.mesh))), np.float32)
 
-    store = tokens_of(config.data, processor, source)
-    maker = RowMaker(config.data, store, source, processor.spread, seed=None)
+    store = tokens_of(data, processor, source)
+    maker = RowMaker(data, store, source, processor.spread, seed=None)
     key: tuple[Any, ...] = (
         int(jax.jit(fingerprint)(vision)),
         config.model.cached_by,
@@ -70,5 +76,5 @@ def features_of(trainer: Trainer, state: TrainState, source: Source, *, processo
         source.fingerprint,
         processor.fingerprint,
     )
-    cache = Path(config.data.cache_dir).expanduser()
+    cache = Path(data.cache_dir).expanduser()
     return feature_store(cache, store, key=key, tiles_of=maker.tiles, encode=encode, rows=rows)

@@ -23,6 +23,8 @@ from vlm_jax.training.optimizer import make_optimizer, schedule
 from vlm_jax.training.params import Blueprint, merge, split, trained_rows
 
 Array = jax.Array
+# Of one update: a batch; where several sets are accumulated, that of each, None of those that are not in this update.
+Batches = Batch | tuple[Batch | None, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +52,16 @@ def zeros_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows, features=features)))
 
 
+def update_batches(config: RunConfig) -> list[Batches]:
+    """Of each kind of update of a run, batches with nothing in them: one kind, or with round robin one a set."""
+    made = tuple(zeros_batch(dataclasses.replace(config, data=one.data), one.data.rows) for one in config.data_sets)
+    if len(made) == 1:
+        return [made[0]]
+    if config.sets == "accumulate":
+        return [made]
+    return [tuple(batch if number == turn else None for number, batch in enumerate(made)) for turn in range(len(made))]
+
+
 def check_pictures(config: RunConfig) -> None:
     """Checks that the data prepares images as the model reads them.
 
@@ -74,6 +86,17 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError("config.data.share_prefix: in a prefix-LM the images see the question behind them: set it to False")
     if data.share_prefix and getattr(getattr(model.language.positions, "scaling", None), "by_length", False):
         raise ValueError("config.data.share_prefix: these rotary positions depend on a sequence's length: set it to False")
+    if data.share_prefix and data.next_image:
+        raise ValueError("config.data.share_prefix: next_image is drawn for each sequence: set one of them to its default")
+    if data.pairs and getattr(data.source, "members", ()):
+        raise ValueError("config.data.pairs: pairs of answers are of one source, not of a mixture: write them into one file")
+    for name in ("next_image", "leading_space"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"config.data.{name}={getattr(data, name)}: expected a probability, from 0 to 1")
+    if data.next_image and needed:
+        raise ValueError("config.data.next_image is for cross-attention: visual tokens in the sequence stand where they stand")
+    if data.processor and (data.learned != "all" or data.leading_space):
+        raise ValueError("config.data.learned and leading_space are for recipes: config.data.processor has its own template")
     if data.pad_to_square and not data.processor:
         raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
@@ -93,11 +116,13 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         shards = batch_shards(mesh)
         accumulate = config.optimizer.accumulate
-        if config.data.rows % (shards * accumulate):
-            raise ValueError(
-                f"config.data.rows={config.data.rows} does not divide into data*fsdp={shards} shares of "
-                f"accumulate={accumulate} micro-batches"
-            )
+        for one in config.data_sets:
+            if one.data.rows % (shards * accumulate):
+                where = f"config.accumulated.{one.name}.data" if one.name else "config.data"
+                raise ValueError(
+                    f"{where}.rows={one.data.rows} does not divide into data*fsdp={shards} shares of "
+                    f"accumulate={accumulate} micro-batches"
+                )
         self.config, self.mesh = config, mesh
         self.model = module_of(config.model)(config.model, compute_dtype(config.dtype), config.remat)
         self.objective: Objective = OBJECTIVES[type(config.objective)](config.objective)
@@ -125,8 +150,8 @@ class Trainer:
         """A fresh state around given parameters (of another run, or converted)."""
         return jax.jit(self._state_of, out_shardings=self.shardings)(params)
 
-    def put(self, batch: Batch) -> Batch:
-        """This process's rows -> its shards of the global batch."""
+    def put(self, batch: Batches) -> Batches:
+        """This process's rows -> its shards of the global batch or batches."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
 
     def _init(self, key: Array) -> TrainState:
@@ -193,12 +218,49 @@ class Trainer:
         (gradients, sums), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(micro)))
         return sums, gradients
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        sums, gradients = self.gradients(state.trained, state.frozen, batch, step=state.step, reference=state.reference)
+    def gradients_of_sets(
+        self, trained: Params, frozen: Params, batches: Batches, **options: Any
+    ) -> tuple[dict[str, dict[str, Array]], Params]:
+        """Of one update: the sums of each set by its name, and the gradient of the weighted sum of their mean losses.
+
+        Flamingo (Alayrac et al. 2022, section 2.4): sum_m lambda_m * loss_m, each over its own batch.
+
+        Args:
+          options: of `gradients`.
+        """
+        if not isinstance(batches, tuple):
+            sums, gradients = self.gradients(trained, frozen, batches, **options)
+            return {"": sums}, gradients
+        sums, total = {}, None
+        for one, batch in zip(self.config.data_sets, batches, strict=True):
+            if batch is None:
+                continue
+            if total is not None:
+                # One set after the other, so that the activations of one are in memory at a time.
+                total, batch = jax.lax.optimization_barrier((total, batch))
+            sums[one.name], gradients = self.gradients(trained, frozen, batch, **options)
+            weighted = jax.tree.map(lambda leaf, weight=one.weight: weight * leaf, gradients)
+            total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
+        return sums, total
+
+    def _means(self, sums: dict[str, dict[str, Array]]) -> dict[str, Array]:
+        """The metrics of each set, as `NAME/METRIC`, and those of `config.data` without a name."""
+        means = {name: self.objective.means(of_set) for name, of_set in sums.items()}
+        metrics = {f"{name}/{key}" if name else key: value for name, of in means.items() for key, value in of.items()}
+        if self.config.accumulated:
+            metrics["weighted_loss"] = sum(
+                one.weight * means[one.name]["loss"] for one in self.config.data_sets if one.name in means
+            )
+        return metrics
+
+    def _train_step(self, state: TrainState, batch: Batches) -> tuple[TrainState, dict[str, Array]]:
+        options = dict(step=state.step, reference=state.reference)
+        sums, gradients = self.gradients_of_sets(state.trained, state.frozen, batch, **options)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         updated = self.objective.bound(optax.apply_updates(state.trained, updates))
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        losses = sum(of_set["loss"] for of_set in sums.values())
+        finite = jnp.isfinite(norm) & jnp.isfinite(losses)
         choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad = (~finite).astype(jnp.int32)
         new = TrainState(
@@ -211,7 +273,7 @@ class Trainer:
             reference=state.reference,
         )
         updates_done = state.step - state.skipped
-        metrics = self.objective.means(sums) | {
+        metrics = self._means(sums) | {
             "gradient_norm": norm,
             "lr": self.schedule(updates_done),
             "skipped": new.skipped,
