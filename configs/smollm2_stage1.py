@@ -35,7 +35,10 @@ END = "<|im_end|>"
 def model() -> ModelConfig:
     vision, language = open_checkpoint(DINOV2).config.encoder, open_checkpoint(SMOLLM2).config.language
     return ModelConfig(
-        vision=dataclasses.replace(vision, image_size=SIDE, learned_size=vision.image_size, class_token="dropped"),
+        # Colours and simple shapes are in the early layer, what things are in the last; joined, as ViP-LLaVA has them.
+        vision=dataclasses.replace(
+            vision, image_size=SIDE, learned_size=vision.image_size, class_token="dropped", feature_layer=(2, -1)
+        ),
         connector=PixelShuffleConfig(width=language.block.width, factor=2),
         fusion=InSequenceConfig(),
         language=dataclasses.replace(language, vocab_size=language.vocab_size + 1),  # <image>
