@@ -18,9 +18,7 @@ LONGEST = 4  # words of an n-gram
 SIGMA = 6.0  # of the penalty for another length
 
 # A contraction is cut before "n't", "'s", "'re" and their like; "cannot" is two words; numbers keep their points and commas.
-_WORD = re.compile(
-    r"can(?=not\b)|\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:/]\d+)+|(?:[a-z]\.){2,}|\w+(?:[-/]\w+)*"
-)
+_WORD = re.compile(r"can(?=not\b)|\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:/]\d+)+|(?:[a-z]\.){2,}|\w+(?:[-/]\w+)*")
 
 Grams = Counter[tuple[str, ...]]
 Weights = list[dict[tuple[str, ...], float]]  # of the n-grams of each n

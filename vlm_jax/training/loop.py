@@ -89,7 +89,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         if config.data.cache_features:
             both = {"train": source, "eval": held_out}
             features = {split: features_of(trainer, state, of, processor=processor) for split, of in both.items()}
-        reporter = Reporter(folder, start)
+        reporter = Reporter(folder, start, config=config)
         run = _Run(
             config=config,
             trainer=trainer,
