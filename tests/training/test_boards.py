@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_offline_files_hold_every_step_once(tmp_path, monkeypatch):
             board.plot(step, {"train/loss": 1 / step})
             board.show(step, pictures={"samples": np.zeros((8, 4, 3), np.uint8)}, texts={"samples": "text"})
         board.close()
+        time.sleep(1)  # its folders are called by the second
     seen, names = [], set()
     for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
         for data in records(file.read_bytes()):

@@ -25,7 +25,7 @@ def draw_curves(metrics: Path, target: Path) -> None:
     """The loss with its running mean and the held-out loss, the other held-out metrics, and the rate, one below the other.
 
     Metrics that an evaluation wrote together and that are shares share a panel; another one has its own. Nothing is drawn of a
-    run without a step.
+    run of fewer than `LEAST` steps.
 
     Raises:
       OSError: the file cannot be read, or the picture not written.
