@@ -51,7 +51,8 @@ def draw_curves(metrics: Path, target: Path) -> None:
     axes[-1].set_xlabel("step")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
+        if axis.get_yscale() == "linear":
+            axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     figure.align_ylabels(axes)
     part = target.with_suffix(".part.png")
     figure.savefig(part, dpi=110)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlm_jax.config import GenerationConfig, RankingConfig, RunConfig, SamplesConfig
 from vlm_jax.config_dict import from_dict, to_dict
+from vlm_jax.evaluate import evaluate
 from vlm_jax.training.evaluators import samples
 from vlm_jax.training.evaluators.samples import MARGIN, WIDTH, Sample, Samples, draw, markdown
 from vlm_jax.training.loop import train
@@ -33,6 +34,9 @@ def test_a_run_is_watched(tmp_path, capfd):
     sheet = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000020.png"))
     assert sheet.shape[1] == round(3 * WIDTH * 100) and (tmp_path / "run" / "curves.png").is_file()
     output = capfd.readouterr().out
+    again = evaluate(tmp_path / "run", ["captions", "ranking:captions=3,rows=8,blank=True"], mesh="data=8")
+    assert again["captions_prior_r1"] == result.metrics["captions_prior_r1"] and again["step"] == 20
+    assert again["ranking_r1"] == pytest.approx(1 / 3)
     assert "samples: 0 of 4 sample answers are right" in output and "3 pictures, 3 captions" in output
 
 
