@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_data
+from tests.tiny import tiny_run, write_data
 from vlm_jax.training.report import Reporter
 
 ROOT = Path(__file__).parents[2]
@@ -177,7 +177,7 @@ def test_changed_data_are_named_and_a_flag_goes_on(undisturbed, cache, tmp_path)
 def test_odd_lines_of_the_metrics_are_named(tmp_path, caplog):
     path, good = tmp_path / "metrics.jsonl", b'{"step": 1, "loss": 2.0}\n'
     path.write_bytes(b"[1]\n\xff\n" + good + b'{"step": "x"}\n{"step": 7}\n{"st')
-    Reporter(tmp_path, 3).close()
+    Reporter(tmp_path, 3, config=tiny_run()).close()
     assert "3 lines are no metrics and are dropped, the first is line 1" in caplog.text
     assert path.read_bytes() == good
 

@@ -102,6 +102,7 @@ class RunConfig:
     # The metric of an evaluation that ranks checkpoints, as metrics.jsonl has it after `eval_`: "accuracy", or
     # "generation_cider"; with "-" in front the lowest is best: "-loss"; "": the objective's own.
     best_by: str = ""
+    wandb: str = ""  # a project at Weights & Biases; "": none. WANDB_MODE=offline keeps everything in the run's folder
     accept_changed_data: bool = False  # go on with a run whose training data were changed since its last checkpoint
     init_from: str = ""  # a run, or a published checkpoint's folder or name, with the initial parameters
     pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed

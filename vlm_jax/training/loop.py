@@ -79,7 +79,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
         state, start = first_state(trainer, checkpoints, folder)
         seal(folder)
         sets = [with_features(one, trainer, state) if one.config.data.cache_features else one for one in sets]
-        reporter = Reporter(folder, start)
+        reporter = Reporter(folder, start, config=config)
         run = _Run(
             config=config,
             trainer=trainer,

@@ -1,4 +1,4 @@
-"""Run logging: a line on the terminal, a line per step in `metrics.jsonl`, and TensorBoard."""
+"""Run logging: a line on the terminal, a line per step in `metrics.jsonl`, the boards, and the curves in the end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import jax
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
+from vlm_jax.config import RunConfig
 from vlm_jax.files import JsonError, parse_json, read_regular
+from vlm_jax.training.boards import Board, TensorBoard, WandbBoard
+from vlm_jax.training.curves import NAME, draw_curves
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,11 @@ class Reporter:
     how fast it went stands on the terminal and in TensorBoard.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, *, config: RunConfig) -> None:
+        """
+        Raises:
+          OSError: the folder cannot be written; ValueError: a board whose package is not installed.
+        """
         self.active = jax.process_index() == 0
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
         if not self.active:
@@ -41,7 +47,9 @@ class Reporter:
         with self._writes():
             _truncate_metrics(self.path, first_step)
             self.file = self.path.open("a")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self.boards: list[Board] = [TensorBoard(folder, first_step)]
+        if config.wandb:
+            self.boards.append(WandbBoard(folder, config))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -57,14 +65,14 @@ class Reporter:
             self.file.write(json.dumps({"step": step} | clean) + "\n")
 
     def plot(self, step: int, metrics: dict[str, float]) -> None:
-        """To TensorBoard alone."""
+        """To the boards alone."""
         if self.active:
             with self._writes():
-                for name, value in metrics.items():
-                    self.board.add_scalar(name, value, step)
+                for board in self.boards:
+                    board.plot(step, metrics)
 
     def show(self, step: int, name: str, *, pictures: dict[str, np.ndarray], texts: dict[str, str]) -> None:
-        """What an evaluator called `name` has to be looked at: to TensorBoard.
+        """What an evaluator called `name` has to be looked at: to the boards.
 
         Args:
           pictures: [height, width, 3] uint8 by name; that of "" is also written to RUN/NAME/step-000500.png.
@@ -73,26 +81,31 @@ class Reporter:
         if not self.active:
             return
         with self._writes():
-            for part, picture in pictures.items():
-                self.board.add_image("/".join(filter(None, (name, part))), picture, step, dataformats="HWC")
-                if not part:
-                    path = self.path.parent / name / f"step-{step:06}.png"
-                    path.parent.mkdir(exist_ok=True)
-                    Image.fromarray(picture).save(path)
-            for part, text in texts.items():
-                self.board.add_text("/".join(filter(None, (name, part))), text, step)
+            if "" in pictures:
+                path = self.path.parent / name / f"step-{step:06}.png"
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(pictures[""]).save(path)
+            full = lambda parts: {"/".join(filter(None, (name, part))): value for part, value in parts.items()}
+            for board in self.boards:
+                board.show(step, pictures=full(pictures), texts=full(texts))
 
     def flush(self) -> None:
         if self.active:
             with self._writes():
                 self.file.flush()
-                self.board.flush()
+                for board in self.boards:
+                    board.flush()
 
     def close(self) -> None:
         if self.active:
             with self._writes():
                 self.file.close()
-                self.board.close()
+                for board in self.boards:
+                    board.close()
+            try:
+                draw_curves(self.path, self.path.with_name(NAME))
+            except Exception as error:  # the run is over, whatever becomes of its picture
+                log.warning("%s could not be drawn: %s", self.path.with_name(NAME), error)
 
     @contextlib.contextmanager
     def _writes(self) -> Iterator[None]:

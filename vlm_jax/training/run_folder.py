@@ -7,7 +7,8 @@ RUN/published/          of the published checkpoint it was started from, everyth
 RUN/checksums.sha256    of these files: a run is read only if they are as they were written
 RUN/checkpoints/STEP/   Orbax: `state` (sharded arrays) and `meta` (place in the data, fingerprints)
 RUN/damaged/STEP/       checkpoints that could not be read, moved aside
-RUN/metrics.jsonl       a line a step; RUN/tensorboard/ the same for TensorBoard
+RUN/metrics.jsonl       a line a step; RUN/tensorboard/ the same for TensorBoard, RUN/wandb/ for Weights & Biases
+RUN/curves.png          the learning curves, drawn when the run ends; RUN/NAME/ the pictures of an evaluator
 RUN/train.log           warnings and errors with their tracebacks
 RUN/train.lock          held by the train.py that writes the folder
 """
@@ -47,6 +48,7 @@ MAY_CHANGE_ON_RESUME = {
     "data.workers",
     "data.cache_dir",
     "data.processor",  # it is kept in the run's folder
+    "wandb",
     "pickles",
     "accept_changed_data",
     "data.check_pictures",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,7 @@ from vlm_jax.training.step import TrainState
 ACROSS = 3  # panels side by side
 WIDTH = 3.2  # inches of a panel
 LINE, FONT = 0.19, 9.5  # inches a line of text takes, and the size of its letters in points
-LETTERS = 40  # that fit into a panel side by side
+MARGIN = 0.1  # inches around what stands in a panel
 MOST_LINES = 5  # of a question or an answer
 PIXELS = 256  # the height that pictures are brought to before several are put side by side
 GREY, BLACK, GREEN, RED = "#666666", "#000000", "#1a7f37", "#c0392b"
@@ -88,7 +87,7 @@ def draw(samples: list[Sample]) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    texts = [list(_lines(sample)) for sample in samples]
+    texts = [_lines(sample, _measure()) for sample in samples]
     rows = [range(start, min(start + ACROSS, len(samples))) for start in range(0, len(samples), ACROSS)]
     # Every row is as high as its longest text needs.
     below = [LINE * (max(len(texts[place]) for place in row) + 1) for row in rows]
@@ -97,8 +96,8 @@ def draw(samples: list[Sample]) -> np.ndarray:
     top = height
     for row, room in zip(rows, below, strict=True):
         for column, place in enumerate(row):
-            left, side, foot = column * WIDTH + 0.1, WIDTH - 0.2, top - WIDTH
-            axis = figure.add_axes((left / width, (foot + 0.1) / height, side / width, side / height))
+            left, side, foot = column * WIDTH + MARGIN, WIDTH - 2 * MARGIN, top - WIDTH
+            axis = figure.add_axes((left / width, (foot + MARGIN) / height, side / width, side / height))
             axis.axis("off")
             if samples[place].pictures:
                 axis.imshow(_beside(samples[place].pictures))
@@ -111,16 +110,45 @@ def draw(samples: list[Sample]) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _lines(sample: Sample) -> Iterator[tuple[str, str]]:
+def _lines(sample: Sample, inches: Callable[[str], float]) -> list[tuple[str, str]]:
     """The lines of text, and their colours."""
-    answer = sample.answer or "(nothing)"
-    for text, colour in (
+    parts = (
         (sample.question, GREY),
         (f"truth: {sample.truth}", BLACK),
-        (f"answer: {answer}", GREEN if sample.right else RED),
-    ):
-        for line in textwrap.wrap(text, LETTERS, max_lines=MOST_LINES, placeholder=" ..."):
-            yield line, colour
+        (f"answer: {sample.answer or '(nothing)'}", GREEN if sample.right else RED),
+    )
+    return [(line, colour) for text, colour in parts for line in _wrapped(text, inches)]
+
+
+def _wrapped(text: str, inches: Callable[[str], float]) -> list[str]:
+    """Lines that a panel is wide enough for, at most `MOST_LINES`; longer words are cut."""
+    fits = lambda line: inches(line) <= WIDTH - 2 * MARGIN
+    lines: list[str] = [""]
+    for word in text.split():
+        if fits(f"{lines[-1]} {word}".strip()):
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines.append("")
+        for letter in word:
+            if not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter
+    lines = list(filter(None, lines))
+    if len(lines) > MOST_LINES:
+        last = lines[MOST_LINES - 1]
+        while last and not fits(f"{last} ..."):
+            last = last[:-1]
+        lines = [*lines[: MOST_LINES - 1], f"{last} ..."]
+    return lines
+
+
+def _measure() -> Callable[[str], float]:
+    """How many inches a line of text takes."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = RendererAgg(1, 1, 72), FontProperties(size=FONT)
+    return lambda text: renderer.get_text_width_height_descent(text, font, False)[0] / 72
 
 
 def _beside(pictures: list[np.ndarray]) -> np.ndarray:
