@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.data.example import Example
-from vlm_jax.processing.pair import PairProcessor, caption_of
+from vlm_jax.processing.pair import caption_of
 from vlm_jax.sharding import batch_sharding
 from vlm_jax.training.step import Trainer, TrainState
 
@@ -26,18 +27,12 @@ class Towers:
         Raises:
           ValueError: the run has no two towers.
         """
-        if not isinstance(processor, PairProcessor):
+        if processor.answers:
             raise ValueError(f"config.evaluators: {evaluator} is for two towers (config.data.layout=pair)")
         self._processor, self._mesh, self._rows = processor, trainer.mesh, trainer.config.data.rows
-        replicated = NamedSharding(trainer.mesh, PartitionSpec())
         path = f"{trainer.config.model.vision_path}/"
         self.frozen = all(rule.frozen for name, rule in trainer.rules.items() if name.startswith(path))
-
-        def compiled(method: str) -> Any:
-            run = lambda params, inputs: trainer.model.apply({"params": params}, inputs, method=method)
-            return jax.jit(run, out_shardings=replicated)
-
-        self._features, self._images, self._texts = map(compiled, ("cached_features", "embed_cached", "embed_texts"))
+        self._features, self._images, self._texts = _programs(trainer)
 
     def features(self, state: TrainState, examples: Sequence[Example]) -> np.ndarray:
         """Of the examples' first pictures, what is the same as long as the image encoder is: `ImageTower.cached_features`.
@@ -65,6 +60,17 @@ class Towers:
             placed = jax.make_array_from_callback(part.shape, sharding, lambda index, part=part: part[index])
             found.append(np.asarray(program(params, placed), np.float32)[: len(inputs) - start])
         return np.concatenate(found)
+
+
+@functools.lru_cache(1)  # the evaluators of a run share them
+def _programs(trainer: Trainer) -> tuple[Any, ...]:
+    replicated = NamedSharding(trainer.mesh, PartitionSpec())
+
+    def compiled(method: str) -> Any:
+        run = lambda params, inputs: trainer.model.apply({"params": params}, inputs, method=method)
+        return jax.jit(run, out_shardings=replicated)
+
+    return tuple(map(compiled, ("cached_features", "embed_cached", "embed_texts")))
 
 
 class Pictures:
