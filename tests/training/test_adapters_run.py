@@ -40,7 +40,7 @@ def tuned(tmp_path_factory):
     said = [*question, dict(role="assistant", content=[dict(type="text", text="two dogs run in the park.")])]
     lines = write_conversations(data, [said])
     whole = dict.fromkeys(("steps", "eval_every", "save_every", "log_every"), 2)
-    run = run_config(folder / "published", lines, dict(rows=1, tokens=128, images=2), adapters=(ADAPTER,), **whole)
+    run = run_config(folder / "published", lines, dict(rows=8, tokens=128, images=2), adapters=(ADAPTER,), **whole)
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, lr=0.02, warmup_steps=0, rules=RULES))
     train(run, folder / "run")
     return folder, question, run
