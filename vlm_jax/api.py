@@ -220,6 +220,8 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if adapters and (unread := [str(folder) for folder in adapters.values() if not Path(folder).expanduser().is_dir()]):
+        raise RequestError(f"adapters: there is no folder {unread[0]}")
     device_mesh = parse_mesh(mesh)
     given = isinstance(path, str | Path)
     checkpoint = open_checkpoint(path, step, pickles=pickles, pad_to_square=pad_to_square) if given else path
@@ -231,6 +233,8 @@ def load(
             first = next(iter(loaded.values()), {})
             params, loaded = jax.jit(lambda params, first: merged(with_adapters(params, first)))(params, first), {}
     if not checkpoint.processor.answers:
+        if loaded:
+            raise RequestError(f"{path}: adapters of an image-text encoder can only be merged: merge_adapters=True")
         return Encoder(checkpoint, model, params, mesh=device_mesh, rows=rows)
     vlm = Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows), loaded)
     return vlm.with_adapters(*options["known"], next(iter(loaded))) if loaded else vlm

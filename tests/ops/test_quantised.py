@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.ops.quantised import dequantise, int8_product, quantise
+from vlm_jax.training.flops import count_flops
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((2, 6, 3, 4)).astype(np.float32) * np.array([1, 100, 1e-3, 0.1], np.float32)
@@ -29,6 +30,7 @@ def test_product_and_gradient():
     ours = lambda x: jnp.sum(jnp.sin(int8_product(x, held, scale.reshape(-1))))
     plain = lambda x: jnp.sum(jnp.sin(x @ whole))
     np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-4, atol=1e-4)
+    assert count_flops(jax.grad(ours), x) == count_flops(jax.grad(plain), x), "no product is computed twice"
     assert int8_product(x.astype(jnp.bfloat16), held, scale.reshape(-1)).dtype == jnp.bfloat16
 
 

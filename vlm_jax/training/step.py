@@ -196,7 +196,7 @@ class Trainer:
 
         def loss(trained: Params, part: Batch, number: Array | int = 0) -> tuple[Array, dict[str, Array]]:
             params = merge(trained, frozen)
-            if step is not None:
+            if step is not None and self.config.adapters:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
                 params = with_dropout(params, self.config.adapters, key)
             sums = self.objective.sums(model, params, part, recompute=recompute, **options)
