@@ -108,13 +108,8 @@ class Preference:
         """
         Args:
           reference: of the state, as `reference_of` gave it.
-
-        Raises:
-          ValueError: none is given, and one is needed.
         """
-        if self.config.reference != "none" and reference is None:
-            raise ValueError("the objective 'preference' needs the copies that the state keeps: pass reference=state.reference")
-        frozen = self.reference_params(params, reference) if self.config.reference != "none" else None
+        frozen = self.reference_params(params, reference or {}) if self.config.reference != "none" else None
         if frozen is not None and _same_features(params, frozen) and batch.images is not None and batch.sizes is None:
             batch = _with_features(model, params, batch)
         policy = self.answers(model, params, batch, recompute=recompute)
