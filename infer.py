@@ -91,6 +91,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stream", action=argparse.BooleanOptionalAction, help="print words as they come (default: on a terminal)")
     add("--attention", type=Path, metavar="OUT.png", help="draw the attention over the image for each word of the answer")
     add("--mesh", metavar="AXES", help='devices, as in "tensor=8" or "data=2,tensor=4" (default: one device)')
+    adapter = "an adapter in PEFT's format, or written by vlm_jax.export(..., adapter=...)"
+    add("--adapter", type=Path, metavar="FOLDER", help=adapter)
     add("--pickles", action="store_true", help="read PyTorch's .bin files where there are no safetensors; nothing is executed")
     add("--pad-to-square", action="store_true", help="LLaVA-1.5 only: pad images to squares first, as its authors evaluated it")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of parameters and computation (default: the run's)")
@@ -101,8 +103,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--classes needs an --image")
     if args.classes is not None and not all(name.strip() for name in args.classes.split(",")):
         parser.error(f"--classes={args.classes!r}: expected comma-separated names")
-    if args.classes is not None and (args.attention or args.shot or args.stop or args.stream):
-        parser.error("--attention, --shot, --stop and --stream need a --prompt")
+    if args.classes is not None and (args.attention or args.shot or args.stop or args.stream or args.adapter):
+        parser.error("--attention, --shot, --stop, --stream and --adapter need a --prompt")
     if args.classes is not None and "{}" not in args.template:
         parser.error(f"--template={args.template!r} has no {{}}, which is replaced by the class name")
     if (args.input is None) != (args.output is None):
@@ -172,7 +174,9 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.processor.lay_out(request.turns, request.sizes, open=True)
     runtime.prepare()
     with bytes_read("reading") as progress:
-        vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress)
+        adapters = {"adapter": args.adapter} if args.adapter else None
+        own = dict(adapters=adapters, merge_adapters=bool(adapters), pickles=args.pickles)
+        vlm = vlm_jax.load(checkpoint, args.mesh, dtype=args.dtype, rows=args.batch, progress=progress, **own)
     if questions:
         progress = lambda line: print(line, file=sys.stderr, flush=True)
         refused = answer_file(vlm, questions, output=args.output, settings=settings, progress=progress)

@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
-from vlm_jax.config.register import module_of
 from vlm_jax.encoders import Encoder
 from vlm_jax.errors import RequestError
 from vlm_jax.files import write_checksums
@@ -28,14 +26,13 @@ from vlm_jax.generation.generator import Answer, Generator
 from vlm_jax.generation.request import Request, chat_request
 from vlm_jax.interop.checkpoint import Checkpoint
 from vlm_jax.interop.files.folder import is_published
+from vlm_jax.interop.peft_read import load_adapters
 from vlm_jax.interop.published import open_published
+from vlm_jax.layers.lora import merged, names_of, with_adapters, without_adapters
 from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.pictures import Picture
-from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import AXES, make_mesh
-from vlm_jax.training.checkpoint import load_run
-from vlm_jax.training.processors import run_processor, write_processing
-from vlm_jax.training.run_folder import PUBLISHED, read_config
+from vlm_jax.training.run_checkpoint import RunCheckpoint
 
 DTYPES = ("float32", "bfloat16")
 
@@ -53,14 +50,41 @@ class Vlm:
         devices.
     """
 
-    def __init__(self, checkpoint: RunCheckpoint | Checkpoint, generator: Generator) -> None:
+    def __init__(
+        self, checkpoint: RunCheckpoint | Checkpoint, generator: Generator, adapters: Mapping[str, Any] | None = None
+    ) -> None:
+        """
+        Args:
+          adapters: further ones by name, not active; see `with_adapters`.
+        """
         self.checkpoint, self.generator = checkpoint, generator
+        self._all, self._loaded = generator.programs.held, adapters or {}
         self.model, self.processor, self.mesh = generator.model, generator.processor, generator.mesh
 
     @property
     def params(self) -> Any:
         """Nested dicts on the mesh, layers stacked. Of a large model it is a copy: take it once."""
         return self.generator.params
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of all adapters: the run's own, and those that were loaded."""
+        return (*names_of(self._all), *self._loaded)
+
+    def with_adapters(self, *names: str) -> Vlm:
+        """The same model with these adapters and no others; without a name the base model. The base's arrays are shared.
+
+        Raises:
+          RequestError: there is none of the name.
+        """
+        if unknown := [name for name in names if name not in self.adapters]:
+            raise RequestError(f"no adapter {unknown[0]!r}; there are {', '.join(self.adapters) or 'none'}")
+        params = without_adapters(self._all, names)
+        for name in names:
+            params = with_adapters(params, self._loaded.get(name, {}))
+        other = Vlm(self.checkpoint, self.generator.with_params(params), self._loaded)
+        other._all = self._all
+        return other
 
     def settings(self, **changes: Any) -> Settings:
         """The checkpoint's own settings with some changed."""
@@ -149,50 +173,6 @@ def _as_list(images: Any) -> list[Any]:
     return list(images)
 
 
-class RunCheckpoint:
-    """A run of train.py (its `--workdir`), with its configuration read and its weights not yet.
-
-    Attributes:
-      config: of the run.
-    """
-
-    def __init__(self, folder: Path, step: int | None) -> None:
-        self.folder, self.step = folder, step
-        self.config = read_config(folder)
-        self.processor = run_processor(self.config.data, folder)
-
-    def load(
-        self, mesh: Mesh, dtype: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> tuple[nn.Module, Any]:
-        """The model, and its parameters on the mesh.
-
-        Args:
-          dtype: None: the run's own.
-          progress: not called: runs are read without one.
-        """
-        compute = compute_dtype(dtype or self.config.dtype)
-        run = load_run(self.folder, mesh, dtype=compute if compute != "float32" or dtype else None, step=self.step)
-        self.step = run.step
-        return module_of(run.config.model)(run.config.model, compute), run.params
-
-    def convert(self, folder: str | Path, mesh: Mesh) -> int:
-        """Writes the run's parameters in the format of the published checkpoint it was started from.
-
-        Raises:
-          RequestError: it was not started from one.
-        """
-        origin = self.folder / PUBLISHED
-        if not origin.is_dir():
-            raise RequestError(
-                f"{self.folder} was not started from a published checkpoint (config.init_from), so there is no published "
-                "configuration to export it under"
-            )
-        published = open_published(origin, pickles=self.config.pickles)
-        written = published.export(load_run(self.folder, mesh, step=self.step).params, folder)
-        write_processing(self.config.data, Path(folder))
-        return written
-
-
 def open_checkpoint(
     path: str | Path, step: int | None = None, *, pickles: bool = False, pad_to_square: bool = False
 ) -> RunCheckpoint | Checkpoint:
@@ -213,6 +193,8 @@ def load(
     rows: int = 16,
     pickles: bool = False,
     pad_to_square: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+    merge_adapters: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Vlm | Encoder:
     """Reads a run of train.py (its `--workdir`) or a published checkpoint.
@@ -228,10 +210,13 @@ def load(
       rows: maximum number of requests answered at once.
       pickles: whether PyTorch's `.bin` files may be read; nothing in them is executed.
       pad_to_square: LLaVA-1.5 only: images are padded to squares first, as its authors evaluated it; transformers does not.
+      adapters: folders of adapters in PEFT's format, by a name of your own; the first is active, `Vlm.with_adapters` chooses.
+        A run's own are active too.
+      merge_adapters: whether the active ones are added to the kernels, which is faster, and final.
       progress: called with the bytes read so far and in total, for a published checkpoint.
 
     Raises:
-      ValueError: no checkpoint, a damaged one, or an invalid mesh or dtype; the message says which.
+      ValueError: no checkpoint or adapter, a damaged one, or an invalid mesh or dtype; the message says which.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -240,13 +225,23 @@ def load(
     checkpoint = open_checkpoint(path, step, pickles=pickles, pad_to_square=pad_to_square) if given else path
     with jax.set_mesh(device_mesh):
         model, params = checkpoint.load(device_mesh, dtype, progress=progress)
+        options = dict(known=names_of(params), mesh=device_mesh, pickles=pickles)
+        loaded = load_adapters(model, checkpoint.adapter_tables, adapters or {}, **options)
+        if merge_adapters:
+            first = next(iter(loaded.values()), {})
+            params, loaded = jax.jit(lambda params, first: merged(with_adapters(params, first)))(params, first), {}
     if not checkpoint.processor.answers:
         return Encoder(checkpoint, model, params, mesh=device_mesh, rows=rows)
-    return Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows))
+    vlm = Vlm(checkpoint, Generator(model, params, checkpoint.processor, device_mesh, rows), loaded)
+    return vlm.with_adapters(*options["known"], next(iter(loaded))) if loaded else vlm
 
 
-def export(path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None) -> int:
-    """Writes a trained model as a folder that transformers loads with `from_pretrained`.
+def export(
+    path: str | Path, folder: str | Path, *, step: int | None = None, mesh: str | None = None, adapter: str | None = None
+) -> int:
+    """Writes a trained model as a folder that transformers loads with `from_pretrained`; or one of its adapters, for PEFT.
+
+    A whole model is written with its adapters merged, and int8 kernels as float32.
 
     It gets a file `checksums.sha256`, and is read here only as long as it is what was written.
 
@@ -255,6 +250,7 @@ def export(path: str | Path, folder: str | Path, *, step: int | None = None, mes
       folder: a new one.
       step: which checkpoint of the run; None: the newest.
       mesh: as in `load`, for a model too large for one device.
+      adapter: of a run: the name of the adapter that is written alone, with the parameters that were trained beside it.
 
     Returns:
       the bytes of the weights.
@@ -265,7 +261,12 @@ def export(path: str | Path, folder: str | Path, *, step: int | None = None, mes
     device_mesh = parse_mesh(mesh)
     checkpoint = open_checkpoint(path, step)
     with jax.set_mesh(device_mesh):
-        written = checkpoint.convert(folder, device_mesh)
+        if adapter is None:
+            written = checkpoint.convert(folder, device_mesh)
+        elif isinstance(checkpoint, RunCheckpoint):
+            written = checkpoint.write_adapter(folder, adapter, device_mesh)
+        else:
+            raise RequestError(f"adapter={adapter!r}: {path} is a published checkpoint, and has no adapters")
     write_checksums(Path(folder).expanduser())
     return written
 

@@ -15,6 +15,14 @@ With Flamingo's "only the last image" a token sees slot `media_last`; with "all 
 `media_first..media_last`. Where visual tokens stand in the sequence, a slot is one tile of a picture (one frame), and `visual`
 says which visual token stands where.
 
+Sequences about the same images may share the tokens they begin with (`DataConfig.share_prefix`): the shared prefix is a
+segment of its own, and what follows in each sequence is another one that also sees it and goes on counting its positions::
+
+    slot                   <s>  <image>  what  ?  red   is  it  big  ?  no
+    segments                1      1      2    2   2     3   3   3   3   3
+    prefix_segments         0      0      1    1   1     1   1   1   1   1
+    positions               0      1      2    3   4     2   3   4   5   6
+
 The generator reads the same structure, one conversation a row, padding behind it, without targets.
 """
 
@@ -45,6 +53,7 @@ class Batch:
     targets: Array | None = None  # [B, T] int32, the token to predict at this place; None: nothing is learned
     weights: Array | None = None  # [B, T] float32, the weight of that prediction in the loss
     visual: Array | None = None  # [B, T] int32, the visual token that stands here, see `layers/in_sequence.py`; None: none
+    prefix_segments: Array | None = None  # [B, T] int32, the segment of the shared prefix it sees too; 0: none; None: all 0
     # [B, T] int32, of the row's p-th pair of answers: p within the segment of the chosen one, -p in the rejected one; 0 is
     # padding; None: the segments are no pairs.
     preference: Array | None = None

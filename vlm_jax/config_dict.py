@@ -22,8 +22,28 @@ def to_dict(config: Any) -> Any:
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """Nested dataclasses -> a locked `ConfigDict`, whose leaves the command line can override."""
-    as_dict = to_dict(config)
-    return ml_collections.ConfigDict(as_dict, convert_dict=True).lock()
+    return ml_collections.ConfigDict(to_named_dict(config), convert_dict=True).lock()
+
+
+def to_named_dict(value: Any) -> Any:
+    """As `to_dict`, but with a dict in the place of a tuple of named parts (`by_name`), each under its name."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_named_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        named = value and all(getattr(item, "by_name", False) for item in value)
+        if named and len({item.name for item in value}) == len(value):
+            return {item.name: to_named_dict(item) for item in value}
+        return tuple(map(to_named_dict, value))
+    return value
+
+
+def _as_tuples(values: Any) -> Any:
+    """The inverse of `to_named_dict`."""
+    if isinstance(values, Mapping):
+        inner = {key: _as_tuples(value) for key, value in values.items()}
+        named = inner and all(isinstance(item, Mapping) and item.get("name") == key for key, item in inner.items())
+        return tuple(inner.values()) if named else inner
+    return tuple(map(_as_tuples, values)) if isinstance(values, tuple | list) else values
 
 
 def from_dict(cls: type, values: Any) -> Any:
@@ -54,10 +74,11 @@ def _of_kind(choice: type[Kinds], values: Any) -> Any:
     """One of the registered kinds of a choice, by its `kind`."""
     if not isinstance(values, Mapping):
         return values
-    if "kind" not in values:
+    kind = values.get("kind", choice.default_kind)
+    if not kind:
         raise dacite.MissingValueError("kind")
     try:
-        config = choice.kinds[values["kind"]]
+        config = choice.kinds[kind]
     except RegisterError as error:
         raise _UnknownKind(error) from error
     return _read(config, values)
@@ -101,4 +122,4 @@ def _refuse_missing(config: Any, values: Any, path: str) -> None:
 
 def from_config_dict(cls: type, values: ml_collections.ConfigDict) -> Any:
     """The inverse of `to_config_dict`."""
-    return from_dict(cls, values.to_dict())
+    return from_dict(cls, _as_tuples(values.to_dict()))

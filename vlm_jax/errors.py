@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 MAX_SHOWN = 60  # characters of a wrong value
 
 
@@ -13,8 +16,21 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message names the file and the line."""
 
 
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names the file and the cause."""
+
+
+class FileUnavailable(ImageError):
+    """The picture's file cannot be opened or read: nothing is known of the picture itself."""
+
+
 class RecordError(Exception):
-    """What is wrong with a record of the user's data; the caller adds the file and the line."""
+    """What is wrong with a record of a data set; the caller adds where it stands."""
+
+
+def as_json(value: Any) -> str:
+    """A wrong value, for messages."""
+    return abbreviated(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def first_line(error: BaseException) -> str:

@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "positions": (),
     "latents": (),
     "projection": (),
+    "rank": (),
     # activations
     "batch": ("data", "fsdp"),
     "length": (),
@@ -53,6 +54,7 @@ class Named(nn.meta.AxisMetadata):
 
     value: Any
     names: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+    inputs: int = flax.struct.field(pytree_node=False, default=0)  # axes of a kernel that `Linear` contracts; 0: no kernel
 
     def unbox(self) -> Any:
         return self.value
@@ -71,9 +73,9 @@ class Named(nn.meta.AxisMetadata):
         return self.replace(names=tuple(names))
 
 
-def named(init: Callable[..., jax.Array], *names: str | None) -> Callable[..., Named]:
-    """An initialiser whose result carries the logical `names` of its axes."""
-    return lambda *args, **kwargs: Named(init(*args, **kwargs), names)
+def named(init: Callable[..., jax.Array], *names: str | None, inputs: int = 0) -> Callable[..., Named]:
+    """An initialiser whose result carries the logical `names` of its axes, and `inputs` as `Named` has it."""
+    return lambda *args, **kwargs: Named(init(*args, **kwargs), names, inputs)
 
 
 def unboxed(tree: Any) -> Any:

@@ -15,6 +15,12 @@ def test_augment_flips():
     assert seen == {np.ascontiguousarray(image[::a, ::b]).tobytes() for a in (1, -1) for b in (1, -1)}
 
 
+def test_augment_mirrors_left_and_right_alone():
+    image = random_pixels(4, 4)
+    seen = {augment(image, AugmentConfig(mirror=True), np.random.default_rng(seed)).tobytes() for seed in range(30)}
+    assert seen == {image.tobytes(), np.ascontiguousarray(image[:, ::-1]).tobytes()}
+
+
 def test_augment_shifts_repeat_the_border():
     image, seen = random_pixels(6, 6), set()
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")

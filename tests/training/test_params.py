@@ -4,7 +4,7 @@ import pytest
 
 from vlm_jax.config import ParamRule
 from vlm_jax.paths import by_path
-from vlm_jax.training.params import merge, resolve, split, stored, trained_rows
+from vlm_jax.training.params import held_boxes, merge, resolve, split, trained_rows
 
 PARAMS = {"vision": {"kernel": jnp.ones((2, 3))}, "language": {"embedding": jnp.ones((4, 2)), "kernel": jnp.ones((2, 2))}}
 PATHS = ["vision/kernel", "language/embedding", "language/kernel"]
@@ -31,12 +31,9 @@ def test_split_and_merge_are_inverse():
 
 
 def test_frozen_parameters_may_be_held_in_bfloat16_and_trained_ones_are_not():
-    rule = {
-        "a": ParamRule(pattern="", frozen=True, frozen_dtype="bfloat16"),
-        "b": ParamRule(pattern="", frozen_dtype="bfloat16"),
-    }
-    assert stored("a", jnp.ones(1), rule).dtype == jnp.bfloat16
-    assert stored("b", jnp.ones(1), rule).dtype == jnp.float32
+    rules = {frozen: ParamRule(pattern="", frozen=frozen, frozen_dtype="bfloat16") for frozen in (True, False)}
+    held = {frozen: held_boxes("a", jnp.ones(1), rule)["a"].dtype for frozen, rule in rules.items()}
+    assert held == {True: jnp.bfloat16, False: jnp.float32}
 
 
 def test_trained_rows_keeps_only_the_new_rows():

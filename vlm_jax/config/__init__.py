@@ -13,13 +13,22 @@ from vlm_jax.config.data import (
     DataConfig,
     EasyVqaConfig,
     EasyVqaPairsConfig,
+    EmojiConfig,
+    FashionMnistConfig,
     JsonLinesConfig,
     SampleRule,
     SourceConfig,
     StampsConfig,
 )
 from vlm_jax.config.dual_encoder import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from vlm_jax.config.evaluator import EvaluatorConfig
+from vlm_jax.config.evaluator import (
+    EvaluatorConfig,
+    GenerationConfig,
+    RankingConfig,
+    RetrievalConfig,
+    SamplesConfig,
+    ZeroShotConfig,
+)
 from vlm_jax.config.fusion import FusionConfig, GatedCrossAttentionConfig, InSequenceConfig
 from vlm_jax.config.language import (
     AlibiConfig,
@@ -35,9 +44,11 @@ from vlm_jax.config.language import (
     ScalingConfig,
     YarnScaling,
 )
-from vlm_jax.config.model import ModelConfig
-from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig, PreferenceConfig
-from vlm_jax.config.run import MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config.mixture import MemberConfig, MixtureConfig, SetConfig
+from vlm_jax.config.model import ModelConfig, SystemConfig
+from vlm_jax.config.objective import ContrastiveConfig, NextTokenConfig, ObjectiveConfig, PreferenceConfig
+from vlm_jax.config.run import LoraConfig, MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config.sources import FieldsConfig, HuggingFaceConfig, TarConfig, TfdsConfig
 from vlm_jax.config.vision import VisionConfig, VitConfig
 
 __all__ = [
@@ -46,16 +57,22 @@ __all__ = [
     "AugmentConfig",
     "BlockConfig",
     "ConnectorConfig",
+    "ContrastiveConfig",
     "DataConfig",
     "DecoderConfig",
     "DualEncoderConfig",
     "DynamicNtkScaling",
     "EasyVqaConfig",
     "EasyVqaPairsConfig",
+    "EmojiConfig",
     "EvaluatorConfig",
     "ExpertsConfig",
+    "FashionMnistConfig",
+    "FieldsConfig",
     "FusionConfig",
     "GatedCrossAttentionConfig",
+    "GenerationConfig",
+    "HuggingFaceConfig",
     "ImageTowerConfig",
     "InSequenceConfig",
     "JsonLinesConfig",
@@ -64,7 +81,10 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "LoraConfig",
+    "MemberConfig",
     "MeshConfig",
+    "MixtureConfig",
     "MlpProjectorConfig",
     "ModelConfig",
     "NextTokenConfig",
@@ -78,14 +98,22 @@ __all__ = [
     "PositionsConfig",
     "PreferenceConfig",
     "ProjectionConfig",
+    "RankingConfig",
+    "RetrievalConfig",
     "RopeConfig",
     "RunConfig",
     "SampleRule",
+    "SamplesConfig",
     "ScalingConfig",
+    "SetConfig",
     "SourceConfig",
     "StampsConfig",
+    "SystemConfig",
+    "TarConfig",
     "TextTowerConfig",
+    "TfdsConfig",
     "VisionConfig",
     "VitConfig",
     "YarnScaling",
+    "ZeroShotConfig",
 ]

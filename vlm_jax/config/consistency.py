@@ -19,6 +19,8 @@ from vlm_jax.config.language import (
     YarnScaling,
 )
 from vlm_jax.config.model import ModelConfig
+from vlm_jax.config.objective import ContrastiveConfig, NextTokenConfig
+from vlm_jax.config.run import RunConfig
 from vlm_jax.config.vision import VitConfig
 
 
@@ -101,9 +103,34 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 
 def _dual_encoder(encoders: DualEncoderConfig) -> Iterator[str]:
-    image, text = encoders.image.projection or encoders.image.encoder.width, encoders.text.projection
+    image, text = encoders.image.width, encoders.text.width
+    if encoders.image.pool == "none":
+        yield "image.pool='none': two towers need one vector of an image: expected class_token, mean or attention"
     if image != text:
         yield f"embeddings of images have width {image} and those of texts {text}: expected the same"
+
+
+def _run(run: RunConfig) -> Iterator[str]:
+    embeds = not run.model.answers
+    if isinstance(run.objective, ContrastiveConfig) and not embeds:
+        yield "objective.kind='contrastive' trains two towers: set model.kind='dual_encoder'"
+    if isinstance(run.objective, NextTokenConfig) and embeds:
+        yield "objective.kind='next_token': this model writes no text: set objective.kind='contrastive'"
+    if embeds != (run.data.layout == "pair"):
+        yield f"data.layout={run.data.layout!r}: set it to {'pair' if embeds else 'conversation'!r} for this model"
+    if embeds and (run.data.images, run.data.frames) != (1, 1):
+        yield "data.images and data.frames: a pair has one picture: set both to 1"
+    if embeds and run.data.too_long == "drop_turns":
+        yield "data.too_long='drop_turns' is for conversations: a pair's caption may be cut (truncate)"
+    if embeds and run.data.tokens > (run.model.language.max_positions or run.data.tokens):
+        yield f"data.tokens={run.data.tokens}: the text tower has learned {run.model.language.max_positions} positions"
+
+
+def _contrastive(objective: ContrastiveConfig) -> Iterator[str]:
+    if not 0 <= objective.label_smoothing < 1:
+        yield f"label_smoothing={objective.label_smoothing}: expected from 0 on and below 1"
+    if objective.max_scale is not None and not objective.max_scale > 0:
+        yield f"max_scale={objective.max_scale}: expected above 0, or None"
 
 
 CHECKS: dict[type, Callable[[Any], Iterator[str]]] = {
@@ -113,4 +140,6 @@ CHECKS: dict[type, Callable[[Any], Iterator[str]]] = {
     PerceiverConfig: _perceiver,
     ModelConfig: _model,
     DualEncoderConfig: _dual_encoder,
+    ContrastiveConfig: _contrastive,
+    RunConfig: _run,
 }

@@ -18,9 +18,13 @@ class Kinds:
         @frozen
         class PixelShuffleConfig(ConnectorConfig):
             kind: Literal["pixel_shuffle"] = "pixel_shuffle"
+
+    Attributes:
+      default_kind: what a written configuration without a `kind` is; "": it must have one.
     """
 
     kinds: ClassVar[Register[type]]
+    default_kind: ClassVar[str] = ""
 
     def __init_subclass__(cls, **rest: Any) -> None:
         super().__init_subclass__(**rest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_jax.config.block import BlockConfig
 from vlm_jax.config.frozen import Kinds, frozen
@@ -11,6 +11,8 @@ from vlm_jax.config.frozen import Kinds, frozen
 @frozen
 class ScalingConfig(Kinds):
     """Scaling of rotary positions beyond the context length of training."""
+
+    by_length: ClassVar[bool] = False  # whether a position is rotated by more or less as its sequence is longer
 
 
 @frozen
@@ -40,6 +42,7 @@ class DynamicNtkScaling(ScalingConfig):
     """
 
     kind: Literal["dynamic"] = "dynamic"
+    by_length: ClassVar[bool] = True
     factor: float
     original_max_positions: int
 
@@ -62,6 +65,7 @@ class LongRopeScaling(ScalingConfig):
     """LongRoPE (Ding et al. 2024): a divisor of its own for every frequency, others once the sequence is long."""
 
     kind: Literal["longrope"] = "longrope"
+    by_length: ClassVar[bool] = True
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]  # of a sequence longer than `original_max_positions`
     original_max_positions: int
@@ -109,7 +113,10 @@ class LanguageConfig(Kinds):
 
 @frozen
 class DecoderConfig(LanguageConfig):
-    """A decoder-only language model: LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma are settings of it."""
+    """A decoder-only language model: LLaMA, Mistral, Mixtral, Qwen2, GPT-NeoX, OPT, MPT and Gemma are settings of it.
+
+    Read both ways, as a text tower may (`TextTowerConfig.causal`), BERT is one too.
+    """
 
     kind: Literal["decoder"] = "decoder"
     vocab_size: int
@@ -125,6 +132,8 @@ class DecoderConfig(LanguageConfig):
     # Of the embedding and the head, with a linear map between each of them and the layers; None: as the layers (OPT-350M).
     embedding_width: int | None = None
     final_norm: bool = True  # behind the last layer
+    embedding_norm: bool = False  # behind the sum of embeddings and positions (BERT)
+    token_types: int = 0  # rows of an embedding of token types, of which every token has the first (BERT)
 
     @property
     def width(self) -> int:

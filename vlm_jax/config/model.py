@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from vlm_jax.config.connector import ConnectorConfig
-from vlm_jax.config.frozen import frozen
+from vlm_jax.config.frozen import Kinds, frozen
 from vlm_jax.config.fusion import FusionConfig
 from vlm_jax.config.language import LanguageConfig
 from vlm_jax.config.vision import VisionConfig
 
 
 @frozen
-class ModelConfig:
+class SystemConfig(Kinds):
+    """A model that a run trains.
+
+    Attributes of every kind:
+      answers: whether it generates text; has_vision: whether it reads images.
+      vision: the vision encoder, None: there is none; language: what reads the tokens of a batch.
+      visual_tokens_in_sequence, reads_shapes: see `ModelConfig`.
+      vision_path: where the parameters of the vision encoder stand.
+      cached_features: number and width of what `data.cache_features` keeps of an image; cached_by: what that depends on.
+    """
+
+    default_kind: ClassVar[str] = "vlm"
+
+
+@frozen
+class ModelConfig(SystemConfig):
     """Four choices: vision encoder -> connector -> fusion -> language model."""
 
+    kind: Literal["vlm"] = "vlm"
     vision: VisionConfig | None  # None: a language model alone
     connector: ConnectorConfig | None
     fusion: FusionConfig | None
     language: LanguageConfig
 
     answers: ClassVar[bool] = True
+    vision_path: ClassVar[str] = "vision"
+
+    @property
+    def cached_features(self) -> tuple[int, int]:
+        """What the connector reads of an image."""
+        return self.vision.frame_features, self.vision.width
+
+    @property
+    def cached_by(self) -> Any:
+        """What cached features depend on, beside parameters."""
+        return self.vision
 
     @property
     def has_vision(self) -> bool:
@@ -53,3 +80,7 @@ class ModelConfig:
     def part(self, params: Any, name: str) -> Any:
         """The parameters that start part `name` of another model; None: there are none."""
         return params.get(name)
+
+    def part_path(self, name: str) -> str:
+        """Where the parameters of part `name` stand in this model."""
+        return name

@@ -38,3 +38,18 @@ class PreferenceConfig(ObjectiveConfig):
     reference: Literal["frozen", "with_adapters", "none"] = "frozen"
     reference_dtype: Literal["float32", "bfloat16"] = "float32"  # how the copy is held
     logits_mib: int = 256  # as in NextTokenConfig
+
+
+@frozen
+class ContrastiveConfig(ObjectiveConfig):
+    """Images and texts of a batch find each other, by the loss that the model names (`DualEncoderConfig.loss`).
+
+    With `optimizer.accumulate` the loss stays one over the whole batch.
+    """
+
+    kind: Literal["contrastive"] = "contrastive"
+    # How devices see each other's embeddings: all at once, or one device's after the other's, for very large batches.
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+    max_scale: float | None = 100.0  # the learned scale of the logits is at most so much (CLIP); None: any (SigLIP)
+    label_smoothing: float = 0.0  # of the softmax loss
+    mask_duplicates: bool = False  # pairs of a batch with the same text are no negatives of each other

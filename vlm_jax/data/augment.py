@@ -16,9 +16,9 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     Returns:
       [side, side, channels] uint8; a new array unless nothing was done.
     """
-    if config.flip or config.shift:
+    if config.flip or config.mirror or config.shift:
         height, width = image.shape[:2]
-        up_down, left_right = rng.integers(0, 2, size=2) * config.flip
+        up_down, left_right = rng.integers(0, 2, size=2) * (config.flip, config.flip or config.mirror)
         down, right = rng.integers(-config.shift, config.shift + 1, size=2)
         # The border is repeated: places behind it read it again.
         rows = np.minimum(np.maximum(np.arange(height) - down, 0), height - 1)

@@ -32,7 +32,7 @@ from vlm_jax.processing.processor import Processor
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the files
+VERSION = 3  # of the files
 CHUNK = 512  # examples that are tokenised in one go
 MOST_PROCESSES = 16  # each holds a tokenizer
 MAX_CHUNKS_ALONE = 8  # chunks that are not worth starting processes for
@@ -50,8 +50,9 @@ def token_store(config: DataConfig, processor: Processor, source: Source, *, ski
       DataError: such an example; a cache folder that cannot be written.
     """
     parts = [VERSION, source.fingerprint, processor.fingerprint, config.tokens, config.images, config.frames]
-    parts += [config.sampling, config.too_long, config.check_pictures, skip]
+    parts += [config.share_prefix, config.sampling, config.too_long, config.check_pictures, skip]
     parts += ["pairs"] if config.pairs else []
+    parts += [value for value, default in ((config.leading_space, 0.0), (config.video_rate, 1.0)) if value != default]
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
     cache = Path(config.cache_dir).expanduser()
     try:
@@ -98,6 +99,8 @@ def _report(store: TokenStore, *, made: bool) -> None:
         log.warning("  once they are mended, delete %s", store.folder)
     if meta["dropped"]:
         log.warning("%d turns are left out of conversations that are too long", meta["dropped"])
+    if meta.get("cut"):
+        log.warning("%d conversations are cut where a row ends", meta["cut"])
     if made:
         log.info(
             "%d conversations of %d examples, %.3g tokens in rows, tokenised in %.0f s; kept in %s",
@@ -110,7 +113,15 @@ class _StoreBuilder:
         self.target, self.dataset_tokenizer, self.skip = target, dataset_tokenizer, skip
         self.folder = target.with_name(f"{target.name}.part")
         self.ids = "uint16" if dataset_tokenizer.processor.tokenizer.vocab_size <= 1 << 16 else "int32"
-        self.state: dict[str, Any] = {"next": 0, "problems": 0, "shown": [], "dropped": 0, "seconds": 0.0, "bytes": {}}
+        self.state: dict[str, Any] = {
+            "next": 0,
+            "problems": 0,
+            "shown": [],
+            "dropped": 0,
+            "cut": 0,
+            "seconds": 0.0,
+            "bytes": {},
+        }
 
     def run(self) -> None:
         total = len(self.dataset_tokenizer.source)
@@ -185,6 +196,7 @@ class _StoreBuilder:
         self.state["problems"] += len(chunk.problems)
         self.state["shown"] = (self.state["shown"] + chunk.problems)[:MAX_REPORTED]
         self.state["dropped"] += chunk.dropped
+        self.state["cut"] = self.state.get("cut", 0) + chunk.cut
 
     def _save(self, files: dict[str, Any]) -> None:
         """Saves the position, so that a resumed build does not repeat what is on disk."""
@@ -212,7 +224,7 @@ class _StoreBuilder:
         read = lambda field: np.fromfile(self.folder / f"{field}.bin", dtype_of(field, self.ids))
         for name, field in OFFSETS.items():
             np.save(self.folder / f"{name}.npy", np.concatenate([[0], np.cumsum(read(field), dtype=np.int64)]).astype(np.int64))
-        meta = {name: self.state[name] for name in ("problems", "shown", "dropped", "seconds")}
+        meta = {name: self.state.get(name, 0) for name in ("problems", "shown", "dropped", "cut", "seconds")}
         meta |= {"ids": self.ids, "version": VERSION, "content": content_of(self.folder)}
         meta["pairs"] = self.dataset_tokenizer.config.pairs
         (self.folder / "meta.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=2) + "\n")

@@ -40,9 +40,11 @@ class Source(Protocol):
 
     Attributes:
       fingerprint: two sources of the same fingerprint give the same examples.
+      members: of a mixture, its sources by name.
     """
 
     fingerprint: str
+    members: dict[str, Source] = {}  # noqa: RUF012
 
     def __len__(self) -> int: ...
 

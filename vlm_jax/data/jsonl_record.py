@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+from vlm_jax.data.documents import as_content
 from vlm_jax.data.example import Example
 from vlm_jax.data.preference_record import answer_alone, picture_bytes, sides_of
-from vlm_jax.errors import RecordError, abbreviated, check_text
+from vlm_jax.errors import RecordError, as_json, check_text
 from vlm_jax.processing.conversation import (
     IMAGE_KEYS,
     MARKER,
@@ -21,19 +21,17 @@ from vlm_jax.processing.conversation import (
     from_messages,
     user,
 )
+from vlm_jax.processing.pictures import Picture
+from vlm_jax.processing.video import VideoFrame
 
 KINDS = ("conversations", "messages", "content")
 HUMAN, GPT = ("human", "user"), ("gpt", "assistant")
-PICTURES = ("image", "images")
+PICTURES, VIDEOS = ("image", "images"), ("video", "videos")
+VIDEO_MARKER = "<video>"
 # Keys under which other formats name what is to be seen: a record that has one would be trained without it.
 MISTAKEN = re.compile(
     r"(image|img|picture|pic|photo|video|frame|media)s?([_-]?(file|path|name|url|list|\d+)s?)?", re.IGNORECASE
 )
-
-
-def as_json(value: Any) -> str:
-    """A wrong value, for messages."""
-    return abbreviated(json.dumps(value, ensure_ascii=False))
 
 
 def _take(record: dict, key: str, kind: type, default: Any = ...) -> Any:
@@ -53,14 +51,18 @@ def _objects(values: Any) -> list[dict[str, Any]]:
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
+Video = Callable[[str], tuple[Picture, ...]]  # a file's path -> the frames that are read
+
+
 class Record:
     """One parsed JSON value on its way to an Example."""
 
-    def __init__(self, where: str, record: Any, picture: Callable[[Any], str]):
+    def __init__(self, where: str, record: Any, picture: Callable[[Any], Picture], video: Video | None = None):
         if not isinstance(record, dict):
             raise RecordError(f"is {as_json(record)}; expected an object")
-        self._where, self._record, self._picture = where, record, picture
-        self._media: list[tuple[str | bytes, ...]] = []
+        self._where, self._record, self._picture = where, as_content(record), picture
+        self._video = video
+        self._media: list[tuple[Picture, ...]] = []
 
     def example(self) -> Example:
         """Raises RecordError; RequestError: messages or a text that no model could be asked with."""
@@ -73,15 +75,15 @@ class Record:
         if len(kinds) != 1:
             names = ", ".join(map(repr, KINDS))
             raise RecordError(f"has the keys {sorted(self._record)}; expected one of {names}")
-        self._check_keys()
+        self._check_keys(kinds[0])
         read = {"conversations": self._conversation, "messages": self._messages, "content": self._interleaved}[kinds[0]]
         turns = read()
         if not any(turn.learn for turn in turns):
             raise RecordError('has nothing to learn: no text of gpt or the assistant, or no text with "learn": true')
         return Example(self._where, tuple(self._media), (tuple(turns),))
 
-    def _check_keys(self) -> None:
-        taken = () if "content" in self._record else PICTURES
+    def _check_keys(self, kind: str) -> None:
+        taken = {"content": (), "messages": PICTURES}.get(kind, (*PICTURES, *VIDEOS))
         for key, value in self._record.items():
             if MISTAKEN.fullmatch(key) and key not in taken and value:
                 expected = "parts of 'content'" if not taken else "'image' or 'images'"
@@ -103,15 +105,31 @@ class Record:
         return [picture_bytes(path) for found in given for path in (found if isinstance(found, list) else [found])]
 
     def _next_medium(self, paths: Any) -> Medium:
-        self._media.append(tuple(path if isinstance(path, bytes) else self._picture(path) for path in paths))
+        self._media.append(tuple(path if isinstance(path, bytes | VideoFrame) else self._picture(path) for path in paths))
         return Medium(len(self._media) - 1)
+
+    def _sampled(self, path: Any) -> tuple[Picture, ...]:
+        """The frames that are read of a video's file."""
+        if self._video is None:
+            raise RecordError(f"has the video {as_json(path)}; this source has pictures alone")
+        return self._video(self._picture(path))
+
+    def _videos(self) -> list[Any]:
+        """Of `video` or `videos`: one path, or a list of them."""
+        given = [self._record[key] for key in VIDEOS if self._record.get(key)]
+        if len(given) > 1 or (given and self._pictures()):
+            raise RecordError("has 'video' beside 'videos' or pictures; expected one of them. Write it as messages")
+        return [path for found in given for path in (found if isinstance(found, list) else [found])]
 
     def _conversation(self) -> list[Turn]:
         said = _take(self._record, "conversations", list)
-        paths = self._pictures()
+        # An answer before the first question, in conversations that were cut out of longer ones, is no turn for LLaVA either.
+        led = len(said) > 1 and isinstance(said[0], dict) and said[0].get("from") in GPT
+        videos = self._videos()
+        media = [self._sampled(path) for path in videos] or [[path] for path in self._pictures()]
         turns: list[Turn] = []
         values: list[tuple[str, str]] = []
-        for number, turn in enumerate(said, 1):
+        for number, turn in enumerate(said[led:], 1 + led):
             if not isinstance(turn, dict):
                 raise RecordError(f"turn {number} is {as_json(turn)}; expected an object of 'from' and 'value'")
             speaker, value = _take(turn, "from", str), _take(turn, "value", str)
@@ -121,16 +139,17 @@ class Record:
             expected = GPT if len(values) % 2 else HUMAN
             if speaker not in expected:
                 raise RecordError(f"turn {number} is from {speaker!r}; expected {expected[0]!r}: they take turns, human first")
-            values.append((expected[0], value))
+            values.append((expected[0], value.replace(VIDEO_MARKER, MARKER) if videos else value))
         if any(MARKER in value for speaker, value in values if speaker == GPT[0]):
             raise RecordError(f"{MARKER} in a turn of gpt; pictures belong to human turns")
         markers = sum(value.count(MARKER) for _, value in values)
         if values and not markers:
-            values[0] = (values[0][0], MARKER * len(paths) + values[0][1])
-        elif markers != len(paths):
-            raise RecordError(f"{markers} times {MARKER} and {len(paths)} pictures; expected equally many")
-        for path in paths:
-            self._next_medium([path])
+            values[0] = (values[0][0], MARKER * len(media) + values[0][1])
+        elif markers != len(media):
+            what = "videos" if videos else "pictures"
+            raise RecordError(f"{markers} times {MARKER} and {len(media)} {what}; expected equally many")
+        for frames in media:
+            self._next_medium(frames)
         before = 0
         for speaker, value in values:
             if speaker == GPT[0]:
@@ -141,7 +160,7 @@ class Record:
         return turns
 
     def _messages(self) -> list[Turn]:
-        turns, media = from_messages(self._with_pictures(_take(self._record, "messages", list)))
+        turns, media = from_messages(self._with_pictures(_take(self._record, "messages", list)), video=self._sampled)
         for paths in media:
             self._next_medium(paths)
         return list(turns)
@@ -166,17 +185,23 @@ class Record:
         for number, part in enumerate(_take(self._record, "content", list), 1):
             if not isinstance(part, dict):
                 raise RecordError(f"part {number} is {as_json(part)}; expected an object")
-            kinds = [key for key in ("text", "image", "frames") if key in part]
-            unknown = set(part) - {"text", "image", "frames", "learn"}
+            kinds = [key for key in ("text", "image", "frames", "video") if key in part]
+            unknown = set(part) - {"text", "image", "frames", "video", "learn"}
             if unknown:
                 raise RecordError(
-                    f"part {number} has the unknown key {min(unknown)!r}; expected 'text', 'image', 'frames' or 'learn'"
+                    f"part {number} has the unknown key {min(unknown)!r}; expected 'text', 'image', 'frames', 'video' or "
+                    "'learn'"
                 )
             if len(kinds) != 1 or ("learn" in part and kinds != ["text"]):
-                raise RecordError(f"part {number} is {as_json(part)}; expected 'text' (and 'learn'), or 'image', or 'frames'")
+                raise RecordError(
+                    f"part {number} is {as_json(part)}; expected 'text' (and 'learn'), or 'image', 'frames' or 'video'"
+                )
             if "text" in part:
                 text = Text(_take(part, "text", str))
                 turns.append(Turn("text", (text,), learn=_take(part, "learn", bool, True)))
+                continue
+            if "video" in part:
+                turns.append(Turn("text", (self._next_medium(self._sampled(part["video"])),)))
                 continue
             frames = [part["image"]] if "image" in part else _take(part, "frames", list)
             if not frames:

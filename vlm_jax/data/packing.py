@@ -1,9 +1,9 @@
 """Packing: a plan of an epoch says which sequences are in which row, before any image is opened.
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
-whole. A pair of answers counts as one sequence, so that both are in the same row. Units are shuffled and put, first fit, into
-rows of at most `tokens` tokens and `images` pictures. Every sequence of every example is in exactly one row of an epoch; one
-with a share below 1 is included with that probability.
+whole; tokens that its sequences share count once, and a pair of answers is one sequence, so that both are in the same row.
+Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of every
+example is in exactly one row of an epoch; one with a share below 1 is included with that probability.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -60,6 +60,11 @@ def hash_uint64(*values: int | np.ndarray) -> np.ndarray:
     return state
 
 
+def uniform(*values: int | np.ndarray) -> np.ndarray:
+    """Float64 from 0 to 1 of integers, as `hash_uint64`."""
+    return (hash_uint64(*values) >> np.uint64(11)) * 2.0**-53
+
+
 def plan_epoch(
     lengths: Lengths, tokens: int, images: int, per_image: int = 0, seed: int = 0, epoch: int = 0, *, shuffle: bool = True
 ) -> Plan:
@@ -81,18 +86,25 @@ def plan_epoch(
     if len(lengths.tokens) and (lengths.tokens.max() > tokens or lengths.images.max(initial=0) > images):
         raise ValueError("a sequence longer than a row, or an example of more images than a row has")
     index = np.arange(len(lengths.tokens))
+    drawn = lengths.example
     if shuffle:
-        if lengths.share is not None:
-            index = index[(hash_uint64(seed, epoch, 3, index) >> np.uint64(11)) * 2.0**-53 < lengths.share]
-        # Within an example by hash; the examples themselves stay together.
-        index = index[np.lexsort((hash_uint64(seed, epoch, 1, index), lengths.example[index]))]
+        if lengths.drawn is not None:
+            index, drawn = lengths.drawn(seed, epoch)
+        elif lengths.share is not None:
+            index = index[included(lengths.share, seed, epoch, index)]
+            drawn = drawn[index]
+        # Within an example by hash; the examples themselves stay drawn.
+        order = np.lexsort((hash_uint64(seed, epoch, 1, index), drawn))
+        index, drawn = index[order], drawn[order]
     count = len(index)
-    starts = _unit_starts(lengths.tokens[index], lengths.example[index], tokens, per_image)
+    shared = np.zeros_like(lengths.tokens) if lengths.shared is None else lengths.shared
+    own, shared = (lengths.tokens - shared)[index], shared[index]
+    starts = _unit_starts(own, shared, drawn, tokens, per_image)
     bounds = np.append(starts, count)
     order = np.arange(len(starts))
     if shuffle:
         order = np.argsort(hash_uint64(seed, epoch, 2, order), kind="stable")
-    weights = np.add.reduceat(lengths.tokens[index], starts, dtype=np.int64) if count else np.zeros(0, np.int64)
+    weights = np.add.reduceat(own, starts, dtype=np.int64) + shared[starts] if count else np.zeros(0, np.int64)
     pictures = lengths.images[lengths.example[index[starts]]] if count else np.zeros(0, np.int64)
     rows = _first_fit(weights[order].tolist(), pictures[order].tolist(), tokens, images)
     placed = order[np.fromiter((unit for row in rows for unit in row), np.int64, len(starts))]
@@ -107,13 +119,24 @@ def _joined(lengths: Lengths) -> Lengths:
     """Those that stay together as one."""
     every = lengths.together
     tokens = lengths.tokens.reshape(-1, every).sum(1, dtype=np.int64)
-    share = None if lengths.share is None else lengths.share[::every]
-    return Lengths(tokens, lengths.example[::every], lengths.images, share)
+    share, shared = (None if of is None else of[::every] for of in (lengths.share, lengths.shared))
+    if shared is not None:
+        tokens -= (every - 1) * shared
+    return Lengths(tokens, lengths.example[::every], lengths.images, share, shared)
 
 
-def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
-    """Where units begin: at a new example, after `per_image` sequences, and where the next would not fit in a row."""
-    count = len(tokens)
+def included(share: np.ndarray, seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
+    """[conversations] bool, which sequences an epoch takes by their shares."""
+    return uniform(seed, epoch, 3, index) < share[index]
+
+
+def _unit_starts(own: np.ndarray, shared: np.ndarray, example: np.ndarray, capacity: int, per_image: int) -> np.ndarray:
+    """Where units begin: at a new example, after `per_image` sequences, and where the next would not fit in a row.
+
+    Args:
+      own: tokens of each sequence beside the `shared` ones of its example, which stand once in a unit.
+    """
+    count = len(own)
     if not count:
         return np.zeros(0, np.int64)
     new = np.append(True, example[1:] != example[:-1])
@@ -122,16 +145,16 @@ def _unit_starts(tokens: np.ndarray, example: np.ndarray, capacity: int, per_ima
         rank = np.arange(count) - np.repeat(first, np.diff(np.append(first, count)))
         new |= rank % per_image == 0
     starts = np.flatnonzero(new)
-    totals = np.add.reduceat(tokens, starts, dtype=np.int64)
+    totals = np.add.reduceat(own, starts, dtype=np.int64) + shared[starts]
     more = []
     for unit in np.flatnonzero(totals > capacity):  # few, as a rule
         end = starts[unit + 1] if unit + 1 < len(starts) else count
-        filled = 0
+        filled = prefix = int(shared[starts[unit]])
         for place in range(starts[unit], end):
-            if filled + tokens[place] > capacity:
+            if filled + own[place] > capacity:
                 more.append(place)
-                filled = 0
-            filled += int(tokens[place])
+                filled = prefix
+            filled += int(own[place])
     return np.sort(np.concatenate([starts, np.asarray(more, np.int64)]))
 
 

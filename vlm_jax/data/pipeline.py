@@ -46,7 +46,8 @@ def build_source(config: DataConfig, split: Split) -> Source:
 
 
 def tokens_of(config: DataConfig, processor: Processor, source: Source) -> TokenStore:
-    """The token store of a source: opened once, though a run evaluates many times; made if it is not there.
+    """The token store of a source: opened once, though a run evaluates many times; made if it is not there. Of a mixture, those
+    of its members.
 
     Raises:
       DataError: an example that is wrong or fits in no row.
@@ -54,7 +55,10 @@ def tokens_of(config: DataConfig, processor: Processor, source: Source) -> Token
     known, store = _STORES.get(source, (None, None))
     key = (config, processor.fingerprint)
     if store is None or known != key:
-        store = token_store(config, processor, source, skip=config.source.bad_lines == "skip")
+        if members := getattr(source, "members", {}):
+            store = source.joined([tokens_of(config, processor, member) for member in members.values()])
+        else:
+            store = token_store(config, processor, source, skip=config.source.bad_lines == "skip")
         _STORES[source] = (key, store)
     source.check(len(store))
     return store

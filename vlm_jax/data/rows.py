@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from vlm_jax.config import AugmentConfig, DataConfig
 from vlm_jax.data.augment import augment
-from vlm_jax.data.example import Example, Source
+from vlm_jax.data.example import Source
 from vlm_jax.data.features import FeatureStore
+from vlm_jax.data.packing import uniform
 from vlm_jax.data.store import TokenStore
 from vlm_jax.errors import DataError, RequestError
 from vlm_jax.processing.batching import Arrays, Tiles, put_media, put_sequence
@@ -19,6 +21,7 @@ from vlm_jax.processing.media import Medium
 from vlm_jax.processing.pictures import FileUnavailable, ImageError, Size, file_bytes, picture_name, picture_size
 from vlm_jax.processing.processor import Spread
 
+NEXT_IMAGE = 5  # a number of its own among those that are hashed
 CACHE_BYTES = 64 << 20  # of tiles, kept by each process that makes rows
 
 
@@ -31,6 +34,7 @@ def empty_rows(config: DataConfig, rows: int, *, features: tuple[int, int] | Non
     size, image_shape = config.image_size, (rows, config.images, config.frames)
     names = ["tokens", "positions", "segments", "media_last", "media_first", "prefix_end", "targets"]
     names += ["visual"] if config.visual_tokens else []
+    names += ["prefix_segments"] if config.share_prefix else []
     names += ["preference"] if config.pairs else []
     arrays = {name: np.zeros((rows, config.tokens), np.int32) for name in names}
     if config.keep_shapes:
@@ -62,12 +66,13 @@ class RowMaker:
 
         Args:
           spread: of the processor.
-          seed: of the augmentation; None: no augmentation.
+          seed: of what is drawn in training, augmentation and the next picture; None: nothing is.
           features: what stands in the rows in the place of pixels; None: pixels do.
         """
         self._config, self._store, self._source, self._spread, self._features = config, store, source, spread, features
         self._skips = config.source.bad_lines == "skip"
         self._seed = None if config.blank_images or config.augment == AugmentConfig() else seed
+        self._next_seed = seed if config.next_image else None
         self._init()
 
     def _init(self) -> None:
@@ -76,10 +81,10 @@ class RowMaker:
         self._room = CACHE_BYTES
 
     def __getstate__(self) -> Any:
-        return self._config, self._store, self._source, self._spread, self._features, self._skips, self._seed
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_cache", "_room")}
 
     def __setstate__(self, state: Any) -> None:
-        self._config, self._store, self._source, self._spread, self._features, self._skips, self._seed = state
+        self.__dict__.update(state)
         self._init()
 
     def fill(self, arrays: Arrays, place: int, units: list[np.ndarray], number: int) -> list[int]:
@@ -94,7 +99,7 @@ class RowMaker:
         row = {name: array[place] for name, array in arrays.items()}
         rng = None if self._seed is None else np.random.default_rng((self._seed, number))
         tile_tokens = self._spread.media.tile_tokens
-        slot = begin = segment = 0
+        slot = begin = segment = pairs = 0
         left_out: list[int] = []
         for conversations in units:
             example = int(self._store.example[conversations[0]])
@@ -109,18 +114,27 @@ class RowMaker:
                 taken = put_media(row, media, slot=slot, in_sequence=tile_tokens > 0)
             except ValueError as error:
                 raise DataError(f"{self._source[example].id}: {error}: data.image_size") from error
-            for index in conversations:
+            shared = int(self._store.shared[conversations[0]]) if len(conversations) > 1 else 0
+            prefix_segment = segment = segment + 1 if shared else segment
+            for order, index in enumerate(conversations):
                 layout = self._spread(self._store.written(index), self._store.sizes_of(index))
-                segment += 1
+                if self._sees_next(number, int(index)):
+                    layout = layout.with_next_image()
                 targets, weights = targets_of(layout, self._spread.end_id)
-                end = begin + len(targets)
-                row["targets"][begin:end], row["weights"][begin:end] = targets, weights
-                if "preference" in row:  # segments 1 and 2 are the first pair of the row
-                    row["preference"][begin:end] = (segment + 1) // 2 * (1 if segment % 2 else -1)
                 first = int(self._store.first_medium[index])
-                before = sum(map(len, media[:first])) if tile_tokens else first
+                before = slot + (sum(map(len, media[:first])) if tile_tokens else first)
+                put = functools.partial(put_sequence, row, slot=before, tile_tokens=tile_tokens)
                 layout = layout.without_last()
-                put_sequence(row, layout, begin, slot=slot + before, segment=segment, tile_tokens=tile_tokens)
+                if shared and not order:
+                    begin = put(layout[:shared], begin, segment=prefix_segment)
+                segment += 1
+                end = put(layout[shared:], begin, segment=segment, after=shared)
+                row["targets"][begin:end], row["weights"][begin:end] = targets[shared:], weights[shared:]
+                if shared:
+                    row["prefix_segments"][begin:end] = prefix_segment
+                if "preference" in row:
+                    pairs += order % 2 == 0
+                    row["preference"][begin:end] = pairs if order % 2 == 0 else -pairs
                 begin = end
             slot += taken
         return left_out
@@ -132,6 +146,12 @@ class RowMaker:
         except ImageError as error:
             return f"{self._source[number].id}: {error}"
         return f"{self._source[number].id}: its pictures could not be read, and now can"
+
+    def _sees_next(self, row: int, index: int) -> bool:
+        """Whether this time the conversation's tokens see the next picture: another draw in each epoch."""
+        if self._next_seed is None:
+            return False
+        return uniform(self._next_seed, row, NEXT_IMAGE, index) < self._config.next_image
 
     def _augment(self, tiles: Tiles, rng: np.random.Generator) -> Tiles:
         if len(tiles) == 1:
@@ -150,13 +170,13 @@ class RowMaker:
             except ImageError as error:
                 raise DataError(f"{example.id}: {error}") from error
             if not same:
-                raise self._changed(example, medium)
+                raise self._changed(number, medium)
         return found
 
-    def _changed(self, example: Example, medium: Medium) -> DataError:
+    def _changed(self, number: int, medium: Medium) -> DataError:
         return DataError(
-            f"{example.id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
-            f"delete {self._store.folder}, which is made anew, and start again"
+            f"{self._source[number].id}: picture {picture_name(medium[0])} was changed since it was tokenised: "
+            f"delete {self._store.folder_of(number)}, which is made anew, and start again"
         )
 
     def tiles(self, number: int) -> list[Tiles]:
@@ -170,7 +190,7 @@ class RowMaker:
             return kept
         example = self._source[number]
         known = zip(self._store.media_of(number), self._store.file_bytes_of(number), strict=True)
-        made = [self._pixels(example, *one) for one in zip(example.media, known, strict=False)]  # others are not referenced
+        made = [self._pixels(number, *one) for one in zip(example.media, known, strict=False)]  # others are not referenced
         size = sum(tile.nbytes for tiles in made for tile in tiles)
         with self._lock:
             # An epoch reads every example once, so keeping the first ones is as good as keeping the last ones.
@@ -179,7 +199,7 @@ class RowMaker:
                 self._cache[number] = made
         return made
 
-    def _pixels(self, example: Example, medium: Medium, known: tuple[Size, int]) -> Tiles:
+    def _pixels(self, number: int, medium: Medium, known: tuple[Size, int]) -> Tiles:
         """
         Raises:
           DataError: it is not the picture that was tokenised, or cannot be used and data.source.bad_lines is "error".
@@ -188,9 +208,9 @@ class RowMaker:
         try:
             # The bytes first: what was damaged since then is no picture that was broken before.
             if sum(map(file_bytes, medium)) != known[1] or picture_size(medium[0]) != known[0]:
-                raise self._changed(example, medium)
+                raise self._changed(number, medium)
             return self._spread.media.pixels(medium)
         except (ImageError, RequestError) as error:
             if isinstance(error, ImageError) and not isinstance(error, FileUnavailable) and self._skips:
                 raise
-            raise DataError(f"{example.id}: {error}") from error
+            raise DataError(f"{self._source[number].id}: {error}") from error

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ FIELDS = {
     "flags": "uint8",  # [U]
     "counts": "int32",  # [conversations] compact tokens of a conversation
     "lengths": "int32",  # [conversations] places it takes in a row, its visual tokens among them
+    "shared": "int32",  # [conversations] of them, the first ones that all conversations of its example share
     "example": "int32",  # [conversations]
     "first_medium": "int32",  # [conversations] of its example's media
     "media": "int32",  # [conversations] how many of them it has
@@ -64,7 +65,10 @@ class Lengths:
     example: np.ndarray  # [conversations] int32, the example it belongs to, ascending
     images: np.ndarray  # [examples] int32, image slots of an example
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
+    shared: np.ndarray | None = None  # [conversations] int32, tokens that stand once in a unit, equal in an example; None: 0
     together: int = 1  # so many sequences in a row stay together, of which the first says the share: 2 for pairs of answers
+    # Of a mixture: seed, epoch -> the sequences of an epoch, and of each the number of the draw that took its example.
+    drawn: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class TokenStore:
@@ -93,7 +97,8 @@ class TokenStore:
     def lengths_to_pack(self) -> Lengths:
         """The input of packing."""
         share = None if np.all(self.share == 1) else self.share
-        return Lengths(self.lengths, self.example, self.slots, share, 2 if self.meta.get("pairs") else 1)
+        together = 2 if self.meta.get("pairs") else 1
+        return Lengths(self.lengths, self.example, self.slots, share, self.shared, together)
 
     def written(self, index: int) -> TokenizedConversation:
         """A conversation's compact tokens."""
@@ -104,6 +109,10 @@ class TokenStore:
         """The sizes of an example's media."""
         begin, end = self.media_offsets[example], self.media_offsets[example + 1]
         return [(int(height), int(width)) for height, width in self.sizes[begin:end]]
+
+    def folder_of(self, example: int) -> Path:
+        """Where its tokens are kept."""
+        return self.folder
 
     def file_bytes_of(self, example: int) -> list[int]:
         """The bytes of the files of an example's media."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -48,7 +50,7 @@ class _Progress:
 class Generator:
     """A model with its parameters and processor, ready to answer.
 
-    The parameters are taken over, see `Programs`.
+    The parameters are taken over, see `Programs`; of a model in training, which keeps its own, `holding` says for how long.
 
     Attributes:
       programs: what runs the model; rows: at most so many requests are answered at once.
@@ -61,9 +63,15 @@ class Generator:
         processor: Processor,
         mesh: Mesh,
         rows: int = 16,
+        *,
+        take_over: bool = True,
     ) -> None:
+        """
+        Args:
+          take_over: False: the parameters stay the caller's; abstract ones will do, until `holding` brings others.
+        """
         self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
-        self.programs = Programs(model, params, mesh=mesh)
+        self.programs = Programs(model, params, mesh=mesh, take_over=take_over)
         self._allowed = processor.allowed(model.config.language.vocab_size)
 
     @property
@@ -76,6 +84,21 @@ class Generator:
     def params(self) -> Any:
         """Nested dicts, layers stacked, as every other place has them. Of a large model on a CPU it is a copy."""
         return self.programs.params
+
+    @contextlib.contextmanager
+    def holding(self, params: Any) -> Iterator[None]:
+        """With other parameters of the same shapes, where it has not taken its own over: nothing is compiled anew."""
+        before, self.programs.held = self.programs.held, params
+        try:
+            yield
+        finally:
+            self.programs.held = before
+
+    def with_params(self, held: Any) -> Generator:
+        """The same with other parameters, as `Programs.held` has them."""
+        other = copy.copy(self)
+        other.programs = self.programs.with_params(held)
+        return other
 
     def generate(self, requests: list[Request], settings: Settings = DEFAULTS) -> list[Answer]:
         """The answers, in the order of the requests.

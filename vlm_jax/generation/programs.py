@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ WHOLE = 16  # layers that one program may have, held one by one: it is the faste
 class Programs:
     """A model with its parameters on a mesh, and the compiled functions that generate with it.
 
-    The parameters are taken over: where layers are held one by one, the stacks are freed.
+    The parameters are taken over, unless `take_over` is False: where layers are held one by one, the stacks are freed.
 
     Attributes:
       by_layer: whether layers are held one by one; in_pieces: whether functions are compiled in pieces, see `by_layer.py`.
@@ -32,9 +33,9 @@ class Programs:
       by_function: what was compiled for each function that `call` was given.
     """
 
-    def __init__(self, model: VisionLanguageModel, params: Any, *, mesh: Mesh) -> None:
+    def __init__(self, model: VisionLanguageModel, params: Any, *, mesh: Mesh, take_over: bool = True) -> None:
         self.model, self.mesh = model, mesh
-        self.by_layer = worth_splitting(params)
+        self.by_layer = take_over and worth_splitting(params)
         self.held = split_layers(params) if self.by_layer else params
         self.in_pieces = self.by_layer and len(self.held["language"]["layers"]) > WHOLE
         self._begin = jax.jit(decode.begin, static_argnames="slots")
@@ -45,6 +46,12 @@ class Programs:
     def params(self) -> Any:
         """Nested dicts, layers stacked, as every other place has them; a copy where layers are held one by one."""
         return restack_layers(self.held)
+
+    def with_params(self, held: Any) -> Programs:
+        """The same programs with other parameters, as `held` has them."""
+        other = copy.copy(self)
+        other.held, other.by_function = held, {}
+        return other
 
     def compiled(self) -> int:
         """How many programs were compiled so far."""

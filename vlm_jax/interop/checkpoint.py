@@ -18,6 +18,7 @@ from vlm_jax.interop.files import safetensors_files
 from vlm_jax.interop.files.folder import check_folder, new_folder
 from vlm_jax.interop.files.settings import read_settings
 from vlm_jax.interop.files.source import PublishedError, Source
+from vlm_jax.interop.peft import own_table
 from vlm_jax.interop.table import Table
 from vlm_jax.processing.encoder_processor import EncoderProcessor
 from vlm_jax.processing.processor import Processor
@@ -89,6 +90,14 @@ class Checkpoint:
         return load_params(
             source, table, boxed_params(module_of(self.config)(self.config)), mesh, dtype=dtype, progress=progress
         )
+
+    def adapter_tables(self, boxes: Mapping[str, Any]) -> tuple[Table, ...]:
+        """The names that adapters of it may come under (`interop/peft.py`).
+
+        Args:
+          boxes: of the model's parameters, by path.
+        """
+        return (*self.tables, own_table(boxes))
 
     def export(self, params: Any, folder: str | Path) -> int:
         """Writes a folder that the family's own code loads: `params`, and this checkpoint's configuration and processing.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, VitConfig
+from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, ModelConfig, TextTowerConfig, VitConfig
 from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.generation import Settings
 from vlm_jax.interop.checkpoint import Checkpoint, Config
@@ -33,6 +33,8 @@ from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.published import PublishedProcessor
 
 log = logging.getLogger(__name__)
+
+PADDED_TO = 16  # texts whose padding is masked are as long as the longest of them, rounded up to a multiple of this
 
 # Unsupported settings of generation_config.json and their no-op values.
 UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -149,6 +151,13 @@ def image_tower_family(
     """An image encoder alone."""
     processor = lambda config, hf, hf_processor: EncoderProcessor(hf_processor)
     return Family(config_from_hf, lambda config, hf: table(config), processor, other_tables)
+
+
+def text_tower_family(config_from_hf: Callable[[Any], TextTowerConfig], table: Callable[[TextTowerConfig], Table]) -> Family:
+    """A text encoder alone."""
+    sizes = lambda text: dict(length=text.max_positions, vocabulary=text.vocab_size)
+    processor = lambda config, hf, tokenizer: EncoderProcessor(tokenizer, **sizes(config.encoder), pads_to=PADDED_TO)
+    return Family(config_from_hf, lambda config, hf: table(config), processor)
 
 
 def class_token_family(config_from_hf: Callable[[Any], VitConfig], *tables: Callable[[VitConfig], Table]) -> Family:

@@ -93,6 +93,11 @@ class Decoder(nn.Module):
                 raise ValueError("max_positions=None: learned positions need their number")
             shape = (config.max_positions + config.positions.offset, inner)
             self.position_embedding = self.param("position_embedding", named(small, "positions", "embed"), shape)
+        if config.token_types:
+            shape = (config.token_types, inner)
+            self.type_embedding = self.param("type_embedding", named(small, "positions", "embed"), shape)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(block.norm, inner, self.dtype)
         self.block = Block(block, self.dtype, parent=None)
         example = (jnp.zeros((1, 1, inner)), lambda q, k, v: (q, None))
         self.layers = stacked(self, "layers", self.block, config.layers, *example)
@@ -141,13 +146,13 @@ class Decoder(nn.Module):
           cache: of the tokens before these, which are written behind them; None: these are the first.
           return_cache: whether the first tokens leave a cache, of T slots. Padding stands behind them then.
         """
-        config, (x, interleaved, prefix_end) = self.config, inputs
+        config, x, interleaved = self.config, inputs.embeddings, inputs.interleaved
         rows = jnp.arange(x.shape[0])[:, None]
         slots = None if cache is None else cache.used[:, None] + jnp.arange(x.shape[1])
         put = lambda old, new: new if cache is None else old.at[rows, slots].set(new, mode="drop")
         k_positions = put(cache and cache.positions, positions)
         k_segments = put(cache and cache.segments, segments)
-        mask_of = _masks(config, prefix_end, positions, k_positions, segments, k_segments)
+        mask_of = _masks(config, inputs, positions, k_positions, segments, k_segments)
         angles = alibi = None
         if isinstance(config.positions, RopeConfig):
             angles = rotary_angles(config.positions, config.block.head_width, positions, segments)
@@ -157,6 +162,10 @@ class Decoder(nn.Module):
             table = constrain(self.position_embedding, "positions", None)
             x = x + jnp.take(table, positions + config.positions.offset, axis=0).astype(x.dtype)
             x = constrain(x, "batch", "length", None)
+        if config.token_types:
+            x = x + self.type_embedding[0].astype(x.dtype)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
 
         def layer(carry: tuple[Array, Any], indexed: tuple[Any, ...]) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
             (x, held), (index, params, own) = carry, indexed
@@ -200,12 +209,13 @@ def _write(old: Array, new: Array, at: tuple[Any, ...]) -> Array:
     return old.at[at].set(new.astype(old.dtype), mode="drop")
 
 
-def _masks(config: DecoderConfig, prefix_end: Array | None, *places: Array) -> Callable[[Any], Mask]:
+def _masks(config: DecoderConfig, inputs: LanguageInputs, *places: Array) -> Callable[[Any], Mask]:
     """The number of a layer -> its mask, from the arguments of `causal_mask`."""
+    of = functools.partial(causal_mask, *places, q_prefix_end=inputs.prefix_end, q_prefix_segments=inputs.prefix_segments)
     if not isinstance(config.window, tuple):
-        mask = causal_mask(*places, config.window, prefix_end)
+        mask = of(window=config.window)
         return lambda index: mask
     if len(config.window) != config.layers:
         raise ValueError(f"window: {len(config.window)} windows for {config.layers} layers; expected one each")
     windows = jnp.asarray([jnp.iinfo(jnp.int32).max if window is None else window for window in config.window])
-    return lambda index: causal_mask(*places, windows[index], prefix_end)
+    return lambda index: of(window=windows[index])

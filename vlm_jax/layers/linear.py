@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import NormConfig
+from vlm_jax.ops.low_rank import low_rank
+from vlm_jax.ops.quantised import int8_product
 from vlm_jax.sharding import named
 
 Array = jax.Array
@@ -22,6 +24,9 @@ class Linear(nn.Module):
 
     `inputs` and `outputs` map logical axis names to sizes: `Linear({"embed": 512}, {"heads": 8, "head": 64})` holds a
     kernel [512, 8, 64].
+
+    Beside a kernel the parameters may hold what `init` does not make: `kernel_scale`, the scales of a kernel held in int8, and
+    `lora/NAME`, adapters (`ops/low_rank.py`), all of which are added.
     """
 
     inputs: Mapping[str, int]
@@ -36,11 +41,18 @@ class Linear(nn.Module):
         rank = len(inputs) + len(outputs)
         axes = range(len(inputs)), range(len(inputs), rank)
         init = nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal", *axes)
-        kernel = self.param("kernel", named(init, *self.inputs, *self.outputs), inputs + outputs)
+        kernel = self.param("kernel", named(init, *self.inputs, *self.outputs, inputs=len(inputs)), inputs + outputs)
         # One plain matrix product: the form every backend has its best kernel for.
-        matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
+        matrix = kernel.reshape(math.prod(inputs), math.prod(outputs))
         lead = x.shape[: x.ndim - len(inputs)]
-        y = x.astype(self.dtype).reshape(*lead, math.prod(inputs)) @ matrix
+        x = x.astype(self.dtype).reshape(*lead, math.prod(inputs))
+        if self.has_variable("params", "kernel_scale"):
+            y = int8_product(x, matrix, self.get_variable("params", "kernel_scale").reshape(-1))
+        else:
+            y = x @ matrix.astype(self.dtype)
+        if self.has_variable("params", "lora"):
+            for adapter in self.get_variable("params", "lora").values():
+                y = y + low_rank(x, **adapter)
         if self.bias:
             bias = self.param("bias", named(nn.initializers.zeros, *self.outputs), outputs)
             y = y + bias.astype(self.dtype).reshape(-1)

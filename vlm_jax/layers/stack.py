@@ -17,12 +17,13 @@ def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *exampl
     """The parameters of `length` copies of `layer`, each with a leading `layers` axis, as one parameter of `parent`.
 
     The tree does not depend on how the layers are run: scanned, grouped between other layers, or one by one. A caller may
-    also give the parameters as a tuple of layers; generation does, see `generation/by_layer.py`.
+    also give the parameters as a tuple of layers; generation does, see `generation/by_layer.py`; and with more beside a kernel
+    than `layer.init` makes: an int8 kernel's scales, adapters. Shapes are checked where a layer is applied.
 
     Args:
       example: arguments of `layer.__call__`, of the right widths.
     """
-    if parent.has_variable("params", name) and isinstance(parent.get_variable("params", name), tuple):
+    if parent.has_variable("params", name):
         return parent.get_variable("params", name)
 
     def init(key: Array) -> Any:
@@ -73,6 +74,7 @@ class LanguageInputs(NamedTuple):
     embeddings: Array  # [B, T, D]
     interleaved: InterleavedLayers | None = None
     prefix_end: Array | None = None  # [B, T] int32, the last position each token sees in a prefix-LM; None: its own
+    prefix_segments: Array | None = None  # [B, T] int32, as in `Batch`
 
 
 # So many layers are compiled one after the other, in the body of a scanned group or as a piece: a loop in a loop copies weights

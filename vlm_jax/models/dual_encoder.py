@@ -1,4 +1,7 @@
-"""Two towers whose embeddings meet in one space: CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023)."""
+"""Two towers whose embeddings meet in one space: CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023).
+
+Any image encoder and any text encoder may be the towers: DINOv2 and a BERT that writes sentence embeddings, for example.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.batch import Batch
 from vlm_jax.config import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.errors import RequestError
@@ -42,9 +46,19 @@ class ImageTower(nn.Module):
 
     def __call__(self, images: Array) -> Array:
         """[B, height, width, 3] uint8 -> [B, Z], not normalised; without a pool the features."""
-        features = self.encoder(images)
-        if self.config.pool == "none":
+        return self.features(images) if self.config.pool == "none" else self.from_cached(self.cached_features(images))
+
+    def cached_features(self, images: Array) -> Array:
+        """What `data.cache_features` keeps: [B, 1, D], the pooled vector; [B, P, D], where the pool has parameters."""
+        features, pool = self.encoder(images), self.config.pool
+        if pool == "attention":
             return features
+        if pool == "mean":
+            return jnp.mean(features[:, self.config.encoder.front_features :], axis=1, keepdims=True)
+        return features[:, :1]
+
+    def from_cached(self, features: Array) -> Array:
+        """`cached_features` -> [B, Z], not normalised."""
         pooled = self.pool(features) if self.config.pool == "attention" else features[:, 0]
         return pooled if self.config.projection is None else self.projection(pooled)
 
@@ -68,15 +82,16 @@ class ImageTower(nn.Module):
         return Vit(self.config.encoder, self.dtype).example()
 
 
+@MODULES.add(TextTowerConfig)
 class TextTower(nn.Module):
     """Tokens [texts, T] -> [texts, Z], not normalised.
 
-    Padding goes behind, and no token of it is masked: CLIP's tokens see no later ones, and SigLIP is trained on 64 tokens
-    with the padding among them.
+    Padding goes behind. CLIP's tokens see no later ones, and SigLIP is trained on 64 tokens with the padding among them, so
+    none of it is masked there; a BERT's `pad_token` is.
     """
 
     config: TextTowerConfig
-    dtype: Any
+    dtype: Any = jnp.float32
     remat: str = "none"
 
     @nn.compact
@@ -89,16 +104,32 @@ class TextTower(nn.Module):
         decoder = Decoder(encoder, self.dtype, self.remat, name="encoder")
         last_seen = None if config.causal else jnp.full(tokens.shape, length - 1, jnp.int32)
         inputs = LanguageInputs(decoder.embed(tokens), prefix_end=last_seen)
-        out = decoder(inputs, positions, jnp.ones_like(positions))
-        pooled = jnp.take_along_axis(out.hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
+        segments = jnp.ones_like(positions) if config.pad_token is None else (tokens != config.pad_token).astype(jnp.int32)
+        hidden = decoder(inputs, positions, segments).hidden
+        if config.pool == "mean":
+            shares = segments / jnp.maximum(jnp.sum(segments, axis=1, keepdims=True), 1)
+            pooled = jnp.einsum("BTD,BT->BD", hidden, shares.astype(hidden.dtype))
+        else:
+            pooled = jnp.take_along_axis(hidden, self.place(tokens)[:, None, None], axis=1)[:, 0]
+        if config.projection is None:
+            return pooled
         linear = {"embed": encoder.block.width}, {"projection": config.projection}
         return Linear(*linear, config.projection_bias, self.dtype, name="projection")(pooled)
+
+    def embed_texts(self, tokens: Array) -> Array:
+        """[texts, T] -> [texts, Z] float32 of length 1."""
+        return _unit(self(tokens))
+
+    @nn.nowrap
+    def example(self) -> tuple[np.ndarray]:
+        """The least input that makes all parameters."""
+        return (np.zeros((1, 1), np.int32),)
 
     @nn.nowrap
     def place(self, tokens: Array) -> Array:
         """Whose hidden state stands for the text: [texts]."""
-        if self.config.pool == "last":
-            return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
+        if self.config.pool in ("first", "last"):
+            return jnp.full(tokens.shape[:1], 0 if self.config.pool == "first" else tokens.shape[1] - 1)
         end = self.config.end_token
         return jnp.argmax(tokens if end is None else tokens == end, axis=1)
 
@@ -113,9 +144,10 @@ class DualEncoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        width = config.image.projection or config.image.encoder.block.width
-        if width != config.text.projection:
-            raise ValueError(f"embeddings of images have width {width} and those of texts {config.text.projection}")
+        if config.image.pool == "none":
+            raise ValueError("image.pool='none': two towers need a vector of an image: expected class_token, mean or attention")
+        if config.image.width != config.text.width:
+            raise ValueError(f"embeddings of images have width {config.image.width} and those of texts {config.text.width}")
         self.image = ImageTower(config.image, self.dtype, self.remat)
         self.text = TextTower(config.text, self.dtype, self.remat)
         scalar = lambda name, start: self.param(name, named(nn.initializers.constant(start)), ())
@@ -131,6 +163,25 @@ class DualEncoder(nn.Module):
         """[B, height, width, 3] uint8 -> [B, P, D], the class token first where there is one."""
         return self.image.features(images)
 
+    def cached_features(self, images: Array) -> Array:
+        """See `ImageTower.cached_features`."""
+        return self.image.cached_features(images)
+
+    def embed_cached(self, features: Array) -> Array:
+        """`cached_features` -> [B, Z] float32 of length 1."""
+        return _unit(self.image.from_cached(features.astype(self.dtype)))
+
+    def embed_pairs(self, batch: Batch) -> tuple[Array, Array]:
+        """Of a batch with a pair a row, the embeddings of its images and of its texts: each [B, Z] float32 of length 1."""
+        cached = batch.features is not None
+        images = self.embed_cached(batch.features[:, 0, 0]) if cached else self.embed_images(batch.images[:, 0, 0])
+        return images, self.embed_texts(batch.tokens)
+
+    def logit_scalars(self) -> tuple[Array, Array]:
+        """What logits are made with, beside the embeddings: the scale, and the bias, 0 where there is none; [] float32."""
+        bias = jnp.zeros(()) if self.config.logit_bias is None else self.logit_bias
+        return jnp.exp(self.logit_scale), bias
+
     def embed_images(self, images: Array) -> Array:
         """[B, height, width, 3] uint8 -> [B, Z] float32 of length 1."""
         return _unit(self.image(images))
@@ -141,8 +192,8 @@ class DualEncoder(nn.Module):
 
     def logits(self, images: Array, texts: Array) -> Array:
         """Embeddings [B, Z], [texts, Z] -> [B, texts]."""
-        logits = jnp.exp(self.logit_scale) * (images @ texts.T)
-        return logits if self.config.logit_bias is None else logits + self.logit_bias
+        scale, bias = self.logit_scalars()
+        return scale * (images @ texts.T) + bias
 
     def probabilities(self, images: Array, texts: Array) -> Array:
         """Embeddings [B, Z], [texts, Z] -> [B, texts].

@@ -83,6 +83,10 @@ class VisionLanguageModel(nn.Module):
         """[B, height, width, 3] uint8 -> what the connector reads, [B, P, D]."""
         return self.vision(images)
 
+    def cached_features(self, images: Array) -> Array:
+        """What `data.cache_features` keeps in the place of pixels."""
+        return self.features(images)
+
     def encode_images(
         self, images: Array, frames: Array, *, sizes: Array | None = None, return_attention: bool = False
     ) -> tuple[Array, Array | None]:
@@ -131,6 +135,7 @@ class VisionLanguageModel(nn.Module):
         if self.has_vision:
             media = dict(visual=visual, media_cache=media_cache, return_attention=return_attention)
             inputs = self.fusion.inputs(inputs.embeddings, batch, **media)
+        inputs = inputs._replace(prefix_segments=batch.prefix_segments)
         return self.language(inputs, batch.positions, batch.segments, cache=cache, return_cache=return_cache)
 
     def logits(self, hidden: Array) -> Array:

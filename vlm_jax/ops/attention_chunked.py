@@ -118,7 +118,7 @@ def _logits(q: Array, k: Array, query_side: Any, key_side: Any, alibi: Alibi | N
 
 def _query_side(mask: Mask, alibi: Alibi | None) -> dict[str, Array]:
     """What mask and bias know of the queries, by chunk: [chunks, B or 1, T] each."""
-    known = {"first": mask.first, "last": mask.last, "q_segments": mask.q_segments}
+    known = {name: getattr(mask, name) for name in ("first", "last", "q_segments", "q_prefix_segments")}
     known |= {} if alibi is None else {"q_positions": alibi.q_positions}
     return {name: _split(x, QUERY_CHUNK, axis=1) for name, x in known.items() if x is not None}
 

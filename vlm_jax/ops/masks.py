@@ -20,6 +20,8 @@ class Mask:
     sliding window of W                                         first = position - W + 1
     prefix-LM                                                                              last = end of the prompt
     media by cross-attention    place = slot of the key         first, last = slots that the token may see
+
+    Sequences that begin alike may share the keys of their prefix, a segment of its own that the queries of each also see.
     """
 
     places: Array  # [B or 1, S] int32
@@ -27,6 +29,7 @@ class Mask:
     last: Array  # [B or 1, T or 1] int32
     q_segments: Array | None = None  # [B, T] int32; None, as both are: segments do not count
     k_segments: Array | None = None  # [B, S] int32; 0: padding, which nothing sees
+    q_prefix_segments: Array | None = None  # [B, T] int32, the segment of the shared prefix; 0: none; None: no query has one
 
     @classmethod
     def from_keys(cls, visible: Array) -> Mask:
@@ -40,7 +43,11 @@ class Mask:
         visible = (self.first[:, :, None] <= places) & (places <= self.last[:, :, None])
         if self.k_segments is None:
             return visible
-        return visible & (self.q_segments[:, :, None] == self.k_segments[:, None, :]) & (self.k_segments[:, None, :] > 0)
+        keys = self.k_segments[:, None, :]
+        same = self.q_segments[:, :, None] == keys
+        if self.q_prefix_segments is not None:
+            same |= self.q_prefix_segments[:, :, None] == keys
+        return visible & same & (keys > 0)
 
     def padded(self, tokens: int, queries: int, keys: int) -> Mask:
         """With so many more queries than T, and so many keys that nothing sees, behind the others.
@@ -56,6 +63,7 @@ class Mask:
             last=wide(self.last),
             q_segments=None if self.q_segments is None else wider(self.q_segments, queries),
             k_segments=None if self.k_segments is None else wider(self.k_segments, keys),
+            q_prefix_segments=None if self.q_prefix_segments is None else wider(self.q_prefix_segments, queries),
         )
 
 
@@ -66,6 +74,8 @@ def causal_mask(
     k_segments: Array,
     window: int | Array | None = None,
     q_prefix_end: Array | None = None,
+    *,
+    q_prefix_segments: Array | None = None,
 ) -> Mask:
     """A token sees its own segment up to itself, and with a window at most `window` positions, itself included.
 
@@ -83,6 +93,8 @@ def causal_mask(
       window: an array [] where it is one of several that are scanned.
       q_prefix_end: [B, T] int32, the last position a query sees: of a prefix-LM (Raffel et al. 2020) the end of the prompt that
         the query belongs to. None: its own position.
+      q_prefix_segments: [B, T] int32, the segment that holds the prefix of the query's sequence, which goes on counting
+        positions where that ends; see `batch.py`.
     """
     return Mask(
         places=k_positions,
@@ -90,6 +102,7 @@ def causal_mask(
         last=q_positions if q_prefix_end is None else q_prefix_end,
         q_segments=q_segments,
         k_segments=k_segments,
+        q_prefix_segments=q_prefix_segments,
     )
 
 

@@ -38,7 +38,7 @@ def put_media(row: Arrays, media: list[Tiles], *, slot: int, in_sequence: bool) 
     return len(groups)
 
 
-def put_sequence(row: Arrays, layout: Layout, begin: int, *, slot: int, segment: int, tile_tokens: int) -> int:
+def put_sequence(row: Arrays, layout: Layout, begin: int, *, slot: int, segment: int, tile_tokens: int, after: int = 0) -> int:
     """Writes a sequence into a row from place `begin` on, and returns where it ends.
 
     Args:
@@ -46,10 +46,11 @@ def put_sequence(row: Arrays, layout: Layout, begin: int, *, slot: int, segment:
       slot: how many slots of the row come before those of the sequence.
       segment: its number, from 1.
       tile_tokens: R; 0 under cross-attention.
+      after: how many tokens of the sequence stand before these, in the segment of its prefix.
     """
     length = len(layout.tokens)
     here = slice(begin, begin + length)
-    positions = np.arange(length, dtype=np.int32)
+    positions = np.arange(after, after + length, dtype=np.int32)
     row["tokens"][here], row["positions"][here], row["segments"][here] = layout.tokens, positions, segment
     row["media_last"][here] = np.where(layout.media_last > 0, layout.media_last + slot, 0)
     row["media_first"][here] = np.where(layout.media_first > 0, layout.media_first + slot, 0)

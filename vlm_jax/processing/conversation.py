@@ -13,12 +13,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import RequestError, abbreviated, check_text, counted
 from vlm_jax.processing.pictures import Picture
+from vlm_jax.processing.video import sampled_frames
 
 MARKER = "<image>"  # places a picture in a prompt or in a line of data
 ROLES = ("system", "user", "assistant", "text")
@@ -176,7 +177,9 @@ def written_out(text: str, image_token: str, images: int) -> Conversation:
     return (Turn("text", tuple(part for part in content if not isinstance(part, Text) or part.text)),)
 
 
-def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation, Media]:
+def from_messages(
+    messages: Any, root: Path | None = None, *, video: Callable[[str], tuple[Picture, ...]] = sampled_frames
+) -> tuple[Conversation, Media]:
     """An OpenAI-style list of messages -> turns and media.
 
         [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
@@ -184,10 +187,11 @@ def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation
          {"role": "user", "content": "Which colour?"}]
 
     A picture stands under "image", "path", "url" or OpenAI's "image_url"; it is a file, its bytes, a PIL image or an array. A
-    video is {"type": "video", "frames": [...]}.
+    video is {"type": "video", "video": "a.mp4"}, or {"type": "video", "frames": [...]}.
 
     Args:
       root: where relative paths begin; None: at the working directory.
+      video: the frames that are read of a video's file.
 
     Raises:
       RequestError: which message is wrong, and how.
@@ -207,14 +211,15 @@ def from_messages(messages: Any, root: Path | None = None) -> tuple[Conversation
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list | tuple):
             raise RequestError(f"{where}: 'content' is {abbreviated(repr(content))}; expected a string or a list of parts")
-        parts = [_part(f"{where}, part {place}", part, media) for place, part in enumerate(content, 1)]
+        sampled = lambda path: video(path if root is None else str(root / path))
+        parts = [_part(f"{where}, part {place}", part, media, sampled) for place, part in enumerate(content, 1)]
         turns.append(Turn(role, tuple(parts), learn=role == "assistant"))
     if root is not None:
         media = [tuple(str(root / one) if isinstance(one, str) else one for one in medium) for medium in media]
     return tuple(turns), tuple(media)
 
 
-def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Medium:
+def _part(where: str, part: Any, media: list[tuple[Picture, ...]], video: Callable[[str], Any]) -> Text | Medium:
     if not isinstance(part, dict):
         raise RequestError(f"{where} is {abbreviated(repr(part))}; expected an object with 'type'")
     kind = part.get("type", "text" if "text" in part else "image" if set(part) & set(IMAGE_KEYS) else None)
@@ -231,9 +236,11 @@ def _part(where: str, part: Any, media: list[tuple[Picture, ...]]) -> Text | Med
         media.append((_picture(where, found),))
     elif kind == "video" and isinstance(part.get("frames"), list | tuple) and part["frames"]:
         media.append(tuple(_picture(where, frame) for frame in part["frames"]))
+    elif kind == "video" and isinstance(part.get("video"), str):
+        media.append(video(part["video"]))
     else:
         raise RequestError(
-            f"{where} is {abbreviated(repr(part))}; expected 'type': 'text' or 'image', or 'video' with 'frames'"
+            f"{where} is {abbreviated(repr(part))}; expected 'type': 'text' or 'image', or 'video' with 'video' or 'frames'"
         )
     return Medium(len(media) - 1)
 

@@ -26,13 +26,16 @@ class EncoderProcessor:
 
     answers = False
 
-    def __init__(self, hf_processor: Any, length: int | None = None, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, hf_processor: Any, length: int | None = None, vocabulary: int | None = None, *, pads_to: int | None = None
+    ) -> None:
         """
         Args:
           length: how many tokens a text has; None: no texts.
           vocabulary: how many tokens the text encoder knows.
+          pads_to: texts are only as long as the longest of them, rounded up to a multiple of this; None: of the whole length.
         """
-        self.hf_processor, self.length, self.vocabulary = hf_processor, length, vocabulary
+        self.hf_processor, self.length, self.vocabulary, self.pads_to = hf_processor, length, vocabulary, pads_to
 
     @property
     def has_text(self) -> bool:
@@ -46,6 +49,8 @@ class EncoderProcessor:
         """
         check_list("images", images)
         processor = getattr(self.hf_processor, "image_processor", self.hf_processor)
+        if not hasattr(processor, "do_normalize"):
+            raise RequestError("this checkpoint only encodes texts: it has no image encoder")
         made = [picture_bytes(processor, open_picture(image))[0] for image in images]
         shapes = {one.shape for one in made}
         if len(shapes) > 1:
@@ -54,7 +59,7 @@ class EncoderProcessor:
         return np.stack(made)
 
     def tokens(self, texts: Sequence[str]) -> np.ndarray:
-        """[texts, T] int32, cut and padded to the whole length: SigLIP reads the padding as it was trained to.
+        """[texts, T] int32, cut and padded: to the whole length unless padding is masked, for SigLIP reads it as trained to.
 
         Raises:
           RequestError: there is no text encoder, or `texts` is not a list; TokenizerError: tokens that the encoder lacks.
@@ -64,10 +69,11 @@ class EncoderProcessor:
         check_list("texts", texts)
         for text in texts:
             check_text("a text", text)
-        tokenizer = self.hf_processor.tokenizer
+        tokenizer = getattr(self.hf_processor, "tokenizer", self.hf_processor)
         if tokenizer.pad_token is None:
             raise TokenizerError("the tokenizer has no padding token (pad_token of tokenizer_config.json): fetch it again")
-        made = tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="np")
+        padding = dict(padding="longest", pad_to_multiple_of=self.pads_to) if self.pads_to else dict(padding="max_length")
+        made = tokenizer(list(texts), **padding, truncation=True, max_length=self.length, return_tensors="np")
         check_known(made["input_ids"], self.vocabulary)
         return made["input_ids"].astype(np.int32)
 

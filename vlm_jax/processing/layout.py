@@ -53,9 +53,20 @@ class Layout:
         """[T] bool, whether the token belongs to a prompt."""
         return (self.flags & PROMPT) > 0
 
+    def __getitem__(self, places: slice) -> Layout:
+        return Layout(*(getattr(self, field.name)[places] for field in dataclasses.fields(self)))
+
     def without_last(self) -> Layout:
         """Without the last token, which is only ever a target."""
-        return Layout(*(getattr(self, field.name)[:-1] for field in dataclasses.fields(self)))
+        return self[:-1]
+
+    def with_next_image(self) -> Layout:
+        """Every token sees the medium after it instead of the last one, none behind the last (Alayrac et al. 2022, A.3.2).
+
+        media_last 0,0,1,1,1,2,2,2 becomes 1,1,2,2,2,0,0,0.
+        """
+        most = self.media_last.max(initial=0)
+        return dataclasses.replace(self, media_last=np.where(self.media_last < most, self.media_last + 1, 0).astype(np.int32))
 
 
 def spread(

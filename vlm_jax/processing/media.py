@@ -13,6 +13,7 @@ import numpy as np
 from vlm_jax.errors import RequestError
 from vlm_jax.processing.layout import Runs
 from vlm_jax.processing.pictures import (
+    GREY,
     ImageError,
     Picture,
     Size,
@@ -134,6 +135,34 @@ class PublishedMedia:
             )
         picture = open_picture(medium[0])
         return picture if self.background is None else squared(read_image(picture), self.background)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlankMedia:
+    """Another one's tiles, all of them grey: the control experiment, for any processor."""
+
+    wrapped: MediaProcessor
+
+    @property
+    def reads_videos(self) -> bool:
+        return self.wrapped.reads_videos
+
+    @property
+    def side(self) -> int:
+        return self.wrapped.side
+
+    @property
+    def tile_tokens(self) -> int:
+        return self.wrapped.tile_tokens
+
+    def runs(self, size: Size) -> Runs:
+        return self.wrapped.runs(size)
+
+    def tiles(self, size: Size) -> int:
+        return self.wrapped.tiles(size)
+
+    def pixels(self, medium: Medium) -> list[np.ndarray]:
+        return [np.full_like(tile, GREY) for tile in self.wrapped.pixels(medium)]
 
 
 def squared(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

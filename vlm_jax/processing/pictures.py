@@ -13,21 +13,16 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlm_jax.errors import FileUnavailable, ImageError
 from vlm_jax.files import NotRegular, open_regular
+from vlm_jax.processing.video import VideoFrame
 
 PAD = (122, 116, 104)  # CLIP's mean colour
 GREY = 128  # of a blanked picture
 
 
-class ImageError(ValueError):
-    """A picture that cannot be used; the message names the file and the cause."""
-
-
-class FileUnavailable(ImageError):
-    """The picture's file cannot be opened or read: nothing is known of the picture itself."""
-
-
-Picture = str | Path | bytes | np.ndarray | Image.Image  # a file, its bytes, or pixels [height, width, 3] uint8
+# A file, its bytes, pixels [height, width, 3] uint8, or a frame of a video.
+Picture = str | Path | bytes | np.ndarray | Image.Image | VideoFrame
 Size = tuple[int, int]  # height, width in pixels
 
 ORIENTATION = 274  # the EXIF tag
@@ -38,7 +33,7 @@ def picture_name(picture: Picture) -> str:
     """Its name in messages."""
     if isinstance(picture, bytes):
         return f"<{len(picture)} bytes of memory>"
-    return str(picture) if isinstance(picture, str | Path) else "<pixels>"
+    return str(picture) if isinstance(picture, str | Path | VideoFrame) else "<pixels>"
 
 
 def _refuse(source: Picture, cause: str, kind: type[ImageError] = ImageError) -> ImageError:
@@ -100,6 +95,8 @@ def picture_size(picture: Picture) -> Size:
         return _checked(picture).shape[:2]
     if isinstance(picture, Image.Image):
         return _upright_size(picture)
+    if isinstance(picture, VideoFrame):
+        return picture.size
     with _opened(picture) as image:
         return _upright_size(image)
 
@@ -110,9 +107,9 @@ def file_bytes(picture: Picture) -> int:
     Raises:
       FileUnavailable: there is no such file, or nothing can be known of it.
     """
-    if isinstance(picture, str | Path):
+    if isinstance(picture, str | Path | VideoFrame):
         try:
-            return os.stat(picture).st_size
+            return os.stat(picture.path if isinstance(picture, VideoFrame) else picture).st_size
         except (OSError, ValueError) as error:
             raise _unavailable(picture, error) from None
     return len(picture) if isinstance(picture, bytes) else 0
@@ -137,6 +134,8 @@ def open_picture(picture: Picture) -> Image.Image:
     try:
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture)
+        if isinstance(picture, VideoFrame):
+            return picture.decoded()
         with _opened(picture) as image:
             image.seek(0)
             image.load()

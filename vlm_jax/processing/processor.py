@@ -14,6 +14,7 @@ Axis letter: V vocabulary.
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 import hashlib
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ import numpy as np
 from vlm_jax.config.generation import Settings
 from vlm_jax.processing.conversation import Conversation
 from vlm_jax.processing.layout import Layout, TokenizedConversation, spread
-from vlm_jax.processing.media import MediaProcessor
+from vlm_jax.processing.media import BlankMedia, MediaProcessor
 from vlm_jax.processing.pictures import Size
 
 LANGUAGE_ONLY = "the request has pictures, but this model is a language model alone: leave them out"  # an error
@@ -119,3 +120,11 @@ class Processor(abc.ABC):
         """Two processors with the same fingerprint tokenise every conversation the same way."""
         parts = [VERSION, type(self).__name__, sorted(self.ends), repr(self.spread), *self.fingerprint_parts()]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def blanked(processor: Processor) -> Processor:
+    """The same processor with every picture grey."""
+    blind = copy.copy(processor)
+    blind.spread = dataclasses.replace(processor.spread, media=BlankMedia(processor.media))
+    blind.blind = True
+    return blind

@@ -58,7 +58,7 @@ class RecipeProcessor(Processor):
                 add([tokenizer.eoc_id], LEARNED if learning else PROMPT)
                 run = ""
 
-        for part, learn in joined(rendered(conversation, self.data)):
+        for part, learn in joined(learned_pieces(conversation, self.data)):
             if isinstance(part, Medium) or not learn:
                 end_chunk()
                 learning = False
@@ -84,7 +84,8 @@ class RecipeProcessor(Processor):
         return allowed
 
     def fingerprint_parts(self) -> list[Any]:
-        return [self.tokenizer.serialised, self.data.prompt, self.data.answer]
+        changed = [value for value in (self.data.learned, self.data.leading_space) if value not in ("all", 0.0)]
+        return [self.tokenizer.serialised, self.data.prompt, self.data.answer, *changed]
 
 
 Piece = tuple[Medium | str, bool]  # and whether it is learned
@@ -106,10 +107,36 @@ def rendered(conversation: Conversation, data: DataConfig) -> list[Piece]:
         elif turn.role == "assistant":
             if any(isinstance(part, Medium) for part in turn.content):
                 raise RequestError("an assistant's turn has a picture; pictures belong to the user's turns")
-            pieces.append((before + turn.text.strip() + after, turn.learn))
+            text = turn.text.rstrip() if data.leading_space else turn.text.strip()
+            pieces.append((before + text + after, turn.learn))
         else:
             pieces += [(part.text if isinstance(part, Text) else part, turn.learn) for part in turn.content]
     return pieces
+
+
+def learned_pieces(conversation: Conversation, data: DataConfig) -> list[Piece]:
+    """`rendered`, with what `data.learned` leaves out read only.
+
+    With "after_image" nothing is learned before the first picture, nor between the end of a chunk and the next picture:
+    OpenFlamingo's mask for MMC4 (`open_flamingo/train/train_utils.py`)::
+
+        Intro.  <image>  One.  <EOC>  Between.  <image>  Two.  <EOC>
+                         ----  -----                     ----  -----
+    """
+    pieces = rendered(conversation, data)
+    if data.learned == "all":
+        return pieces
+    out: list[Piece] = []
+    in_chunk = learning = False
+    for part, learn in pieces:
+        if isinstance(part, Medium):
+            in_chunk, learning = True, False
+        elif learn and in_chunk:
+            learning = True
+        elif learning:  # a text that is only read ends the chunk
+            in_chunk = learning = False
+        out.append((part, learn and in_chunk))
+    return out
 
 
 def _around(name: str, template: str) -> tuple[str, str]:

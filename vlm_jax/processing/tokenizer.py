@@ -104,15 +104,44 @@ class Tokenizer:
 
         Each file appears whole, `tokenizer.json` last: several processes may do so at once, and be interrupted.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
-            self._wrapped.save_pretrained(made)
-            for file in sorted(Path(made).iterdir(), key=lambda path: path.name == "tokenizer.json"):
-                file.replace(folder / file.name)
+        save_tokenizer(self._wrapped, Path(folder))
+
+    @property
+    def hf_tokenizer(self) -> PreTrainedTokenizerFast:
+        """transformers' own."""
+        return self._wrapped
 
     def __reduce__(self):
         return (Tokenizer, (self._wrapped, self._end))
+
+
+def save_tokenizer(hf_tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """See `Tokenizer.save`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as made:
+        hf_tokenizer.save_pretrained(made)
+        for file in sorted(Path(made).iterdir(), key=lambda path: path.name == "tokenizer.json"):
+            file.replace(folder / file.name)
+
+
+def load_fast(name: str | Path) -> PreTrainedTokenizerFast:
+    """transformers' tokenizer of a folder or a hub repository that has a `tokenizer.json`, as it is there.
+
+    Raises:
+      TokenizerError: there is none, or it cannot be read.
+    """
+    # AutoTokenizer would import torch.
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(name).expanduser()
+    where = str(path) if path.exists() else str(name)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        raise TokenizerError(f"tokenizer {where}: no tokenizer.json in this folder; only fast tokenizers can be read")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(where)
+    except Exception as error:  # the hub client, the JSON reader and the Rust parser each have their own
+        cause = first_line(error)
+        raise TokenizerError(f"tokenizer {where!r}: neither a folder nor a hub repository that can be read: {cause}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -149,7 +178,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name: str | Path, end: str = EOC) -> Tokenizer:
-    """Reads a folder or a hub repository that has a `tokenizer.json`.
+    """`load_fast`, with the tokens that it lacks added.
 
     Args:
       end: see `Tokenizer`.
@@ -157,15 +186,9 @@ def load_tokenizer(name: str | Path, end: str = EOC) -> Tokenizer:
     Raises:
       TokenizerError: there is none, or it cannot be read.
     """
-    # AutoTokenizer would import torch.
-    from transformers import PreTrainedTokenizerFast
-
-    path = Path(name).expanduser()
-    where = str(path) if path.exists() else str(name)
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        raise TokenizerError(f"tokenizer {where}: no tokenizer.json in this folder; only fast tokenizers can be read")
     try:
-        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(where), end)
-    except Exception as error:  # the hub client, the JSON reader and the Rust parser each have their own
-        cause = first_line(error)
-        raise TokenizerError(f"tokenizer {where!r}: neither a folder nor a hub repository that can be read: {cause}") from error
+        return Tokenizer(load_fast(name), end)
+    except TokenizerError:
+        raise
+    except Exception as error:  # tokens that the Rust library refuses
+        raise TokenizerError(f"tokenizer {str(name)!r} cannot be used: {first_line(error)}") from error

@@ -21,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from vlm_jax.config import RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.errors import first_line
+from vlm_jax.layers.lora import cast
 from vlm_jax.training.params import Blueprint, merge, split
 from vlm_jax.training.peers import BROKEN
 from vlm_jax.training.run_folder import LOG, CheckpointError, read_config
@@ -216,7 +217,7 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
     """The parameters of a run, for inference or as a start.
 
     Args:
-      dtype: to hold them in; None: as they were saved.
+      dtype: to hold them in, but int8 kernels and scales; None: as they were saved.
       step: which checkpoint; None: the newest readable one.
 
     Raises:
@@ -242,7 +243,7 @@ def load_run(folder: str | Path, mesh: Mesh, *, dtype: Any = None, step: int | N
                 continue
             params = merge(*params)
             if dtype is not None:
-                params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
+                params = jax.jit(lambda tree: cast(tree, dtype))(params)
             return LoadedRun(config, params, candidate)
         raise CheckpointError(f"no checkpoint at {folder}: " + ("all are damaged" if steps else "none was saved yet"))
     finally:
@@ -272,7 +273,7 @@ def _check_damaged(folder: Path, step: int, error: Exception) -> None:
 def _params_of(checkpoints: Checkpoints, config: RunConfig, mesh: Mesh, step: int) -> tuple[tuple[Any, Any], int | None]:
     """The trained and the frozen parameters, and the fingerprint that they were saved with."""
     model = module_of(config.model)(config.model)
-    blueprint = Blueprint.of(model, config.optimizer.rules, mesh)
+    blueprint = Blueprint.of(model, config.optimizer.rules, mesh, config.adapters)
     # The optimizer's moments are left on disk: `partial_restore` reads what the target names.
     target = dict(zip(("trained", "frozen"), split(blueprint.abstract, blueprint.rules), strict=True))
     path = checkpoints.folder.absolute() / "checkpoints" / str(step)

@@ -21,6 +21,7 @@ from vlm_jax.data.example import Source
 from vlm_jax.processing.processor import Processor
 from vlm_jax.progress import human_time
 from vlm_jax.training.report import Reporter
+from vlm_jax.training.sets import evaluated
 from vlm_jax.training.step import Trainer, TrainState, zeros_batch
 
 # What else stands in a run's folder: the pictures of an evaluator are in a folder of its name.
@@ -102,7 +103,8 @@ class Evaluators:
         batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
         sums = jax.eval_shape(trainer.eval_step, trainer.abstract_state, batch)
         means = trainer.objective.means({name: np.float64(0) for name in sums})
-        known = dict.fromkeys(means, config.eval_every) | own
+        of_sets = [f"{of}/{name}" if of else name for of in evaluated(config) for name in means]
+        known = dict.fromkeys(of_sets, config.eval_every) | own
         every = known.get(best.removeprefix("-"))
         if every is None:
             raise ValueError(f"config.best_by={best!r}: no evaluation measures it; expected one of {', '.join(sorted(known))}")

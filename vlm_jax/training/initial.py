@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 from vlm_jax.config import PartInit
 from vlm_jax.interop.files.folder import is_published
 from vlm_jax.interop.published import open_published
-from vlm_jax.paths import by_path, nested
-from vlm_jax.sharding import Named
+from vlm_jax.layers.lora import dequantised, merged, names_of, only_adapters, with_adapters, without_adapters
+from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.sharding import Named, unboxed
 from vlm_jax.training.checkpoint import Checkpoints, load_run
+from vlm_jax.training.params import Blueprint
 from vlm_jax.training.run_folder import PUBLISHED, CheckpointError, unseal
 from vlm_jax.training.step import Trainer, TrainState
 
-Params = Any
 log = logging.getLogger(__name__)
 
 
@@ -42,8 +44,10 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
         _warn_of_unaligned(trainer)
-        params = trainer.init().params | {part.part: _part(trainer, part) for part in config.init_parts}
-        return trainer.state_of(params), 0
+        params = by_path(dequantised(trainer.init().params))
+        for part in config.init_parts:
+            params |= {f"{config.model.part_path(part.part)}/{name}": leaf for name, leaf in _part(trainer, part).items()}
+        return trainer.state_of(nested(params)), 0
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):
@@ -56,12 +60,23 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
             published.keep_files(part)
             part.rename(folder / PUBLISHED)
     else:
-        params = load_run(config.init_from, trainer.mesh).params
-    _check(f"config.init_from={config.init_from}", params, trainer.abstract_state.params)
+        params = _of_run(config.init_from, trainer)
+    _check(f"config.init_from={config.init_from}", params, trainer.blueprint, taken=names_of(params))
     state = trainer.state_of(params)
-    if hasattr(trainer.objective, "check_start"):
-        trainer.objective.check_start(state.trained)
+    trainer.objective.check_start(state.trained)
     return state, 0
+
+
+def _of_run(path: str, trainer: Trainer) -> Params:
+    """The parameters of a run; its adapters are taken along where the new run has some of that name, and merged if not."""
+    params = load_run(path, trainer.mesh).params
+    wanted = {one.name for one in trainer.config.adapters}
+    left = [name for name in names_of(params) if name not in wanted]
+    if not left:
+        return params
+    log.warning("config.init_from=%s: its adapters %s are merged: config.adapters has none of the name", path, ", ".join(left))
+    apart = lambda params: with_adapters(merged(without_adapters(params, left)), only_adapters(params, wanted))
+    return jax.jit(apart)(params)
 
 
 def _warn_of_unaligned(trainer: Trainer) -> None:
@@ -76,28 +91,30 @@ def _warn_of_unaligned(trainer: Trainer) -> None:
         )
 
 
-def _part(trainer: Trainer, init: PartInit) -> Params:
-    """The parameters of one part; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
-    wanted = trainer.abstract_state.params.get(init.part)
+def _part(trainer: Trainer, init: PartInit) -> dict[str, jax.Array]:
+    """The parameters of one part by path; tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021)."""
+    path = f"{trainer.config.model.part_path(init.part)}/"
+    within = lambda tree: {one.removeprefix(path): leaf for one, leaf in by_path(tree).items() if one.startswith(path)}
+    wanted = within(trainer.blueprint.without_held)
     name = f"config.init_parts {init.part}={init.checkpoint}"
-    if wanted is None:
+    if not wanted:
         raise CheckpointError(
-            f"{name}: config.model has no part of that name; it has {', '.join(trainer.abstract_state.params)}"
+            f"{name}: config.model has no part of that name; it has {', '.join(trainer.blueprint.without_held)}"
         )
     if is_published(init.checkpoint):
         published = open_published(init.checkpoint, pickles=trainer.config.pickles)
         found = published.config.part(published.load_params(trainer.mesh), init.part)
     else:
-        found = load_run(init.checkpoint, trainer.mesh).params.get(init.part)
+        run = load_run(init.checkpoint, trainer.mesh)
+        found = run.config.model.part(run.params, init.part)
+        found = found and jax.jit(lambda part: dequantised(merged(part)))(found)
     if found is None:
         raise CheckpointError(f"{name}: this checkpoint has no part of that name")
-    boxes = by_path(
-        jax.tree.map(lambda box: box.names, trainer.blueprint.boxed[init.part], is_leaf=lambda x: isinstance(x, Named))
-    )
-    found, sizes = by_path(found), {path: leaf.shape for path, leaf in by_path(wanted).items()}
-    found = {path: _with_new_tokens(leaf, boxes.get(path, ()), sizes.get(path)) for path, leaf in found.items()}
-    _check(name, nested(found), wanted)
-    return nested(found)
+    names = {one: box.names for one, box in within(trainer.blueprint.boxed).items() if isinstance(box, Named)}
+    sizes = {one: leaf.shape for one, leaf in wanted.items()}
+    found = {one: _with_new_tokens(leaf, names.get(one, ()), sizes.get(one)) for one, leaf in by_path(found).items()}
+    _compare(name, found, wanted)
+    return found
 
 
 def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...] | None) -> jax.Array:
@@ -111,8 +128,16 @@ def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tupl
     return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis)], axis)
 
 
-def _check(name: str, params: Params, wanted: Params) -> None:
-    expected, found = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (wanted, params))
+def _check(name: str, params: Params, blueprint: Blueprint, *, taken: Collection[str]) -> None:
+    """Compares the shapes of parameters with those of the run; adapters that are not `taken` along begin anew."""
+    wanted = by_path(blueprint.without_held)
+    wanted |= by_path(only_adapters(unboxed(blueprint.boxed), taken))
+    _compare(name, by_path(params), wanted)
+
+
+def _compare(name: str, params: dict[str, Any], wanted: dict[str, Any]) -> None:
+    shapes = lambda leaves: {path: leaf.shape for path, leaf in leaves.items() if not path.endswith("/kernel_scale")}
+    expected, found = shapes(wanted), shapes(params)
     if expected != found:
         wrong = [path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path)]
         is_now, should = (shapes.get(wrong[0], "not there") for shapes in (found, expected))

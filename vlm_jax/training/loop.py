@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,19 @@ import jax
 import numpy as np
 
 from vlm_jax.config import RunConfig
-from vlm_jax.data.features import FeatureStore
-from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, eval_batches, tokens_of
+from vlm_jax.data.pipeline import eval_batches
 from vlm_jax.progress import human_rate, human_time
 from vlm_jax.sharding import make_mesh
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.evaluator import Evaluators, RunParts
-from vlm_jax.training.features import check_cacheable, features_of
+from vlm_jax.training.features import check_cacheable
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
-from vlm_jax.training.processors import build_processor
 from vlm_jax.training.report import Reporter, StepTimer, logged
 from vlm_jax.training.run_folder import LOG, seal, write_or_check_config, writing
-from vlm_jax.training.step import Trainer, TrainState, check_pictures, zeros_batch
+from vlm_jax.training.sets import DataSet, HeldOut, by_set, check_sets, open_sets, train_batches, with_features
+from vlm_jax.training.step import Trainer, TrainState, update_batches
 from vlm_jax.training.table import print_table
 
 
@@ -61,34 +59,26 @@ def train(config: RunConfig, workdir: str | Path) -> Result:
 
 
 def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
-    check_pictures(config)
+    check_sets(config)
     write_or_check_config(folder, config)
-    source, held_out = (build_source(config.data, split) for split in ("train", "eval"))
-    processor = build_processor(config.data, source, folder, pickles=config.pickles)
-    known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
-    if needed > known:
-        raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
-    data = {}
-    for name, of_split in {"train": source, "eval": held_out}.items():  # its errors are found before the model is made
-        store = tokens_of(config.data, processor, of_split)
-        check_same(store)
-        data[name] = store.meta["content"]
+    sets = open_sets(config, folder)  # their errors are found before the model is made
+    own = sets[0]
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
         if jax.process_index() == 0:
             print_table(trainer)
-        evaluators = Evaluators(RunParts(config=config, trainer=trainer, processor=processor, source=source, held_out=held_out))
+        evaluators = Evaluators(
+            RunParts(config=config, trainer=trainer, processor=own.processor, source=own.source, held_out=own.held_out)
+        )
         ranks = config.best_by or trainer.objective.checkpoint_metric
-        if config.data.cache_features:
+        if any(one.data.cache_features for one in config.data_sets):
             check_cacheable(trainer)
+        data = {name: store.meta["content"] for one in sets for name, store in one.stores.items()}
         checkpoints = Checkpoints(folder, config.keep_last, config.keep_best, ranks=ranks, data=data)
         state, start = first_state(trainer, checkpoints, folder)
         seal(folder)
-        features = {}
-        if config.data.cache_features:
-            both = {"train": source, "eval": held_out}
-            features = {split: features_of(trainer, state, of, processor=processor) for split, of in both.items()}
+        sets = [with_features(one, trainer, state) if one.config.data.cache_features else one for one in sets]
         reporter = Reporter(folder, start)
         run = _Run(
             config=config,
@@ -97,10 +87,7 @@ def _train(config: RunConfig, folder: Path, interrupt: Interrupt) -> Result:
             checkpoints=checkpoints,
             reporter=reporter,
             interrupt=interrupt,
-            processor=processor,
-            source=source,
-            held_out=held_out,
-            features=features,
+            sets=sets,
         )
         try:
             return run.go(state, start)
@@ -123,10 +110,7 @@ class _Run:
     checkpoints: Checkpoints
     reporter: Reporter
     interrupt: Interrupt
-    processor: Any
-    source: Any
-    held_out: Any
-    features: dict[str, FeatureStore]  # by split; of those that are not there the batches hold pixels
+    sets: list[DataSet]  # the first is `config.data`
     pending: list[Any] = dataclasses.field(default_factory=list)  # metrics still on the device, a step each
     lap: list[dict[str, float]] = dataclasses.field(default_factory=list)  # those since the last progress line
 
@@ -136,8 +120,7 @@ class _Run:
         done = f"resuming at step {start}" if start else "starting"
         todo = f"{config.steps - start} steps to go"
         self.reporter.say(f"{done}, {todo}; Ctrl-C saves and exits; run the same command again to resume")
-        features = self.features.get("train")
-        data = TrainBatches(config, self.processor, self.source, start=start, features=features, **_this_process())
+        data = train_batches(config, self.sets, start=start, **_this_process())
         self.interrupt.defer_signals()
         timer, metrics, step, saved = StepTimer(), {}, start, start
         try:
@@ -173,18 +156,18 @@ class _Run:
     def _compile(self, state: TrainState) -> tuple[int, Any]:
         """Model FLOPs of an update, and the update compiled, so that the first progress line already has the speed."""
         began = time.perf_counter()
-        config, trainer = self.config, self.trainer
-        batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
+        trainer = self.trainer
+        kinds = jax.eval_shape(lambda: update_batches(self.config))
         # The mathematics alone is counted: rematerialisation is work, but not the model's.
-        mathematics = functools.partial(trainer.gradients, reference=state.reference, recompute=False)
-        flops = count_flops(mathematics, state.trained, state.frozen, batch)
-        update = trainer.train_step.lower(state, batch).compile()
+        count = functools.partial(trainer.gradients_of_sets, reference=state.reference, recompute=False)
+        flops = sum(count_flops(count, state.trained, state.frozen, batch) for batch in kinds) // len(kinds)
+        updates = {jax.tree.structure(batch): trainer.train_step.lower(state, batch).compile() for batch in kinds}
         self.reporter.say(f"{human_rate(flops, 'FLOP')} a step; compiled in {human_time(time.perf_counter() - began)}")
-        return flops, update
+        return flops, lambda state, batch: updates[jax.tree.structure(batch)](state, batch)
 
     def _of_all(self, number: int) -> int:
         """Summed over the processes, where any may have some."""
-        if jax.process_count() == 1 or self.config.data.source.bad_lines == "error":
+        if jax.process_count() == 1 or all(one.data.source.bad_lines == "error" for one in self.config.data_sets):
             return number
         from jax.experimental import multihost_utils
 
@@ -196,28 +179,35 @@ class _Run:
         self.checkpoints.save(state, step, metrics or None)
 
     def evaluate(self, state: TrainState, step: int, *, whole: bool) -> dict[str, float]:
-        """Means over the held-out split, or over its first `eval_rows` rows."""
+        """Means over the held-out split of each set and of each member of a mixture, or over its first `eval_rows` rows."""
         began = time.perf_counter()
         rows = 0 if whole else self.config.eval_rows
-        totals: dict[str, float] = {}
-        for sums in self._eval_sums(state, rows):
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        means = self.trainer.objective.means({name: np.float64(total) for name, total in totals.items()})
-        metrics = {name: float(value) for name, value in means.items()}
+        metrics: dict[str, float] = {}
+        for one in self.sets:
+            found = {name: self._sums(state, one, part, rows) for name, part in one.held_out_parts.items()}
+            if len(found) > 1:
+                total = {name: sum(of[name] for of in found.values()) for name in next(iter(found.values()))}
+                found = {one.name: total} | found
+            for name, sums in found.items():
+                means = self.trainer.objective.means({key: np.float64(total) for key, total in sums.items()})
+                metrics |= {f"{name}/{key}" if name else key: float(value) for key, value in means.items()}
         self.reporter.record(step, metrics, "eval_")
         self.reporter.plot(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.reporter.flush()
         blank = " (every picture blanked)" if self.config.data.blank_images else ""
-        line, took = self.trainer.objective.evaluation_line(metrics), human_time(time.perf_counter() - began)
-        self.reporter.say(f"step {step}: {line}{blank}, in {took}")
+        took = human_time(time.perf_counter() - began)
+        for name, of_set in by_set(metrics).items():
+            line = self.trainer.objective.evaluation_line(of_set)
+            self.reporter.say(f"step {step}: {f'{name}: ' if name else ''}{line}{blank}, in {took}")
         return metrics
 
-    def _eval_sums(self, state: TrainState, rows: int) -> Iterator[dict[str, Any]]:
-        options = dict(max_rows=rows, features=self.features.get("eval"), **_this_process())
-        batches = eval_batches(self.config.data, self.processor, self.held_out, **options)
-        for batch in batches:
-            yield jax.device_get(self.trainer.eval_step(state, self.trainer.put(batch)))
+    def _sums(self, state: TrainState, one: DataSet, part: HeldOut, rows: int) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        options = dict(max_rows=rows, features=part.features, **_this_process())
+        for batch in eval_batches(one.config.data, one.processor, part.source, **options):
+            for name, value in jax.device_get(self.trainer.eval_step(state, self.trainer.put(batch))).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return totals
 
     def _flush(self, step: int) -> None:
         """Waits for the device, and writes a line for each step since the last time.
@@ -242,15 +232,23 @@ class _Run:
         """The progress line of the steps since the last one."""
         mesh, config, last, steps = self.trainer.mesh, self.config, self.lap[-1], len(self.lap)
         objective = self.trainer.objective
-        mean = {name: sum(value[name] for value in self.lap) / steps for name in last}
+        # Of a set that was not in every update, over those that it was in.
+        taken = {
+            name: [value[name] for value in self.lap if name in value]
+            for name in dict.fromkeys(key for of in self.lap for key in of)
+        }
+        mean = {name: sum(values) / len(values) for name, values in taken.items()}
         self.lap = []
-        examples, rate = mean[objective.examples_metric] * steps / seconds, flops * steps / seconds
+        of_sets = {name: of for name, of in by_set(mean).items() if objective.examples_metric in of}
+        seen = sum(sum(values) for name, values in taken.items() if name.rpartition("/")[2] == objective.examples_metric)
+        examples, rate = seen / seconds, flops * steps / seconds
         peak = peak_flops(mesh.devices.flat[0])
         share = f" ({rate / (peak * mesh.size):.1%} of peak)" if peak else ""
         skipped = f"  skipped {last['skipped']:.0f}" if last["skipped"] else ""
         skipped += f"  examples left out {left_out}" if left_out else ""
+        line = "  ".join(f"{f'{name}: ' if name else ''}{objective.training_line(of)}" for name, of in of_sets.items())
         self.reporter.say(
-            f"step {step:>{len(str(config.steps))}}/{config.steps}  {objective.training_line(mean)}  "
+            f"step {step:>{len(str(config.steps))}}/{config.steps}  {line}  "
             f"{human_rate(examples, ' examples/s')}  {human_rate(rate, 'FLOP/s')}{share}{skipped}  "
             f"left {human_time((config.steps - step) * seconds / steps)}"
         )

@@ -2,57 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
 
 from vlm_jax.batch import Batch
 from vlm_jax.config.register import Register
+from vlm_jax.paths import Params
 
 Array = jax.Array
 Sums = dict[str, Array]  # scalars; "loss" among them
 
 
-class Objective(Protocol):
+class Objective:
     """The training objective.
 
     Attributes:
       checkpoint_metric: evaluation metric that ranks checkpoints (higher is better).
       examples_metric: metric that counts the examples of a batch, for the reported speed.
-
-    An objective that compares with the parameters of the beginning (`objectives/preference.py`) has a method
-    `reference_of(trained)`, which gives the frozen copies that the state keeps and `sums` gets as `reference`; and
-    `describe_reference(trained)` and `check_start(trained)`, for the log of a run's start. One whose batches hold pairs of
-    answers has `reads_pairs = True`.
+      whole_batch: whether the losses of micro-batches do not add up. `sums` gets the whole batch then, and as `micro` how many
+        micro-batches `optimizer.accumulate` says it is to be computed in.
+      reads_pairs: whether a batch holds pairs of answers (`Batch.preference`).
     """
 
     checkpoint_metric: str
     examples_metric: str
+    whole_batch: bool = False
+    reads_pairs: bool = False
 
     def weight(self, batch: Batch) -> Array:
         """[] float32, at least 1: what the summed loss of the whole batch is divided by."""
-        ...
+        raise NotImplementedError
 
     def sums(self, model: nn.Module, params: Any, batch: Batch, *, recompute: bool = True) -> Sums:
         """Sums over the rows of a batch, so that those of several batches add up.
 
+        Also gets `micro` where `whole_batch`, and `reference` where `reference_of` gives any.
+
         Args:
           recompute: whether memory is saved by computing things twice.
         """
-        ...
+        raise NotImplementedError
 
     def means(self, sums: dict[str, Any]) -> dict[str, Any]:
         """The reported metrics of such sums; 0 if there is nothing to learn from."""
-        ...
+        raise NotImplementedError
 
     def training_line(self, metrics: dict[str, float]) -> str:
         """Formats training metrics for the progress line."""
-        ...
+        raise NotImplementedError
 
     def evaluation_line(self, metrics: dict[str, float]) -> str:
         """Formats evaluation metrics."""
-        ...
+        raise NotImplementedError
+
+    def reference_of(self, trained: Params) -> Params:
+        """Frozen copies of the parameters as a run begins with them, which its state keeps; {}: none."""
+        return {}
+
+    def describe_reference(self, trained: Params) -> str:
+        """The reference, for the log of a run's start; "": there is none."""
+        return ""
+
+    def check_start(self, trained: Params) -> None:
+        """Warns of parameters that a run should not begin with."""
+
+    def bound(self, trained: Params) -> Params:
+        """The trained parameters after an update, brought back within the bounds that they have."""
+        return trained
 
 
 # By the class of `RunConfig.objective`; each is made from its configuration.

@@ -16,13 +16,23 @@ import jax
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
 from vlm_jax.errors import DataError
-from vlm_jax.interop.files.folder import PACKAGE
+from vlm_jax.interop.files.folder import PACKAGE, find
 from vlm_jax.interop.files.settings import read_settings
 from vlm_jax.interop.published import open_processor, open_published
+from vlm_jax.processing.media import FittedMedia, PublishedMedia
+from vlm_jax.processing.pair import PairProcessor, caption_of, ended
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.recipe import RecipeProcessor, texts_of
 from vlm_jax.processing.templates import named_template
-from vlm_jax.processing.tokenizer import EOC, Tokenizer, TokenizerError, load_tokenizer, train_tokenizer
+from vlm_jax.processing.tokenizer import (
+    EOC,
+    Tokenizer,
+    TokenizerError,
+    load_fast,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 PROCESSOR, TOKENIZER = "processor", "tokenizer"
 TEMPLATE = "chat_template.jinja"  # the name that transformers reads
@@ -38,8 +48,7 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
     if config.processor:
         if not (folder / PROCESSOR).is_dir() and jax.process_index() == 0:
             published = open_published(config.processor, pickles=pickles, pad_to_square=config.pad_to_square)
-            if not published.processor.answers:
-                raise DataError(f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations")
+            _check_layout(config, published.processor)
             part = folder / f".{PROCESSOR}.part"
             published.keep_files(part)
             write_processing(config, part)
@@ -50,8 +59,26 @@ def build_processor(config: DataConfig, source: Source, folder: Path, *, pickles
             raise DataError(f"data.template={config.template}: {config.processor} reads no chat template: leave it out")
         return processor
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
-        _tokenizer(config, source).save(folder / TOKENIZER)
+        if config.layout == "pair":
+            save_tokenizer(_pair_tokenizer(config, source), folder / TOKENIZER)
+        else:
+            _tokenizer(config, source).save(folder / TOKENIZER)
     return run_processor(config, folder)
+
+
+def _check_layout(config: DataConfig, processor: Any) -> None:
+    """
+    Raises:
+      DataError: a processor of the other kind than the data's layout.
+    """
+    if processor.answers and config.layout == "pair":
+        raise DataError(f"data.processor={config.processor}: this checkpoint is no pair of encoders, as data.layout=pair needs")
+    if not processor.answers and config.layout != "pair":
+        raise DataError(
+            f"data.processor={config.processor}: this checkpoint is an encoder: it reads no conversations (data.layout=pair)"
+        )
+    if not processor.answers and not processor.has_text:
+        raise DataError(f"data.processor={config.processor}: this checkpoint has no text encoder")
 
 
 def write_processing(config: DataConfig, folder: Path) -> None:
@@ -83,9 +110,29 @@ def run_processor(config: DataConfig, folder: Path) -> Processor:
     Raises:
       TokenizerError, PublishedError: it is damaged.
     """
+    if config.layout == "pair":
+        return _pair_processor(config, folder)
     if config.processor:
         return open_processor(folder / PROCESSOR)
     return RecipeProcessor(load_tokenizer(folder / TOKENIZER, config.end), config)
+
+
+def _pair_processor(config: DataConfig, folder: Path) -> PairProcessor:
+    options = dict(length=config.tokens, truncates=config.too_long == "truncate", blind=config.blank_images)
+    if not config.processor:
+        media = FittedMedia(config.image_size, fit=config.image_fit, tile_tokens=0, blank=config.blank_images)
+        return PairProcessor(load_fast(folder / TOKENIZER), media, **options)
+    hf_processor = open_processor(folder / PROCESSOR).hf_processor
+    media = PublishedMedia(hf_processor.image_processor, side=config.image_size, tile_tokens=0)
+    return PairProcessor(hf_processor.tokenizer, media, **options)
+
+
+def _pair_tokenizer(config: DataConfig, source: Source) -> Any:
+    """The text tower's own tokenizer, or one that is trained on the captions."""
+    if config.tokenizer == "train":
+        return ended(train_tokenizer(_texts(config, source), config.vocab_size).hf_tokenizer)
+    packaged = config.tokenizer.startswith(PACKAGE)
+    return load_fast(find(config.tokenizer) if packaged else config.tokenizer)
 
 
 def _wait() -> None:
@@ -113,7 +160,7 @@ def _texts(config: DataConfig, source: Source) -> Iterator[str]:
                 raise
             continue  # it is reported where the data are tokenised
         for conversation in conversations:
-            yield from texts_of(conversation, config)
+            yield from [caption_of(conversation)] if config.layout == "pair" else texts_of(conversation, config)
 
 
 def read_tokenizer(name: str | Path, end: str) -> Tokenizer:

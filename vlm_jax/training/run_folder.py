@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 
 from vlm_jax.config import RunConfig
-from vlm_jax.config_dict import from_dict, to_dict
+from vlm_jax.config_dict import from_dict, to_dict, to_named_dict
 from vlm_jax.files import CHECKSUMS, JsonError, check_checksums, lock, parse_json, read_regular, write_checksums
 from vlm_jax.training.processors import PROCESSOR, TOKENIZER
 
@@ -83,7 +84,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     for key in sorted(old.keys() | new.keys()):
         name = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
-        if name in MAY_CHANGE_ON_RESUME or before == after:
+        of_any = re.sub(r"^data\.source\.members\.[^.]+\.", "data.", re.sub(r"^accumulated\.[^.]+\.", "", name))
+        if of_any in MAY_CHANGE_ON_RESUME or before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{name}.")
@@ -123,11 +125,10 @@ def write_or_check_config(folder: Path, config: RunConfig) -> None:
       CheckpointError: the run was started with another configuration; the message shows the difference.
     """
     path = folder / "config.json"
-    as_json = lambda config: json.loads(json.dumps(to_dict(config)))
-    new = as_json(config)
+    named = lambda config: json.loads(json.dumps(to_named_dict(config)))
     if path.exists():
         # Fields that an older version did not have are at their defaults.
-        changed = differences(as_json(read_config(folder)), new)
+        changed = differences(named(read_config(folder)), named(config))
         if changed:
             raise CheckpointError(
                 f"{folder} was started with another configuration:\n  " + "\n  ".join(changed) + "\n"
@@ -137,7 +138,7 @@ def write_or_check_config(folder: Path, config: RunConfig) -> None:
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(new, indent=2) + "\n")
+        part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         part.rename(path)
 
 

@@ -14,14 +14,17 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import AugmentConfig, RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
-from vlm_jax.paths import Params, by_path, nested
+from vlm_jax.paths import Params, by_path
 from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import batch_sharding, batch_shards, unboxed
+from vlm_jax.training.adapters import with_dropout
 from vlm_jax.training.objective import OBJECTIVES, Objective
 from vlm_jax.training.optimizer import make_optimizer, schedule
-from vlm_jax.training.params import Blueprint, merge, split, stored, trained_rows
+from vlm_jax.training.params import Blueprint, merge, split, trained_rows
 
 Array = jax.Array
+# Of one update: a batch; where several sets are accumulated, that of each, None of those that are not in this update.
+Batches = Batch | tuple[Batch | None, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +48,18 @@ class TrainState:
 
 def zeros_batch(config: RunConfig, rows: int) -> Batch:
     """A batch of the run's shapes with nothing in it."""
-    vision = config.model.vision
-    features = (vision.frame_features, vision.width) if config.data.cache_features else None
+    features = config.model.cached_features if config.data.cache_features else None
     return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows, features=features)))
+
+
+def update_batches(config: RunConfig) -> list[Batches]:
+    """Of each kind of update of a run, batches with nothing in them: one kind, or with round robin one a set."""
+    made = tuple(zeros_batch(dataclasses.replace(config, data=one.data), one.data.rows) for one in config.data_sets)
+    if len(made) == 1:
+        return [made[0]]
+    if config.sets == "accumulate":
+        return [made]
+    return [tuple(batch if number == turn else None for number, batch in enumerate(made)) for turn in range(len(made))]
 
 
 def check_pictures(config: RunConfig) -> None:
@@ -70,11 +82,26 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
     if data.processor and (data.augment != AugmentConfig() or data.blank_images):
         raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    if data.share_prefix and model.has_vision and model.fusion.prefix_lm:
+        raise ValueError("config.data.share_prefix: in a prefix-LM the images see the question behind them: set it to False")
+    if data.share_prefix and getattr(getattr(model.language.positions, "scaling", None), "by_length", False):
+        raise ValueError("config.data.share_prefix: these rotary positions depend on a sequence's length: set it to False")
+    if data.share_prefix and data.next_image:
+        raise ValueError("config.data.share_prefix: next_image is drawn for each sequence: set one of them to its default")
+    if data.pairs and getattr(data.source, "members", ()):
+        raise ValueError("config.data.pairs: pairs of answers are of one source, not of a mixture: write them into one file")
+    for name in ("next_image", "leading_space"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"config.data.{name}={getattr(data, name)}: expected a probability, from 0 to 1")
+    if data.next_image and needed:
+        raise ValueError("config.data.next_image is for cross-attention: visual tokens in the sequence stand where they stand")
+    if data.processor and (data.learned != "all" or data.leading_space):
+        raise ValueError("config.data.learned and leading_space are for recipes: config.data.processor has its own template")
     if data.pad_to_square and not data.processor:
         raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
     if data.template and not data.processor:
         raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
-    pairs = getattr(OBJECTIVES[type(config.objective)], "reads_pairs", False)
+    pairs = OBJECTIVES[type(config.objective)].reads_pairs
     if data.pairs != pairs:
         raise ValueError(f"config.data.pairs={data.pairs}: the objective {config.objective.kind!r} needs {pairs}")
 
@@ -89,15 +116,17 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         shards = batch_shards(mesh)
         accumulate = config.optimizer.accumulate
-        if config.data.rows % (shards * accumulate):
-            raise ValueError(
-                f"config.data.rows={config.data.rows} does not divide into data*fsdp={shards} shares of "
-                f"accumulate={accumulate} micro-batches"
-            )
+        for one in config.data_sets:
+            if one.data.rows % (shards * accumulate):
+                where = f"config.accumulated.{one.name}.data" if one.name else "config.data"
+                raise ValueError(
+                    f"{where}.rows={one.data.rows} does not divide into data*fsdp={shards} shares of "
+                    f"accumulate={accumulate} micro-batches"
+                )
         self.config, self.mesh = config, mesh
         self.model = module_of(config.model)(config.model, compute_dtype(config.dtype), config.remat)
         self.objective: Objective = OBJECTIVES[type(config.objective)](config.objective)
-        self.blueprint = Blueprint.of(self.model, config.optimizer.rules, mesh)
+        self.blueprint = Blueprint.of(self.model, config.optimizer.rules, mesh, config.adapters)
         self.rules = self.blueprint.rules
         self.optimizer = make_optimizer(config.optimizer, self.rules, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
@@ -121,22 +150,18 @@ class Trainer:
         """A fresh state around given parameters (of another run, or converted)."""
         return jax.jit(self._state_of, out_shardings=self.shardings)(params)
 
-    def put(self, batch: Batch) -> Batch:
-        """This process's rows -> its shards of the global batch."""
+    def put(self, batch: Batches) -> Batches:
+        """This process's rows -> its shards of the global batch or batches."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
 
     def _init(self, key: Array) -> TrainState:
         return self._state_of(unboxed(self.model.init(key, *self.model.example())["params"]))
 
     def _state_of(self, params: Params) -> TrainState:
-        params = nested({path: stored(path, leaf, self.rules) for path, leaf in by_path(params).items()})
+        params = self.blueprint.hold(params, jax.random.key(self.config.seed))
         trained, frozen = split(params, self.rules)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero, self._reference(trained))
-
-    def _reference(self, trained: Params) -> Params:
-        copied = getattr(self.objective, "reference_of", None)
-        return copied(trained) if copied else {}
+        return TrainState(zero, trained, frozen, self.optimizer.init(trained), zero, zero, self.objective.reference_of(trained))
 
     def _shardings(self) -> TrainState:
         trained, frozen = split(self.blueprint.shardings, self.rules)
@@ -146,24 +171,39 @@ class Trainer:
         return TrainState(replicated, trained, frozen, opt_state, replicated, replicated, reference)
 
     def gradients(
-        self, trained: Params, frozen: Params, batch: Batch, *, reference: Params | None = None, recompute: bool = True
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        *,
+        step: Array | None = None,
+        reference: Params | None = None,
+        recompute: bool = True,
     ) -> tuple[dict[str, Array], Params]:
         """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches.
 
         Args:
+          step: of which the dropout of adapters is; None: without dropout.
           reference: of the state.
           recompute: False: without rematerialisation, to count the mathematics alone.
         """
         weight = self.objective.weight(batch)
         model = self.model if recompute else self.model.clone(remat="none")
+        micro = self.config.optimizer.accumulate
+        options: dict[str, Any] = {"reference": reference} if reference else {}
+        if self.objective.whole_batch:
+            options, micro = options | {"micro": micro}, 1
 
-        def loss(trained: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
-            sums = self.objective.sums(model, merge(trained, frozen), part, recompute=recompute, **self._compared(reference))
+        def loss(trained: Params, part: Batch, number: Array | int = 0) -> tuple[Array, dict[str, Array]]:
+            params = merge(trained, frozen)
+            if step is not None:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
+                params = with_dropout(params, self.config.adapters, key)
+            sums = self.objective.sums(model, params, part, recompute=recompute, **options)
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
 
         grad = jax.grad(loss, has_aux=True)
-        micro = self.config.optimizer.accumulate
         if micro == 1:
             gradients, sums = grad(trained, batch)
             return sums, gradients
@@ -171,23 +211,61 @@ class Trainer:
         # Every device keeps its own rows: micro-batch `a` takes rows a, a + A, a + 2A, ...
         parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad(trained, part)), None
+        def add(total: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad(trained, *numbered)), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, batch))
-        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
+        (gradients, sums), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(micro)))
         return sums, gradients
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        sums, gradients = self.gradients(state.trained, state.frozen, batch, reference=state.reference)
+    def gradients_of_sets(
+        self, trained: Params, frozen: Params, batches: Batches, **options: Any
+    ) -> tuple[dict[str, dict[str, Array]], Params]:
+        """Of one update: the sums of each set by its name, and the gradient of the weighted sum of their mean losses.
+
+        Flamingo (Alayrac et al. 2022, section 2.4): sum_m lambda_m * loss_m, each over its own batch.
+
+        Args:
+          options: of `gradients`.
+        """
+        if not isinstance(batches, tuple):
+            sums, gradients = self.gradients(trained, frozen, batches, **options)
+            return {"": sums}, gradients
+        sums, total = {}, None
+        for one, batch in zip(self.config.data_sets, batches, strict=True):
+            if batch is None:
+                continue
+            if total is not None:
+                # One set after the other, so that the activations of one are in memory at a time.
+                total, batch = jax.lax.optimization_barrier((total, batch))
+            sums[one.name], gradients = self.gradients(trained, frozen, batch, **options)
+            weighted = jax.tree.map(lambda leaf, weight=one.weight: weight * leaf, gradients)
+            total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
+        return sums, total
+
+    def _means(self, sums: dict[str, dict[str, Array]]) -> dict[str, Array]:
+        """The metrics of each set, as `NAME/METRIC`, and those of `config.data` without a name."""
+        means = {name: self.objective.means(of_set) for name, of_set in sums.items()}
+        metrics = {f"{name}/{key}" if name else key: value for name, of in means.items() for key, value in of.items()}
+        if self.config.accumulated:
+            metrics["weighted_loss"] = sum(
+                one.weight * means[one.name]["loss"] for one in self.config.data_sets if one.name in means
+            )
+        return metrics
+
+    def _train_step(self, state: TrainState, batch: Batches) -> tuple[TrainState, dict[str, Array]]:
+        options = dict(step=state.step, reference=state.reference)
+        sums, gradients = self.gradients_of_sets(state.trained, state.frozen, batch, **options)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        updated = self.objective.bound(optax.apply_updates(state.trained, updates))
+        losses = sum(of_set["loss"] for of_set in sums.values())
+        finite = jnp.isfinite(norm) & jnp.isfinite(losses)
         choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad = (~finite).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
-            trained=choose(optax.apply_updates(state.trained, updates), state.trained),
+            trained=choose(updated, state.trained),
             frozen=state.frozen,
             opt_state=choose(opt_state, state.opt_state),
             skipped=state.skipped + bad,
@@ -195,7 +273,7 @@ class Trainer:
             reference=state.reference,
         )
         updates_done = state.step - state.skipped
-        metrics = self.objective.means(sums) | {
+        metrics = self._means(sums) | {
             "gradient_norm": norm,
             "lr": self.schedule(updates_done),
             "skipped": new.skipped,
@@ -204,10 +282,8 @@ class Trainer:
         return new, metrics
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        return self.objective.sums(self.model, state.params, batch, **self._compared(state.reference))
-
-    def _compared(self, reference: Params | None) -> dict[str, Params]:
-        return {"reference": reference} if hasattr(self.objective, "reference_of") else {}
+        compared = {"reference": state.reference} if state.reference else {}
+        return self.objective.sums(self.model, state.params, batch, **compared)
 
 
 def _like_parameters(state: Any, of_params: dict[str, Any], *, otherwise: Any) -> Any:

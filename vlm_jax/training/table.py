@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_jax.config import ParamRule
+from vlm_jax.layers.lora import PATH
 from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 
@@ -46,12 +47,14 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
         sharding, shards = _sharding(placement.spec, mesh)
         rate = 0.0 if rule.frozen else rule.lr * config.lr
         decay = 0.0 if rule.frozen else rule.decay * config.weight_decay
-        row = rows[(path.split("/")[0], _status(rule), str(leaf.dtype), rate, decay)]
-        size = math.prod(leaf.shape)
-        row["count"] += size
+        part, scales, size = path.split("/")[0], path.endswith("/kernel_scale"), math.prod(leaf.shape)
+        if found := PATH.fullmatch(path):
+            part = f"{part} lora/{found['name']}"
+        row = rows[(part, _status(rule), "int8" if scales else str(leaf.dtype), rate, decay)]
+        row["count"] += 0 if scales else size  # an int8 kernel's scales are no parameters of the model, but bytes
         # Parameters, and for trained ones the gradient and Adam's two moments.
         row["bytes"] += size * np.dtype(leaf.dtype).itemsize * (1 if rule.frozen else 4) / shards
-        row["sharding"][sharding] += size
+        row["sharding"][sharding] += 0 if scales else size
         for reason in placement.replicated:
             reasons[f"{path.split('/')[0]}: {reason}"] += 1
     for path, leaf in by_path(state.reference).items():
@@ -73,8 +76,8 @@ def start_table(trainer: Trainer) -> tuple[Table, list[str]]:
     total = sum(row["count"] for row in rows.values())
     table.add_row("all", f"{total:,}", "", "", "", "", "", _bytes(sum(row["bytes"] for row in rows.values())))
     notes = [f"replicated, {reason} ({count} arrays)" for reason, count in sorted(reasons.items())]
-    if hasattr(trainer.objective, "describe_reference"):
-        notes.append(trainer.objective.describe_reference(state.trained))
+    if described := trainer.objective.describe_reference(state.trained):
+        notes.append(described)
     return table, notes
 
 

@@ -6,7 +6,8 @@ of the next image, and without any marker all images come before the first turn.
     {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 
-The first turn may be from "system". A single marker in a human turn is moved before its text.
+The first turn may be from "system". A single marker in a human turn is moved before its text. A turn of gpt before the first
+human one is left out, as LLaVA's own `preprocess` does.
 
 An OpenAI-style list of messages (`processing/conversation.py`); the assistant's turns are learned::
 
@@ -37,6 +38,12 @@ TRL's, a prompt and two answers as messages, or the prompt in front of each::
 
 Their pictures may also be {"bytes": base64, "path": ...}, as Hugging Face writes a data set to JSON.
 
+OBELICS' and MMC4's documents are read as they are (`vlm_jax/data/documents.py`).
+
+A video is a file under `video` (or `videos`), its place marked by `<video>` or `<image>`; in messages a part
+{"type": "video", "video": "a.mp4"}; in interleaved content {"video": "a.mp4"}. At most `data.frames` frames are read of it,
+`data.video_rate` a second (`processing/video.py`).
+
 Paths are relative to `image_root`, or to the file's folder. A `.json` file with a list of such records also works. In an
 interleaved text, `<image>` is plain text.
 """
@@ -44,6 +51,7 @@ interleaved text, `<image>` is plain text.
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import json
 import os
@@ -58,9 +66,10 @@ import numpy as np
 
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.example import SOURCES, Example, Source, Split
-from vlm_jax.data.jsonl_record import Record, as_json
-from vlm_jax.errors import DataError, RecordError, RequestError
+from vlm_jax.data.jsonl_record import Record, Video
+from vlm_jax.errors import DataError, ImageError, RecordError, RequestError, as_json
 from vlm_jax.files import JsonError, open_regular, parse_json
+from vlm_jax.processing.video import sampled_frames
 
 BLOCK = 16 << 20  # bytes of a file that are read at once
 
@@ -68,17 +77,20 @@ BLOCK = 16 << 20  # bytes of a file that are read at once
 class JsonLinesSource(Source):
     """One example per record. Only the offsets of the records are kept; records are read on demand."""
 
-    def __init__(self, path: str | Path, image_root: str | Path, *, cache_dir: str | Path):
+    def __init__(
+        self, path: str | Path, image_root: str | Path, *, cache_dir: str | Path, video: Video = sampled_frames
+    ) -> None:
         """Reads through the file once for its fingerprint, and for the record index if there is none yet.
 
         Args:
           image_root: where paths of pictures begin; "": the file's folder.
           cache_dir: folder for the record index.
+          video: the frames that are read of a video's file.
 
         Raises:
           DataError: a missing or empty file, or a .json file that is not a list.
         """
-        self._path = Path(path).expanduser()
+        self._path, self._video = Path(path).expanduser(), video
         self._root = Path(image_root).expanduser() if image_root else self._path.parent
         try:
             with open_regular(self._path) as file:
@@ -143,8 +155,8 @@ class JsonLinesSource(Source):
     def _parse(self, raw: bytes, line: int) -> Example:
         where = f"{self._path}:{line}"
         try:
-            return Record(where, parse_json(raw), self._picture).example()
-        except (JsonError, RecordError, RequestError) as error:
+            return Record(where, parse_json(raw), self._picture, self._video).example()
+        except (JsonError, RecordError, RequestError, ImageError) as error:
             raise DataError(f"{where}: {error}") from None
 
     def _picture(self, path: Any) -> str:
@@ -242,4 +254,5 @@ def open_json_lines(config: DataConfig, split: Split) -> JsonLinesSource:
     path = getattr(config.source, split)
     if not path:
         raise DataError(f"data.source.{split} is empty: set --config.data.source.{split} to a JSON-lines file")
-    return JsonLinesSource(path, config.source.image_root, cache_dir=config.cache_dir)
+    video = functools.partial(sampled_frames, rate=config.video_rate, most=config.frames)
+    return JsonLinesSource(path, config.source.image_root, cache_dir=config.cache_dir, video=video)

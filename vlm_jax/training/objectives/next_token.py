@@ -14,14 +14,14 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import NextTokenConfig
 from vlm_jax.ops.experts import load_balance
 from vlm_jax.sharding import shards
-from vlm_jax.training.objective import OBJECTIVES, Sums
+from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
 
 Array = jax.Array
 Scores = tuple[Array, Array]  # [B, T]: float32 negative log-likelihood of the target, and bool, whether it is the likeliest
 
 
 @OBJECTIVES.add(NextTokenConfig)
-class NextToken:
+class NextToken(Objective):
     """`loss` and `token_accuracy` a token, `accuracy` a sequence: whether greedy decoding gives exactly its learned tokens."""
 
     checkpoint_metric, examples_metric = "accuracy", "sequences"
@@ -37,7 +37,9 @@ class NextToken:
         head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
         vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
         most = self.config.logits_mib * 2**20 if recompute else None
-        scores = chunked_scores(lambda x: head(params, x), hidden, batch.targets, vocabulary=vocabulary, most=most)
+        learned = batch.weights > 0
+        of = dict(learned=learned, vocabulary=vocabulary, most=most)
+        scores = chunked_scores(lambda x: head(params, x), hidden, batch.targets, **of)
         sums = sums_of(*scores, batch)
         if self.config.router_loss:
             balance = load_balance(layers["router_logits"], batch.segments > 0, model.config.language.block.experts.chosen)
@@ -68,34 +70,50 @@ def scores_of(logits: Array, targets: Array) -> Scores:
     return nll, jnp.argmax(logits, axis=-1) == targets
 
 
-def chunked_scores(
-    head: Callable[[Array], Array], hidden: Array, targets: Array, *, vocabulary: int, most: int | None
-) -> Scores:
-    """`scores_of(head(hidden), targets)`, of so many tokens at a time that a device's logits stay below `most` bytes.
+CHUNKS = 8  # at least: what no row learns is left out by whole chunks
 
-    In the backward pass the logits of a chunk are computed again, so that no array [B, T, V] is ever made.
+
+def chunked_scores(
+    head: Callable[[Array], Array], hidden: Array, targets: Array, *, learned: Array, vocabulary: int, most: int | None
+) -> Scores:
+    """`scores_of(head(hidden), targets)` where `learned`, elsewhere 0 and False: the head is applied to nothing else.
+
+    The learned tokens of each row come first, and are scored a chunk at a time until no row has any. Where all logits of a
+    device would take more than `most` bytes, the chunks are small enough, and their logits are computed again in the backward
+    pass, so that no array [B, T, V] is ever made.
 
     Args:
       head: [B, chunk, D] -> [B, chunk, V] float32.
-      hidden: [B, T, D]; targets: [B, T].
-      most: None: all at once.
+      hidden: [B, T, D]; targets: [B, T]; learned: [B, T] bool.
+      most: None: all at once, as mathematics.
     """
+    if most is None:
+        nll, hit = scores_of(head(hidden), targets)
+        return jnp.where(learned, nll, 0.0), hit & learned
     rows, tokens = targets.shape
     of_token = 4 * (-(-rows // shards("batch", rows))) * (-(-vocabulary // shards("vocab", vocabulary)))
-    size = tokens if most is None else max(1, most // of_token)
-    if size >= tokens:
-        return scores_of(head(hidden), targets)
-    chunks = -(-tokens // size)
+    chunks = max(-(-tokens // max(1, most // of_token)), min(CHUNKS, tokens))
     size = -(-tokens // chunks)
+    order = jnp.argsort(~learned, axis=1, stable=True)
+    used = jnp.max(jnp.sum(learned, axis=1))
 
     def split(x: Array) -> Array:
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
         padded = jnp.pad(x, ((0, 0), (0, chunks * size - tokens), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(padded.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
 
-    scored = jax.checkpoint(lambda part: scores_of(head(part[0]), part[1]), prevent_cse=False)
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :tokens]
-    nll, hit = jax.lax.map(scored, (split(hidden), split(targets)))
-    return join(nll), join(hit)
+    def scored(chunk: tuple[Array, Array, Array]) -> Scores:
+        number, hidden, targets = chunk
+        none = lambda hidden, targets: (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool))
+        some = lambda hidden, targets: scores_of(head(hidden), targets)
+        return jax.lax.cond(number * size < used, some, none, hidden, targets)
+
+    if of_token * tokens > most:
+        scored = jax.checkpoint(scored, prevent_cse=False)
+    nll, hit = jax.lax.map(scored, (jnp.arange(chunks), split(hidden), split(targets)))
+    place = jnp.argsort(order, axis=1)
+    join = lambda x: jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :tokens], place, axis=1)
+    return jnp.where(learned, join(nll), 0.0), join(hit) & learned
 
 
 def sums_of(nll: Array, hit: Array, batch: Batch) -> Sums:

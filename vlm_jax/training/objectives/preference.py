@@ -22,31 +22,26 @@ import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import PreferenceConfig
+from vlm_jax.layers.lora import PATH, without_adapters
 from vlm_jax.ops.preference import dpo_loss, pair_log_probs
 from vlm_jax.paths import Params, by_path, nested
-from vlm_jax.training.objective import OBJECTIVES, Sums
+from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
 from vlm_jax.training.objectives.next_token import chunked_scores
 
 Array = jax.Array
 log = logging.getLogger(__name__)
 
 Answers = tuple[Array, Array, Array, Array]  # of `pair_log_probs`
-ADAPTERS = "lora"  # the subtrees beside a kernel that hold its adapters: .../query/lora/NAME/{a,b,scale}
 MEANS = ("margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob")
 
 
 def adapters_of(path: str) -> bool:
     """Whether a parameter belongs to an adapter."""
-    return ADAPTERS in path.split("/")
-
-
-def without_adapters(params: Params) -> Params:
-    """The parameters without every subtree called `lora`: the base model."""
-    return nested({path: leaf for path, leaf in by_path(params).items() if not adapters_of(path)})
+    return PATH.fullmatch(path) is not None
 
 
 @OBJECTIVES.add(PreferenceConfig)
-class Preference:
+class Preference(Objective):
     """Means over pairs: `loss`; `reward_accuracy`, how often the chosen answer has the higher reward; `margin` of the rewards.
 
     A reward is beta times the log-ratio of the policy and the reference.
@@ -123,8 +118,10 @@ class Preference:
         head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
         vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
         most = self.config.logits_mib * 2**20 if recompute else None
-        nll, _ = chunked_scores(lambda x: head(params, x), hidden, batch.targets, vocabulary=vocabulary, most=most)
-        return pair_log_probs(nll, batch.weights > 0, batch.preference, pairs=_most_pairs(batch))
+        learned = batch.weights > 0
+        of = dict(learned=learned, vocabulary=vocabulary, most=most)
+        nll, _ = chunked_scores(lambda x: head(params, x), hidden, batch.targets, **of)
+        return pair_log_probs(nll, learned, batch.preference, pairs=_most_pairs(batch))
 
     def sums_of(self, policy: Answers, base: Answers | None, batch: Batch) -> Sums:
         """Sums over the pairs of a batch.

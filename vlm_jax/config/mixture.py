@@ -1,0 +1,49 @@
+"""Several data sets in one run: mixed into one stream (`MixtureConfig`), or each with batches of its own (`SetConfig`)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from vlm_jax.config.data import DataConfig, SourceConfig
+from vlm_jax.config.frozen import frozen
+
+
+@frozen
+class MemberConfig:
+    """A source in a mixture; on the command line `--config.data.source.members.NAME.weight=2`."""
+
+    by_name: ClassVar[bool] = True
+    name: str
+    source: SourceConfig
+    weight: float = 1.0
+    evaluate: bool = True  # whether there are held-out examples of it; False: none are looked for
+
+
+@frozen
+class MixtureConfig(SourceConfig):
+    """Several sources in one stream of rows, which share their prompts, their processor and what a row takes.
+
+    An example is drawn again only when all others of its member were. Tokens are kept a member: another weight costs no
+    tokenising. The order of the members says nothing.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    members: tuple[MemberConfig, ...]
+    # What a weight means. "epochs": how often a member is seen in an epoch of the mixture, 0.25 a quarter of its examples and
+    # the next quarter in the next epoch. "share": its share of the examples in a row's stream, relative to the other weights.
+    weights: Literal["epochs", "share"] = "epochs"
+    bad_lines: Literal["error", "skip"] = "error"  # of all members; theirs stay "error"
+
+
+@frozen
+class SetConfig:
+    """A data set that is learned beside `RunConfig.data`, with batches of its own number and shape of rows.
+
+    On the command line: `--config.accumulated.NAME.data.source.train=pairs.jsonl`.
+    """
+
+    by_name: ClassVar[bool] = True
+    name: str
+    data: DataConfig  # of the same tokenizer or processor as the run's own
+    weight: float  # of its mean loss in an update; that of `RunConfig.data` has 1
+    evaluate: bool = True  # whether there are held-out examples of it

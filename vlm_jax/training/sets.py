@@ -1,0 +1,204 @@
+"""The data sets of a run: its own, those that are accumulated beside it, and their held-out parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.batch import Batch
+from vlm_jax.config import RunConfig
+from vlm_jax.data.example import Source
+from vlm_jax.data.features import FeatureStore
+from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, tokens_of
+from vlm_jax.data.store import TokenStore
+from vlm_jax.processing.processor import Processor
+from vlm_jax.training.features import features_of
+from vlm_jax.training.processors import build_processor, run_processor
+from vlm_jax.training.step import Batches, Trainer, TrainState, check_pictures
+
+SAME = ("processor", "template", "pad_to_square", "tokenizer", "vocab_size", "end")  # in all sets of a run
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What an evaluation reads."""
+
+    source: Source
+    features: FeatureStore | None = None  # in the place of pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A set of a run, opened."""
+
+    name: str  # "": the run's own
+    config: RunConfig  # with the set's data as its `data`
+    processor: Processor
+    source: Source
+    held_out: Source | None  # None: it is not evaluated
+    held_out_parts: dict[str, HeldOut]  # by the name of its metrics: the set, or of a mixture SET/MEMBER each
+    stores: dict[str, TokenStore]  # by split, "NAME/train"
+    features: FeatureStore | None = None  # of `source`, in the place of pixels
+
+
+def check_sets(config: RunConfig) -> None:
+    """Checks what can be known of the sets before they are opened.
+
+    Raises:
+      ValueError: names, weights, or what must be the same in all sets; pictures prepared otherwise than the model reads them.
+    """
+    check_pictures(config)
+    names = [one.name for one in config.accumulated]
+    for one in config.accumulated:
+        where = f"config.accumulated.{one.name}"
+        if not NAME.fullmatch(one.name) or names.count(one.name) > 1:
+            raise ValueError(f"{where}: expected names of letters, digits, '_' and '-', each once")
+        if not 0 < one.weight < float("inf"):
+            raise ValueError(f"{where}.weight={one.weight}: expected a number above 0; leave the set out instead of 0")
+        for field in SAME:
+            found, expected = getattr(one.data, field), getattr(config.data, field)
+            if found != expected:
+                raise ValueError(f"{where}.data.{field}={found!r}: the sets of a run share it; config.data has {expected!r}")
+        try:
+            check_pictures(dataclasses.replace(config, data=one.data))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def open_sets(config: RunConfig, folder: Path) -> list[DataSet]:
+    """All sets of a run, the run's own first. A tokenizer that is trained reads the texts of that one.
+
+    Args:
+      folder: of the run, which keeps the processor.
+
+    Raises:
+      DataError: data that cannot be read or are not right; ValueError: a tokenizer larger than the model's vocabulary.
+    """
+    opened: list[DataSet] = []
+    for one in config.data_sets:
+        source = build_source(one.data, "train")
+        held_out = build_source(one.data, "eval") if one.evaluate else None
+        if opened:
+            processor = run_processor(one.data, folder)
+        else:
+            processor = build_processor(one.data, source, folder, pickles=config.pickles)
+            known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
+            if needed > known:
+                raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
+        stores = {}
+        for split, of_split in {"train": source, "eval": held_out}.items():
+            if of_split is not None:
+                store = tokens_of(one.data, processor, of_split)
+                check_same(store)
+                stores[f"{one.name}/{split}" if one.name else split] = store
+        opened.append(
+            DataSet(
+                name=one.name,
+                config=dataclasses.replace(config, data=one.data),
+                processor=processor,
+                source=source,
+                held_out=held_out,
+                held_out_parts={name: HeldOut(source=part) for name, part in _parts(one.name, held_out).items()},
+                stores=stores,
+            )
+        )
+    return opened
+
+
+def _parts(name: str, held_out: Source | None) -> dict[str, Source]:
+    if held_out is None:
+        return {}
+    members = getattr(held_out, "members", {})
+    if len(members) < 2:
+        return {name: held_out}
+    return {f"{name}/{member}" if name else member: source for member, source in members.items()}
+
+
+def evaluated(config: RunConfig) -> list[str]:
+    """The names in the metrics of evaluations: "" of the run's own set, those of the others, and of the members of mixtures."""
+    names: list[str] = []
+    for one in config.data_sets:
+        if one.evaluate:
+            members = [member.name for member in getattr(one.data.source, "members", ()) if member.evaluate]
+            inner = [f"{one.name}/{member}" if one.name else member for member in members] if len(members) > 1 else []
+            names += [one.name, *inner]
+    return names
+
+
+def with_features(one: DataSet, trainer: Trainer, state: TrainState) -> DataSet:
+    """The set with the features of its pictures in the place of pixels.
+
+    Raises:
+      DataError: as `features_of`.
+    """
+    of = lambda source: features_of(trainer, state, source, processor=one.processor, data=one.config.data)
+    parts = {name: HeldOut(source=part.source, features=of(part.source)) for name, part in one.held_out_parts.items()}
+    return dataclasses.replace(one, features=of(one.source), held_out_parts=parts)
+
+
+def by_set(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{"loss": 1, "ltip/loss": 2} -> {"": {"loss": 1}, "ltip": {"loss": 2}}: metrics by the names of their sets or members."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        of, _, metric = name.rpartition("/")
+        found.setdefault(of, {})[metric] = value
+    return found
+
+
+def train_batches(config: RunConfig, sets: list[DataSet], *, start: int, **process: int) -> TrainBatches | SetBatches:
+    """What a run trains on from step `start` on, to be closed.
+
+    Args:
+      process: `process_index` and `process_count`, as in TrainBatches.
+    """
+    if len(sets) == 1:
+        (own,) = sets
+        return TrainBatches(config, own.processor, own.source, start=start, features=own.features, **process)
+    return SetBatches(config, sets, start=start, **process)
+
+
+class SetBatches:
+    """A batch of each set an update; with round robin of one of them, in turn. It goes on at any step, as TrainBatches does."""
+
+    def __init__(self, config: RunConfig, sets: list[DataSet], *, start: int, **process: int) -> None:
+        self.position, self._steps, self._in_turn = start, config.steps, config.sets == "round_robin"
+        self._batches: list[TrainBatches] = []
+        for number, one in enumerate(sets):
+            of_set = dataclasses.replace(one.config, steps=self._before(config.steps, number, len(sets)))
+            first = self._before(start, number, len(sets))
+            arguments: dict[str, Any] = dict(start=first, features=one.features, **process)
+            self._batches.append(TrainBatches(of_set, one.processor, one.source, **arguments))
+
+    def _before(self, step: int, number: int, sets: int) -> int:
+        """How many batches of a set come before a step."""
+        return (step - number + sets - 1) // sets if self._in_turn else step
+
+    def __iter__(self) -> SetBatches:
+        return self
+
+    def __next__(self) -> Batches:
+        """
+        Raises:
+          DataError: a picture cannot be read; it names the example.
+        """
+        if self.position >= self._steps:
+            raise StopIteration
+        turn = self.position % len(self._batches) if self._in_turn else None
+        of_set = lambda number: turn in (None, number)
+        made: tuple[Batch | None, ...] = tuple(
+            next(batches) if of_set(number) else None for number, batches in enumerate(self._batches)
+        )
+        self.position += 1
+        return made
+
+    @property
+    def left_out(self) -> int:
+        """As of TrainBatches, of all sets."""
+        return sum(batches.left_out for batches in self._batches)
+
+    def close(self) -> None:
+        for batches in self._batches:
+            batches.close()
