@@ -177,6 +177,11 @@ def test_a_pair_that_is_too_long_is_an_error_or_left_out_as_a_whole(tmp_path):
     assert store.example.tolist() == [0, 0, 2, 2] and store.meta["dropped"] == 4
     assert ["Yes" in text_of(store, index) for index in range(4)] == [True, False, True, False]
     assert store.slots.tolist() == [1, 0, 1]
+    # With the prompt in the row once the long pair fits; a longer one does not, and is left out.
+    _, store = pairs(tmp_path, short("a"), long, tokens=80, share_prefix=True)
+    assert len(store) == 4 and store.shared[2] == store.shared[3] > 0
+    _, store = pairs(tmp_path, short("a"), short("b", rejected="No" * 40), tokens=80, share_prefix=True, too_long="drop_turns")
+    assert store.example.tolist() == [0, 0]
 
 
 def test_pairs_and_other_data_are_not_mixed_up(tmp_path):

@@ -90,7 +90,7 @@ def models(tmp_path_factory):
 def ours(models):
     """Our trainer and the packed batch of all pairs; of them the sums, the gradients, and both models' log-probabilities."""
     folder, _, _ = models
-    sizes = dict(rows=1, tokens=320, images=4, pairs=True)
+    sizes = dict(rows=1, tokens=320, images=4, pairs=True, share_prefix=True)
     run = run_config(folder / "published", folder / "pairs.jsonl", sizes, steps=1, objective=PreferenceConfig(beta=BETA))
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, rules=()))
     check_pictures(run)
@@ -113,7 +113,9 @@ def test_loss_log_probs_and_gradients(models, ours):
     model, reference = (loaded(folder / name) for name in ("published", "reference"))
     loss, metrics = theirs(folder, model, reference, processor, given)
     trainer, batch, sums, gradients, _ = ours
-    assert set(np.asarray(batch.preference)[0]) == {0, 1, -1, 2, -2, 3, -3}, "all pairs are in one row"
+    assert set(np.asarray(batch.preference)[0]) == {0, 1, -1, 2, -2, 3, -3}, (
+        "all pairs are in one row"
+    )
     found = {name: float(value) for name, value in trainer.objective.means(sums).items()}
     expected = {
         "loss": loss,

@@ -75,7 +75,7 @@ class DatasetTokenizer:
                 self._check_example(example, slots, media)
                 out.dropped += sum(map(len, found)) - sum(len(kept) for kept, *_ in rows)
                 out.cut += sum(cut for *_, cut in rows)
-                shared = self._shared(rows) if self.config.share_prefix else 0
+                shared = self._shared(rows) if self.config.share_prefix and rows else 0
                 for turns, written, length, _ in rows:
                     self._add(out, index, turns, written, length, shared=shared)
                 out.fields["sizes"].append(np.asarray(sizes, np.int32).reshape(-1))
@@ -164,9 +164,9 @@ class DatasetTokenizer:
           DataError: one does not, and too_long="error".
         """
         kept: list[Written] = []
+        shared = self._shared(rows) if self.config.share_prefix else 0
         for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
-            length = chosen[2] + rejected[2]
-            if length <= self.config.tokens:
+            if chosen[2] + rejected[2] - shared <= self.config.tokens:
                 kept += [chosen, rejected]
             elif self.config.too_long == "error":
                 raise DataError(

@@ -56,10 +56,9 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """On two devices that share the parameters, in two micro-batches."""
+    """On two devices that share the parameters."""
     folder = tmp_path_factory.mktemp("pairs")
     run = pairs_run(folder)
-    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, accumulate=2))
     check_pictures(run)
     processor, source = parts(run.data)
     mesh = mesh_of(1, 2, 1)

@@ -5,9 +5,8 @@ the parameters without their adapters, with the copies in the place of what is t
 and nothing is copied; where everything is trained everything is; LoRA beside a trained projector copies the projector alone.
 
 A pair's two answers are two segments of a row that see the same picture, which is encoded once. The prompt, and where visual
-tokens stand in the sequence those too, are repeated in each: that costs the language model's work on them twice, and keeps
-attention what it is for every other batch. Where the vision encoder is frozen the reference reads the features that were
-computed for the policy.
+tokens stand in the sequence those too, are repeated in each, unless `data.share_prefix` lets them share what they begin with.
+Where the vision encoder is frozen the reference reads the features that were computed for the policy.
 """
 
 from __future__ import annotations
