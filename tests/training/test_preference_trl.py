@@ -113,9 +113,7 @@ def test_loss_log_probs_and_gradients(models, ours):
     model, reference = (loaded(folder / name) for name in ("published", "reference"))
     loss, metrics = theirs(folder, model, reference, processor, given)
     trainer, batch, sums, gradients, _ = ours
-    assert set(np.asarray(batch.preference)[0]) == {0, 1, -1, 2, -2, 3, -3}, (
-        "all pairs are in one row"
-    )
+    assert set(np.asarray(batch.preference)[0]) == {0, 1, -1, 2, -2, 3, -3}, "all pairs are in one row"
     found = {name: float(value) for name, value in trainer.objective.means(sums).items()}
     expected = {
         "loss": loss,
