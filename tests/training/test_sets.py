@@ -140,3 +140,18 @@ def test_a_wrong_set_is_named(source, changes, message):
     with pytest.raises(ValueError, match=message):
         check_sets(run)
         Trainer(run, mesh_of(2, 1, 1))
+
+
+def test_a_run_of_another_tokenizer_is_refused_as_the_start(source, tmp_path):
+    """A tokenizer that is trained anew on other texts gives the numbers of its tokens other meanings."""
+    run = replace(accumulated_run(source), accumulated=())
+    run = replace(run, data=replace(run.data, cache_dir=str(tmp_path / "cache")))
+    open_sets(run, tmp_path / "before")
+    after = replace(run, init_from=str(tmp_path / "before"))
+    open_sets(after, tmp_path / "same")
+    other = replace(after, data=replace(after.data, source=source["words"]))
+    other = replace(other, data=replace(other.data, source=replace(source["words"], eval=source["words"].train)))
+    with pytest.raises(ValueError, match=r"trained with another tokenizer: set config.data.tokenizer=.*before/tokenizer"):
+        open_sets(other, tmp_path / "other")
+    named = replace(other, data=replace(other.data, tokenizer=str(tmp_path / "before" / "tokenizer")))
+    open_sets(named, tmp_path / "named")

@@ -14,8 +14,9 @@ from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, tokens_of
 from vlm_jax.data.store import TokenStore
 from vlm_jax.processing.processor import Processor
+from vlm_jax.processing.tokenizer import load_tokenizer
 from vlm_jax.training.features import features_of
-from vlm_jax.training.processors import build_processor, run_processor
+from vlm_jax.training.processors import TOKENIZER, build_processor, run_processor
 from vlm_jax.training.step import Batches, Trainer, TrainState, check_pictures
 
 SAME = ("processor", "template", "pad_to_square", "tokenizer", "vocab_size", "end")  # in all sets of a run
@@ -88,6 +89,7 @@ def open_sets(config: RunConfig, folder: Path) -> list[DataSet]:
             known, needed = config.model.language.vocab_size, processor.tokenizer.vocab_size
             if needed > known:
                 raise ValueError(f"config.model.language.vocab_size={known} is less than the tokenizer's {needed}")
+            _check_tokenizer(config, processor)
         stores = {}
         for split, of_split in {"train": source, "eval": held_out}.items():
             if of_split is not None:
@@ -106,6 +108,21 @@ def open_sets(config: RunConfig, folder: Path) -> list[DataSet]:
             )
         )
     return opened
+
+
+def _check_tokenizer(config: RunConfig, processor: Processor) -> None:
+    """
+    Raises:
+      ValueError: the run that `config.init_from` names was trained with another tokenizer, so that its embeddings mean others.
+    """
+    before = Path(config.init_from).expanduser() / TOKENIZER
+    if not config.init_from or config.data.processor or not (before / "tokenizer.json").is_file():
+        return
+    if load_tokenizer(before, config.data.end).serialised != processor.tokenizer.serialised:
+        raise ValueError(
+            f"config.data.tokenizer={config.data.tokenizer}: config.init_from={config.init_from} was trained with another "
+            f"tokenizer: set config.data.tokenizer={before}"
+        )
 
 
 def _parts(name: str, held_out: Source | None) -> dict[str, Source]:
