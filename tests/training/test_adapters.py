@@ -19,7 +19,6 @@ from vlm_jax.training.table import start_table
 
 QUERIES = LoraConfig(pattern="^language/.*attention/(query|out)", rank=2, alpha=6.0, dropout=0.3)
 MLPS = LoraConfig(pattern="^language/.*mlp|linear", rank=3, alpha=3.0)
-FROZEN = (ParamRule(pattern="^language", frozen=True),)
 RULES = (ParamRule(pattern="/lora/", decay=0.0), ParamRule(pattern="(embedding|kernel)$", frozen=True))
 
 
