@@ -12,7 +12,9 @@ from tests.data.data_helpers import byte_tokenizer
 from tests.tiny import random_params, tiny_run
 from vlm_jax.config import AlibiConfig, DynamicNtkScaling, InSequenceConfig, MlpProjectorConfig
 from vlm_jax.data.example import Example, Source
+from vlm_jax.data.packing import plan_epoch
 from vlm_jax.data.pipeline import eval_batches, tokens_of
+from vlm_jax.data.sources.mixture import MixedSource
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.recipe import RecipeProcessor
@@ -90,6 +92,19 @@ def test_what_predicts_an_answer_is_not_shared(tmp_path):
     written = store.written(0)
     assert np.all(store.shared == 0)  # one `<image>` of the compact form is not cut
     assert written.tokens[1] == byte_tokenizer().image_id
+
+
+def test_members_of_a_mixture_share_as_they_do_alone(tmp_path):
+    config = run_of(tmp_path, in_sequence=True, share_prefix=True)
+    processor = RecipeProcessor(byte_tokenizer(), config.data)
+    alone = tokens_of(config.data, processor, Asked()).lengths_to_pack
+    mixed = tokens_of(config.data, processor, MixedSource({"asked": Asked()}, {"asked": 1.0}, shares=False)).lengths_to_pack
+    np.testing.assert_array_equal(mixed.shared, alone.shared)
+    assert set(alone.shared.tolist()) == {0, 1, 5}
+    # Once each: the prefixes of the units, and behind them every sequence.
+    for lengths in (alone, mixed):
+        plan = plan_epoch(lengths, 80, 2)
+        assert sorted(plan.sequences.tolist()) == list(range(len(alone.tokens)))
 
 
 def test_models_that_cannot_share_are_refused(tmp_path):

@@ -49,6 +49,7 @@ class MixedStore:
         return np.concatenate([getattr(store, field) for store in self._stores])
 
     slots = functools.cached_property(lambda self: self._joined("slots"))
+    shared = functools.cached_property(lambda self: self._joined("shared"))
     first_medium = functools.cached_property(lambda self: self._joined("first_medium"))
     example_media = functools.cached_property(lambda self: self._joined("example_media"))
 
@@ -97,7 +98,8 @@ class MixedStore:
             _Member(store.example, store.share, often, first)
             for store, often, first in zip(self._stores, passes, self._conversations, strict=False)
         ]
-        return Lengths(self._joined("lengths"), self.example, self.slots, drawn=functools.partial(draw, members))
+        drawn = functools.partial(draw, members)
+        return Lengths(self._joined("lengths"), self.example, self.slots, shared=self.shared, drawn=drawn)
 
 
 @dataclasses.dataclass(frozen=True)
