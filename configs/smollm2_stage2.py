@@ -1,10 +1,18 @@
-"""LLaVA's stage 2 at a size that trains on two CPU cores: the connector and SmolLM2-135M-Instruct learn to answer easy-VQA's
-questions, from the run of `smollm2_stage1.py` on.
+"""LLaVA's stage 2 at a size that trains on two CPU cores: the connector and SmolLM2-135M-Instruct answer easy-VQA's questions
+and caption Tux Paint's stamps, from the run of `smollm2_stage1.py` on.
 
     python train.py --config=configs/smollm2_stage2.py --workdir=runs/stage2 --config.init_from=runs/stage1
     python infer.py --checkpoint=runs/stage2 --image=docs/blue_triangle.png --prompt="what is the blue shape?"
+    python -m vlm_jax.evaluate --checkpoint=runs/stage2 --source=stamps --evaluator=ranking
 
-With `:without_stage1` the parts start apart, the connector untrained.
+Behind a colon, with commas between them:
+
+- `without_stage1`: the parts start apart, the connector untrained.
+- `lora`: the language model is frozen and has adapters; `qlora`: and is held in int8.
+- `blind`: the control, every picture grey.
+
+The questions about a picture share its visual tokens in a row. An epoch of the mixture has every picture of easy-VQA once, and
+the stamps four times.
 """
 
 import dataclasses
@@ -12,30 +20,60 @@ import dataclasses
 import ml_collections
 
 from configs.smollm2_stage1 import DINOV2, SMOLLM2, data, model
-from vlm_jax.config import EasyVqaConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
+from vlm_jax.config import (
+    EasyVqaConfig,
+    LoraConfig,
+    MemberConfig,
+    MixtureConfig,
+    OptimizerConfig,
+    ParamRule,
+    PartInit,
+    RunConfig,
+    StampsConfig,
+)
 from vlm_jax.config_dict import to_config_dict
 
+VISION = ParamRule(pattern="^vision", frozen=True)
+ADAPTERS = (LoraConfig(pattern="^language/layers/", rank=64, alpha=128.0),)
+FROZEN = {
+    "lora": ParamRule(pattern="^language", frozen=True),
+    "qlora": ParamRule(pattern="^language", frozen=True, frozen_dtype="int8"),
+}
+OPTIONS = ("without_stage1", "blind", *FROZEN)
 
-def get_config(option: str = "") -> ml_collections.ConfigDict:
-    if option not in ("", "without_stage1"):
-        raise ValueError(f"configs/smollm2_stage2.py:{option}: expected nothing behind the colon, or without_stage1")
+
+def get_config(choice: str = "") -> ml_collections.ConfigDict:
+    options = choice.split(",") if choice else []
+    held = [option for option in options if option in FROZEN]
+    if not set(options) <= set(OPTIONS) or len(held) > 1:
+        raise ValueError(f"configs/smollm2_stage2.py:{choice}: expected, with commas between them, {', '.join(OPTIONS)}")
+    members = (
+        MemberConfig(name="easy_vqa", source=EasyVqaConfig()),
+        MemberConfig(name="stamps", source=StampsConfig(), weight=4.0),
+    )
     optimizer = OptimizerConfig(
         lr=3e-4,
         warmup_steps=20,
         weight_decay=0.0,
-        rules=(ParamRule(pattern="^vision", frozen=True), ParamRule(pattern="^connector", lr=3.0)),
+        rules=(VISION, ParamRule(pattern="^connector", lr=3.0)),
     )
-    sets = data(EasyVqaConfig(), rows=4, tokens=256, images=4)
+    if held:
+        trained = ParamRule(pattern="/lora/", lr=2.0)
+        optimizer = dataclasses.replace(optimizer, rules=(trained, *optimizer.rules, FROZEN[held[0]]))
+    sets = data(MixtureConfig(members=members), rows=4, tokens=256, images=10)
+    blind = "blind" in options
     parts = (PartInit(part="vision", checkpoint=DINOV2), PartInit(part="language", checkpoint=SMOLLM2))
+    apart = "without_stage1" in options
     run = RunConfig(
         model=model(),
-        data=dataclasses.replace(sets, share_prefix=True),
+        data=dataclasses.replace(sets, share_prefix=True, blank_images=blind),
         optimizer=optimizer,
-        steps=500,
+        adapters=ADAPTERS if held else (),
+        steps=400,
         eval_every=100,
         eval_rows=16,
         save_every=100,
-        init_from="" if option else "runs/stage1",
-        init_parts=parts if option else (),
+        init_from="" if apart else "runs/stage1",
+        init_parts=parts if apart else (),
     )
     return to_config_dict(run)
