@@ -1,5 +1,6 @@
 import pytest
 
+from vlm_jax.evaluation.metrics import METRICS
 from vlm_jax.evaluation.pope import pope, says_yes
 
 
@@ -46,3 +47,7 @@ def test_the_share_of_yes_is_of_the_predictions():
     assert not any(pope([], []).values())
     with pytest.raises(ValueError, match="1 predictions and 0 answers"):
         pope(["yes"], [])
+
+
+def test_an_evaluator_finds_it_by_its_name():
+    assert METRICS["pope"](["yes", "no"], [["yes"], ["yes"]]) == pope(["yes", "no"], ["yes", "yes"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlm_jax.evaluation.metrics import METRICS, of_one_answer
+
 NO = frozenset(("No", "not", "no"))
 
 
@@ -39,3 +41,6 @@ def pope(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]
         "true_yes_share": share(sum(true), len(true)),
         "questions": float(len(said)),
     }
+
+
+METRICS.add("pope")(of_one_answer(pope))
