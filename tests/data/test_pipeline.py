@@ -17,7 +17,8 @@ from vlm_jax.processing.layout import prefix_ends, targets_of
 from vlm_jax.training.processors import TOKENIZER, build_processor
 
 # A Flamingo row has no visual tokens among its own, and its frames have one size.
-FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ("visual", "sizes", "features")]
+ABSENT = ("visual", "sizes", "features", "prefix_segments", "preference")  # of such runs
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ABSENT]
 replace = dataclasses.replace
 
 
@@ -56,7 +57,7 @@ def test_shapes_and_types(jsonl_config):
         "weights": (row, "float32"),
     }
     assert {name: (getattr(batch, name).shape, getattr(batch, name).dtype.name) for name in FIELDS} == expected
-    assert batch.visual is None and batch.sizes is None
+    assert all(getattr(batch, name) is None for name in ABSENT)
 
 
 def test_a_row_holds_its_sequences_and_their_pictures(jsonl_config):

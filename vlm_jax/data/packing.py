@@ -93,7 +93,7 @@ def plan_epoch(
         elif lengths.share is not None:
             index = index[included(lengths.share, seed, epoch, index)]
             drawn = drawn[index]
-        # Within an example by hash; the examples themselves stay drawn.
+        # Within an example by hash; the examples themselves stay together.
         order = np.lexsort((hash_uint64(seed, epoch, 1, index), drawn))
         index, drawn = index[order], drawn[order]
     count = len(index)
