@@ -109,7 +109,9 @@ def test_a_pair_is_never_in_two_rows(shuffle, per_image):
     example = np.repeat(np.arange(100), 2 * rng.integers(1, 6, 100))
     share = np.where(rng.random(len(example)) < 0.3, 0.5, 1.0).astype(np.float32) if shuffle else None
     tokens = rng.integers(1, 15, len(example)).astype(np.int32)
-    plan = plan_epoch(Lengths(tokens, example, np.ones(100, np.int64), share, together=2), 30, 3, per_image, 5, 2, shuffle=shuffle)
+    plan = plan_epoch(
+        Lengths(tokens, example, np.ones(100, np.int64), share, together=2), 30, 3, per_image, 5, 2, shuffle=shuffle
+    )
     seen = []
     for row in range(len(plan)):
         units = plan[row]

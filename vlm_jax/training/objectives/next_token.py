@@ -33,13 +33,7 @@ class NextToken(Objective):
         return jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def sums(self, model: nn.Module, params: Any, batch: Batch, *, recompute: bool = True) -> Sums:
-        hidden, layers = model.apply({"params": params}, batch, method="hidden")
-        head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
-        vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
-        most = self.config.logits_mib * 2**20 if recompute else None
-        learned = batch.weights > 0
-        of = dict(learned=learned, vocabulary=vocabulary, most=most)
-        scores = chunked_scores(lambda x: head(params, x), hidden, batch.targets, **of)
+        *scores, layers = learned_scores(model, params, batch, logits_mib=self.config.logits_mib if recompute else None)
         sums = sums_of(*scores, batch)
         if self.config.router_loss:
             balance = load_balance(layers["router_logits"], batch.segments > 0, model.config.language.block.experts.chosen)
@@ -62,6 +56,22 @@ class NextToken(Objective):
 
     def evaluation_line(self, metrics: dict[str, float]) -> str:
         return f"accuracy {metrics['accuracy']:.2%} on {metrics['sequences']:,.0f} held-out answers, loss {metrics['loss']:.4f}"
+
+
+def learned_scores(
+    model: nn.Module, params: Any, batch: Batch, *, logits_mib: int | None
+) -> tuple[Array, Array, dict[str, Array]]:
+    """`Scores` of what a batch says is to be learned, and what the layers give beside the hidden states.
+
+    Args:
+      logits_mib: MiB of float32 logits that a device may hold at once; None: all.
+    """
+    hidden, layers = model.apply({"params": params}, batch, method="hidden")
+    head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+    vocabulary = jax.eval_shape(head, hidden).shape[-1]
+    most = None if logits_mib is None else logits_mib * 2**20
+    of = dict(learned=batch.weights > 0, vocabulary=vocabulary, most=most)
+    return *chunked_scores(head, hidden, batch.targets, **of), layers
 
 
 def scores_of(logits: Array, targets: Array) -> Scores:

@@ -25,7 +25,7 @@ from vlm_jax.layers.lora import PATH, without_adapters
 from vlm_jax.ops.preference import dpo_loss, pair_log_probs
 from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
-from vlm_jax.training.objectives.next_token import chunked_scores
+from vlm_jax.training.objectives.next_token import learned_scores
 
 Array = jax.Array
 log = logging.getLogger(__name__)
@@ -113,14 +113,8 @@ class Preference(Objective):
 
     def answers(self, model: nn.Module, params: Params, batch: Batch, *, recompute: bool = True) -> Answers:
         """The log-probabilities of all answers under some parameters, policy or reference."""
-        hidden, _ = model.apply({"params": params}, batch, method="hidden")
-        head = lambda params, hidden: model.apply({"params": params}, hidden, method="logits")
-        vocabulary = jax.eval_shape(head, params, hidden).shape[-1]
-        most = self.config.logits_mib * 2**20 if recompute else None
-        learned = batch.weights > 0
-        of = dict(learned=learned, vocabulary=vocabulary, most=most)
-        nll, _ = chunked_scores(lambda x: head(params, x), hidden, batch.targets, **of)
-        return pair_log_probs(nll, learned, batch.preference, pairs=_most_pairs(batch))
+        nll, *_ = learned_scores(model, params, batch, logits_mib=self.config.logits_mib if recompute else None)
+        return pair_log_probs(nll, batch.weights > 0, batch.preference, pairs=_most_pairs(batch))
 
     def sums_of(self, policy: Answers, base: Answers | None, batch: Batch) -> Sums:
         """Sums over the pairs of a batch.
