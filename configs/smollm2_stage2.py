@@ -52,15 +52,15 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         MemberConfig(name="stamps", source=StampsConfig(), weight=4.0),
     )
     optimizer = OptimizerConfig(
-        lr=3e-4,
-        warmup_steps=20,
+        lr=5e-4,
+        warmup_steps=30,
         weight_decay=0.0,
-        rules=(VISION, ParamRule(pattern="^connector", lr=3.0)),
+        rules=(VISION, ParamRule(pattern="^connector", lr=2.0)),
     )
     if held:
         trained = ParamRule(pattern="/lora/", lr=2.0)
         optimizer = dataclasses.replace(optimizer, rules=(trained, *optimizer.rules, FROZEN[held[0]]))
-    sets = data(MixtureConfig(members=members), rows=4, tokens=256, images=10)
+    sets = data(MixtureConfig(members=members), rows=2, tokens=256, images=10)
     blind = "blind" in options
     parts = (PartInit(part="vision", checkpoint=DINOV2), PartInit(part="language", checkpoint=SMOLLM2))
     apart = "without_stage1" in options
@@ -69,9 +69,9 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         data=dataclasses.replace(sets, share_prefix=True, blank_images=blind),
         optimizer=optimizer,
         adapters=ADAPTERS if held else (),
-        steps=400,
+        steps=600,
         eval_every=100,
-        eval_rows=16,
+        eval_rows=32,
         save_every=100,
         init_from="" if apart else "runs/stage1",
         init_parts=parts if apart else (),
