@@ -47,6 +47,11 @@ from vlm_jax.config_dict import from_config_dict, to_config_dict  # noqa: E402
 
 replace = dataclasses.replace
 FOLDER = "KILLED_RUNS"  # the variable that names where data are
+# Two devices, so that there is something to exchange; and quickly compiled, as the tests' programs are.
+FLAGS = (
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 STEPS = 24
 FROZEN_VISION = ParamRule(pattern="^vision", frozen=True)
 
@@ -123,6 +128,7 @@ def write_all(folder: Path) -> None:
 def start(kind: str, workdir: Path, folder: Path) -> subprocess.Popen:
     arguments = [f"--config={__file__}:{kind}", f"--workdir={workdir}"]
     env = os.environ | {FOLDER: str(folder), "HOME": str(folder), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["XLA_FLAGS"] = FLAGS
     log = workdir.with_suffix(".log").open("a")
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=log, stderr=log)
 
