@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -50,7 +49,7 @@ class _Progress:
 class Generator:
     """A model with its parameters and processor, ready to answer.
 
-    The parameters are taken over, see `Programs`; of a model in training, which keeps its own, `holding` says for how long.
+    The parameters are taken over, see `Programs`; of a model in training, which keeps its own, `with_params` gets them.
 
     Attributes:
       programs: what runs the model; rows: at most so many requests are answered at once.
@@ -68,7 +67,7 @@ class Generator:
     ) -> None:
         """
         Args:
-          take_over: False: the parameters stay the caller's; abstract ones will do, until `holding` brings others.
+          take_over: False: the parameters stay the caller's; abstract ones will do, until `with_params` brings others.
         """
         self.model, self.processor, self.mesh, self.rows = model, processor, mesh, rows
         self.programs = Programs(model, params, mesh=mesh, take_over=take_over)
@@ -85,17 +84,8 @@ class Generator:
         """Nested dicts, layers stacked, as every other place has them. Of a large model on a CPU it is a copy."""
         return self.programs.params
 
-    @contextlib.contextmanager
-    def holding(self, params: Any) -> Iterator[None]:
-        """With other parameters of the same shapes, where it has not taken its own over: nothing is compiled anew."""
-        before, self.programs.held = self.programs.held, params
-        try:
-            yield
-        finally:
-            self.programs.held = before
-
     def with_params(self, held: Any) -> Generator:
-        """The same with other parameters, as `Programs.held` has them."""
+        """The same with other parameters, see `Programs.with_params`."""
         other = copy.copy(self)
         other.programs = self.programs.with_params(held)
         return other

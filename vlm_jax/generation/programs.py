@@ -48,9 +48,11 @@ class Programs:
         return restack_layers(self.held)
 
     def with_params(self, held: Any) -> Programs:
-        """The same programs with other parameters, as `held` has them."""
+        """The same programs with other parameters, as `held` has them: of the same shapes, nothing is compiled anew."""
         other = copy.copy(self)
-        other.held, other.by_function = held, {}
+        other.held = held
+        if self.in_pieces:  # which are planned for one set of parameters
+            other.by_function = {}
         return other
 
     def compiled(self) -> int:

@@ -61,12 +61,12 @@ class Answering:
           DataError: a question that does not fit the model, or a picture that cannot be read and is not to be left out.
         """
         found: dict[int, str] = {}
-        with self.generator.holding(state.params):
-            prompts = [self._prompt(number, question) for number, question in enumerate(self.questions)]
-            asked = [number for number, prompt in enumerate(prompts) if prompt is not None]
-            refuse = lambda place, error: self._refused(self.questions[asked[place]], error)
-            for batch in self.generator.batches([prompts[number] for number in asked], self._settings, refuse=refuse):
-                found |= {asked[place]: answer.text for place, answer in batch.items()}
+        prompts = [self._prompt(number, question) for number, question in enumerate(self.questions)]
+        asked = [number for number, prompt in enumerate(prompts) if prompt is not None]
+        refuse = lambda place, error: self._refused(self.questions[asked[place]], error)
+        generator = self.generator.with_params(state.params)
+        for batch in generator.batches([prompts[number] for number in asked], self._settings, refuse=refuse):
+            found |= {asked[place]: answer.text for place, answer in batch.items()}
         return [(self.questions[number], found[number]) for number in sorted(found)]
 
     def _prompt(self, number: int, question: HeldOut) -> Prompt | None:
