@@ -9,22 +9,20 @@ none of them is in training, in whatever style it is drawn. `eval_folder` draws 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from vlm_jax.config import DataConfig
 from vlm_jax.config.data import EmojiConfig
-from vlm_jax.data.example import SOURCES, Example, Source, Split
+from vlm_jax.data.captioned import Captioned, CaptionedSource, held_out_quarter
+from vlm_jax.data.example import SOURCES, Split
 from vlm_jax.errors import DataError
 from vlm_jax.files import JsonError, parse_json, read_regular
-from vlm_jax.processing.conversation import Medium, assistant, user
 
 LEFT_OUT = ("Flags", "Symbols", "Component")  # categories
-HELD_OUT = 4  # one name of so many
 SIDE = "64"  # pixels; the packages have other sizes too
 
 
-class EmojiSource(Source):
+class EmojiSource(CaptionedSource):
     """One example an emoji, whose answer is its name."""
 
     def __init__(self, folder: str | Path, split: Split) -> None:
@@ -44,33 +42,15 @@ class EmojiSource(Source):
             ) from error
         if pictures is None:
             raise DataError(f"data.source.folder={folder}: no package/img/STYLE/{SIDE} is there: unpack the whole package")
-        held_out = held_out_of({name for _, name in named})
-        chosen = [(file, name) for file, name in named if (name in held_out) == (split == "eval")]
-        self._pairs = [(pictures / file, name) for file, name in chosen if (pictures / file).is_file()]
-        names = "\n".join(f"{path.parts[-3]} {path.name}\t{name}" for path, name in self._pairs)
-        self.fingerprint = f"emoji {hashlib.sha256(names.encode()).hexdigest()}"
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> Example:
-        path, name = self._pairs[index]
-        conversation = (user(Medium(0)), assistant(name))
-        return Example(id=f"emoji {path.parts[-3]} {path.stem}", media=((str(path),),), conversations=(conversation,))
-
-    def check(self, conversations: int) -> None:
-        """Any number is right."""
+        held_out = held_out_quarter({name for _, name in named})
+        chosen = [(pictures / file, name) for file, name in named if (name in held_out) == (split == "eval")]
+        style = pictures.parent.name
+        super().__init__("emoji", (Captioned(f"{style} {path.stem}", path, name) for path, name in chosen if path.is_file()))
 
 
 def name_of(name: str) -> str:
     """ "SLICE OF PIZZA" -> "slice of pizza"."""
     return " ".join(name.lower().split())
-
-
-def held_out_of(names: set[str]) -> set[str]:
-    """A quarter of them, by their hashes: the same in every style."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return set(ranked[: len(ranked) // HELD_OUT])
 
 
 @SOURCES.add(EmojiConfig)
