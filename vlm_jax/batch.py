@@ -58,3 +58,8 @@ class Batch:
     # padding; None: the segments are no pairs.
     preference: Array | None = None
     sizes: Array | None = None  # [B, M, I, 2] int32, height and width of frames that differ in size; None: they do not
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]; every device keeps its own rows: part a has rows a, a + count, a + 2 count, ..."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)

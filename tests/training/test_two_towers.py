@@ -24,6 +24,7 @@ from vlm_jax.config_dict import from_config_dict
 from vlm_jax.encoders import Encoder
 from vlm_jax.training.evaluators.retrieval import ranks_of
 from vlm_jax.training.loop import train
+from vlm_jax.training.sets import open_sets
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,6 +131,15 @@ def test_a_published_pair_is_tuned_exported_and_read_again(tmp_path):
     with torch.no_grad():
         theirs = model.eval().get_text_features(torch.tensor(ours.processor.tokens(CAPTIONS))).pooler_output
     compare(ours.embed_texts(CAPTIONS) * 17**0.5, torch.nn.functional.normalize(theirs, dim=-1) * 17**0.5)
+
+
+def test_a_run_starts_from_another_of_the_same_tokenizer(trained):
+    folder, config, _ = trained
+    after = dataclasses.replace(config, init_from=str(folder / "run"))
+    open_sets(after, folder / "after")
+    other = dataclasses.replace(after.data, vocab_size=262)
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        open_sets(dataclasses.replace(after, data=other), folder / "other")
 
 
 def test_ranks_among_texts_and_images():

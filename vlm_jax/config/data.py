@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vlm_jax.config.frozen import Kinds, frozen
 
@@ -12,6 +12,7 @@ class SourceConfig(Kinds):
     """The source of the training and evaluation examples."""
 
     bad_lines: ClassVar[str] = "error"  # "skip": an example that is wrong is left out, counted and reported
+    members: ClassVar[tuple[Any, ...]] = ()  # of a mixture
 
 
 @frozen

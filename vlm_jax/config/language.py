@@ -76,6 +76,8 @@ class LongRopeScaling(ScalingConfig):
 class PositionsConfig(Kinds):
     """The position encoding of a language model."""
 
+    by_length: ClassVar[bool] = False  # see `ScalingConfig`
+
 
 @frozen
 class RopeConfig(PositionsConfig):
@@ -85,6 +87,10 @@ class RopeConfig(PositionsConfig):
     base: float
     scaling: ScalingConfig | None
     share: float = 1.0  # of the head width, from its front, that is turned (GPT-NeoX's `rotary_pct`)
+
+    @property
+    def by_length(self) -> bool:
+        return self.scaling is not None and self.scaling.by_length
 
 
 @frozen

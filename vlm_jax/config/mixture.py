@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from vlm_jax.config.data import DataConfig, SourceConfig
 from vlm_jax.config.frozen import frozen
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @frozen
@@ -47,3 +51,16 @@ class SetConfig:
     data: DataConfig  # of the same tokenizer or processor as the run's own
     weight: float  # of its mean loss in an update; that of `RunConfig.data` has 1
     evaluate: bool = True  # whether there are held-out examples of it
+
+
+def check_named(parts: Sequence[MemberConfig | SetConfig], where: str) -> None:
+    """
+    Raises:
+      ValueError: a name that cannot stand in those of metrics, or twice, or a weight that is no number above 0.
+    """
+    names = [part.name for part in parts]
+    for part in parts:
+        if not NAME.fullmatch(part.name) or names.count(part.name) > 1:
+            raise ValueError(f"{where}.{part.name}: expected names of letters, digits, '_' and '-', each once")
+        if not 0 < part.weight < float("inf"):
+            raise ValueError(f"{where}.{part.name}.weight={part.weight}: expected a number above 0; leave it out instead of 0")

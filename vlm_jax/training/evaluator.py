@@ -20,6 +20,7 @@ from vlm_jax.config.register import Register
 from vlm_jax.data.example import Source
 from vlm_jax.processing.processor import Processor
 from vlm_jax.progress import human_time
+from vlm_jax.training.objective import in_set
 from vlm_jax.training.report import Reporter
 from vlm_jax.training.sets import evaluated
 from vlm_jax.training.step import Trainer, TrainState, zeros_batch
@@ -103,7 +104,7 @@ class Evaluators:
         batch = jax.eval_shape(lambda: zeros_batch(config, config.data.rows))
         sums = jax.eval_shape(trainer.eval_step, trainer.abstract_state, batch)
         means = trainer.objective.means({name: np.float64(0) for name in sums})
-        of_sets = [f"{of}/{name}" if of else name for of in evaluated(config) for name in means]
+        of_sets = [in_set(of, name) for of in evaluated(config) for name in means]
         known = dict.fromkeys(of_sets, config.eval_every) | own
         every = known.get(best.removeprefix("-"))
         if every is None:

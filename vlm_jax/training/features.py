@@ -62,10 +62,9 @@ def features_of(
     vision = nested({name: leaf for name, leaf in by_path(state.frozen).items() if name.startswith(path)})
     shards = batch_shards(trainer.mesh)
     rows = -(-ROWS // shards) * shards
-    apply = jax.jit(lambda params, images: trainer.model.apply({"params": params}, images, method="cached_features"))
 
     def encode(images: np.ndarray) -> np.ndarray:
-        return np.asarray(apply(params, jax.device_put(images, batch_sharding(trainer.mesh))), np.float32)
+        return np.asarray(trainer.cached_features(params, jax.device_put(images, batch_sharding(trainer.mesh))), np.float32)
 
     store = tokens_of(data, processor, source)
     maker = RowMaker(data, store, source, processor.spread, seed=None)

@@ -23,9 +23,10 @@ from vlm_jax.training.features import check_cacheable
 from vlm_jax.training.flops import count_flops, peak_flops
 from vlm_jax.training.initial import first_state
 from vlm_jax.training.interrupt import Interrupt
+from vlm_jax.training.objective import by_set, in_set
 from vlm_jax.training.report import Reporter, StepTimer, logged
 from vlm_jax.training.run_folder import LOG, seal, write_or_check_config, writing
-from vlm_jax.training.sets import DataSet, HeldOut, by_set, check_sets, open_sets, train_batches, with_features
+from vlm_jax.training.sets import DataSet, HeldOut, check_sets, open_sets, train_batches, with_features
 from vlm_jax.training.step import Trainer, TrainState, update_batches
 from vlm_jax.training.table import print_table
 
@@ -190,7 +191,7 @@ class _Run:
                 found = {one.name: total} | found
             for name, sums in found.items():
                 means = self.trainer.objective.means({key: np.float64(total) for key, total in sums.items()})
-                metrics |= {f"{name}/{key}" if name else key: float(value) for key, value in means.items()}
+                metrics |= {in_set(name, key): float(value) for key, value in means.items()}
         self.reporter.record(step, metrics, "eval_")
         self.reporter.plot(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.reporter.flush()

@@ -15,6 +15,20 @@ Array = jax.Array
 Sums = dict[str, Array]  # scalars; "loss" among them
 
 
+def in_set(of: str, name: str) -> str:
+    """The name of a metric or member of a set of data: "ltip" and "loss" -> "ltip/loss"; of the run's own set, "", "loss"."""
+    return f"{of}/{name}" if of else name
+
+
+def by_set(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{"loss": 1, "ltip/loss": 2} -> {"": {"loss": 1}, "ltip": {"loss": 2}}: metrics by the names of their sets or members."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        of, _, metric = name.rpartition("/")
+        found.setdefault(of, {})[metric] = value
+    return found
+
+
 class Objective:
     """The training objective.
 

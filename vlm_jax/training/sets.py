@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import RunConfig
+from vlm_jax.config.mixture import check_named
 from vlm_jax.data.example import Source
 from vlm_jax.data.features import FeatureStore
 from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, tokens_of
 from vlm_jax.data.store import TokenStore
 from vlm_jax.processing.processor import Processor
-from vlm_jax.processing.tokenizer import load_tokenizer
 from vlm_jax.training.features import features_of
+from vlm_jax.training.objective import in_set
 from vlm_jax.training.processors import TOKENIZER, build_processor, run_processor
 from vlm_jax.training.step import Batches, Trainer, TrainState, check_pictures
 
 SAME = ("processor", "template", "pad_to_square", "tokenizer", "vocab_size", "end")  # in all sets of a run
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +51,9 @@ def check_sets(config: RunConfig) -> None:
       ValueError: names, weights, or what must be the same in all sets; pictures prepared otherwise than the model reads them.
     """
     check_pictures(config)
-    names = [one.name for one in config.accumulated]
+    check_named(config.accumulated, "config.accumulated")
     for one in config.accumulated:
         where = f"config.accumulated.{one.name}"
-        if not NAME.fullmatch(one.name) or names.count(one.name) > 1:
-            raise ValueError(f"{where}: expected names of letters, digits, '_' and '-', each once")
-        if not 0 < one.weight < float("inf"):
-            raise ValueError(f"{where}.weight={one.weight}: expected a number above 0; leave the set out instead of 0")
         for field in SAME:
             found, expected = getattr(one.data, field), getattr(config.data, field)
             if found != expected:
@@ -95,7 +90,7 @@ def open_sets(config: RunConfig, folder: Path) -> list[DataSet]:
             if of_split is not None:
                 store = tokens_of(one.data, processor, of_split)
                 check_same(store)
-                stores[f"{one.name}/{split}" if one.name else split] = store
+                stores[in_set(one.name, split)] = store
         opened.append(
             DataSet(
                 name=one.name,
@@ -115,13 +110,14 @@ def _check_tokenizer(config: RunConfig, processor: Processor) -> None:
     Raises:
       ValueError: the run that `config.init_from` names was trained with another tokenizer, so that its embeddings mean others.
     """
-    before = Path(config.init_from).expanduser() / TOKENIZER
-    if not config.init_from or config.data.processor or not (before / "tokenizer.json").is_file():
+    before = Path(config.init_from).expanduser()
+    if not config.init_from or config.data.processor or not (before / TOKENIZER / "tokenizer.json").is_file():
         return
-    if load_tokenizer(before, config.data.end).serialised != processor.tokenizer.serialised:
+    written = lambda processor: processor.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+    if written(run_processor(config.data, before)) != written(processor):
         raise ValueError(
             f"config.data.tokenizer={config.data.tokenizer}: config.init_from={config.init_from} was trained with another "
-            f"tokenizer: set config.data.tokenizer={before}"
+            f"tokenizer: set config.data.tokenizer={before / TOKENIZER}"
         )
 
 
@@ -131,7 +127,7 @@ def _parts(name: str, held_out: Source | None) -> dict[str, Source]:
     members = getattr(held_out, "members", {})
     if len(members) < 2:
         return {name: held_out}
-    return {f"{name}/{member}" if name else member: source for member, source in members.items()}
+    return {in_set(name, member): source for member, source in members.items()}
 
 
 def evaluated(config: RunConfig) -> list[str]:
@@ -139,9 +135,8 @@ def evaluated(config: RunConfig) -> list[str]:
     names: list[str] = []
     for one in config.data_sets:
         if one.evaluate:
-            members = [member.name for member in getattr(one.data.source, "members", ()) if member.evaluate]
-            inner = [f"{one.name}/{member}" if one.name else member for member in members] if len(members) > 1 else []
-            names += [one.name, *inner]
+            members = [in_set(one.name, member.name) for member in one.data.source.members if member.evaluate]
+            names += [one.name, *(members if len(members) > 1 else [])]
     return names
 
 
@@ -154,15 +149,6 @@ def with_features(one: DataSet, trainer: Trainer, state: TrainState) -> DataSet:
     of = lambda source: features_of(trainer, state, source, processor=one.processor, data=one.config.data)
     parts = {name: HeldOut(source=part.source, features=of(part.source)) for name, part in one.held_out_parts.items()}
     return dataclasses.replace(one, features=of(one.source), held_out_parts=parts)
-
-
-def by_set(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """{"loss": 1, "ltip/loss": 2} -> {"": {"loss": 1}, "ltip": {"loss": 2}}: metrics by the names of their sets or members."""
-    found: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        of, _, metric = name.rpartition("/")
-        found.setdefault(of, {})[metric] = value
-    return found
 
 
 def train_batches(config: RunConfig, sets: list[DataSet], *, start: int, **process: int) -> TrainBatches | SetBatches:

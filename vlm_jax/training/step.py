@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.batch import Batch
+from vlm_jax.batch import Batch, micro_batches
 from vlm_jax.config import AugmentConfig, RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
@@ -18,7 +18,7 @@ from vlm_jax.paths import Params, by_path
 from vlm_jax.runtime import compute_dtype
 from vlm_jax.sharding import batch_sharding, batch_shards, unboxed
 from vlm_jax.training.adapters import with_dropout
-from vlm_jax.training.objective import OBJECTIVES, Objective
+from vlm_jax.training.objective import OBJECTIVES, Objective, in_set
 from vlm_jax.training.optimizer import make_optimizer, schedule
 from vlm_jax.training.params import Blueprint, merge, split, trained_rows
 
@@ -82,13 +82,15 @@ def check_pictures(config: RunConfig) -> None:
         raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
     if data.processor and (data.augment != AugmentConfig() or data.blank_images):
         raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    if data.share_prefix and data.layout == "pair":
+        raise ValueError("config.data.share_prefix: a pair of an image and its caption has a row of its own: set it to False")
     if data.share_prefix and model.has_vision and model.fusion.prefix_lm:
         raise ValueError("config.data.share_prefix: in a prefix-LM the images see the question behind them: set it to False")
-    if data.share_prefix and getattr(getattr(model.language.positions, "scaling", None), "by_length", False):
+    if data.share_prefix and model.language.positions.by_length:
         raise ValueError("config.data.share_prefix: these rotary positions depend on a sequence's length: set it to False")
     if data.share_prefix and data.next_image:
         raise ValueError("config.data.share_prefix: next_image is drawn for each sequence: set one of them to its default")
-    if data.pairs and getattr(data.source, "members", ()):
+    if data.pairs and data.source.members:
         raise ValueError("config.data.pairs: pairs of answers are of one source, not of a mixture: write them into one file")
     for name in ("next_image", "leading_space"):
         if not 0 <= getattr(data, name) <= 1:
@@ -107,7 +109,7 @@ def check_pictures(config: RunConfig) -> None:
 
 
 class Trainer:
-    """A run's model, objective, optimizer and mesh, and the two compiled functions `train_step` and `eval_step`.
+    """A run's model, objective, optimizer and mesh, and the compiled functions `train_step`, `eval_step` and `cached_features`.
 
     Every method must be called within `jax.set_mesh(trainer.mesh)`. What needs no array, `train_step.lower` among it, works
     for a mesh of devices that are not there.
@@ -140,6 +142,8 @@ class Trainer:
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, replicated),
         )
+        images_of = lambda params, images: self.model.apply({"params": params}, images, method="cached_features")
+        self.cached_features = jax.jit(images_of, out_shardings=replicated)
         self.eval_step = jax.jit(self._eval_step, in_shardings=(self.shardings, self.batch_sharding), out_shardings=replicated)
 
     def init(self) -> TrainState:
@@ -208,14 +212,11 @@ class Trainer:
             gradients, sums = grad(trained, batch)
             return sums, gradients
 
-        # Every device keeps its own rows: micro-batch `a` takes rows a, a + A, a + 2A, ...
-        parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
-
         def add(total: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad(trained, *numbered)), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, batch))
-        (gradients, sums), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(micro)))
+        (gradients, sums), _ = jax.lax.scan(add, zeros, (micro_batches(batch, micro), jnp.arange(micro)))
         return sums, gradients
 
     def gradients_of_sets(
@@ -246,7 +247,7 @@ class Trainer:
     def _means(self, sums: dict[str, dict[str, Array]]) -> dict[str, Array]:
         """The metrics of each set, as `NAME/METRIC`, and those of `config.data` without a name."""
         means = {name: self.objective.means(of_set) for name, of_set in sums.items()}
-        metrics = {f"{name}/{key}" if name else key: value for name, of in means.items() for key, value in of.items()}
+        metrics = {in_set(name, key): value for name, of in means.items() for key, value in of.items()}
         if self.config.accumulated:
             metrics["weighted_loss"] = sum(
                 one.weight * means[one.name]["loss"] for one in self.config.data_sets if one.name in means

@@ -32,7 +32,7 @@ class Towers:
         self._processor, self._mesh, self._rows = processor, trainer.mesh, trainer.config.data.rows
         path = f"{trainer.config.model.vision_path}/"
         self.frozen = all(rule.frozen for name, rule in trainer.rules.items() if name.startswith(path))
-        self._features, self._images, self._texts = _programs(trainer)
+        self._features, (self._images, self._texts) = trainer.cached_features, _programs(trainer)
 
     def features(self, state: TrainState, examples: Sequence[Example]) -> np.ndarray:
         """Of the examples' first pictures, what is the same as long as the image encoder is: `ImageTower.cached_features`.
@@ -70,7 +70,7 @@ def _programs(trainer: Trainer) -> tuple[Any, ...]:
         run = lambda params, inputs: trainer.model.apply({"params": params}, inputs, method=method)
         return jax.jit(run, out_shardings=replicated)
 
-    return tuple(map(compiled, ("cached_features", "embed_cached", "embed_texts")))
+    return compiled("embed_cached"), compiled("embed_texts")
 
 
 class Pictures:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import numpy as np
 
 from vlm_jax.config import DataConfig, MixtureConfig
+from vlm_jax.config.mixture import check_named
 from vlm_jax.data.example import SOURCES, Example, Source, Split
 from vlm_jax.data.mixture import MixedStore
 from vlm_jax.data.store import TokenStore
 from vlm_jax.errors import DataError
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class MixedSource(Source):
@@ -70,15 +68,14 @@ def open_mixture(config: DataConfig, split: Split) -> MixedSource:
 
 
 def _check(source: MixtureConfig) -> None:
-    names = [member.name for member in source.members]
-    if not names:
+    if not source.members:
         raise DataError("data.source.members is empty; a mixture needs at least one source")
+    try:
+        check_named(source.members, "data.source.members")
+    except ValueError as error:
+        raise DataError(str(error)) from None
     for member in source.members:
         where = f"data.source.members.{member.name}"
-        if not NAME.fullmatch(member.name) or names.count(member.name) > 1:
-            raise DataError(f"{where}: expected names of letters, digits, '_' and '-', each once")
-        if not 0 < member.weight < float("inf"):
-            raise DataError(f"{where}.weight={member.weight}: expected a number above 0; leave the member out instead of 0")
         if isinstance(member.source, MixtureConfig):
             raise DataError(f"{where}: is a mixture itself; name its members here")
         if member.source.bad_lines != "error":

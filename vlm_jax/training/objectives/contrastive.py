@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.batch import Batch
+from vlm_jax.batch import Batch, micro_batches
 from vlm_jax.config import ContrastiveConfig
 from vlm_jax.ops.contrastive import ContrastiveLoss, Pairs, groups_of
 from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
@@ -41,9 +41,7 @@ class Contrastive(Objective):
     def sums(self, model: nn.Module, params: Any, batch: Batch, *, recompute: bool = True, micro: int = 1) -> Sums:
         embed = lambda part: model.apply({"params": params}, part, method="embed_pairs")
         if micro > 1 and recompute:
-            # Every device keeps its own rows: micro-batch `a` takes rows a, a + A, a + 2A, ...
-            parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
-            embeddings = jax.lax.map(jax.checkpoint(embed, prevent_cse=False), parts)
+            embeddings = jax.lax.map(jax.checkpoint(embed, prevent_cse=False), micro_batches(batch, micro))
             images, texts = (x.swapaxes(0, 1).reshape(-1, x.shape[-1]) for x in embeddings)
         else:
             images, texts = embed(batch)
