@@ -20,7 +20,7 @@ import peers  # isort: skip  # it chooses the cores and how OpenMP waits before 
 import jax
 import numpy as np
 from decode import greedy
-from peers import SIZES, seconds, table
+from peers import IDEFICS, seconds, table
 from train_step import run_config
 from transformers import IdeficsConfig
 
@@ -75,7 +75,7 @@ def generation_seconds(model: ModelConfig, rows: int, tokens: int) -> tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="widths of the model; the depth is --layers")
+    parser.add_argument("--size", choices=IDEFICS, default="tiny", help="widths of the model; the depth is --layers")
     parser.add_argument("--layers", nargs=2, type=int, default=[4, 32], metavar=("SHALLOW", "DEEP"))
     parser.add_argument("--generation", action="store_true", help="of generation by the language model, not of training")
     parser.add_argument("--repeats", type=int, default=3, help="compilations of each (default 3)")
@@ -84,7 +84,7 @@ def main() -> None:
         sys.exit("--layers and --repeats must be 1 or more")
     jax.config.update("jax_enable_compilation_cache", False)
     print(peers.conditions() + f"widths of {args.size}\n")
-    size = SIZES[args.size]
+    size = IDEFICS[args.size]
     model = idefics.config_from_hf(IdeficsConfig(**size.config))
     shallow, deep = args.layers
     measure = generation_seconds if args.generation else compile_seconds

@@ -22,7 +22,7 @@ import peers  # isort: skip  # it chooses the cores and how OpenMP waits before 
 import jax
 import numpy as np
 import torch
-from peers import SIZES, SMOLLM2, Peers, alternate, bandwidth, build, build_smollm2, inputs, ratio, table
+from peers import IDEFICS, SMOLLM2, Peers, alternate, bandwidth, build, build_smollm2, inputs, ratio, table
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import MeshConfig
@@ -113,7 +113,7 @@ def prefill(both: Peers, size: str, rows: int, args: argparse.Namespace) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=[*SIZES, SMOLLM2], default=list(SIZES))
+    parser.add_argument("--size", nargs="+", choices=[*IDEFICS, SMOLLM2], default=list(IDEFICS))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8], help="batch sizes (default 1 8)")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default 32)")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")

@@ -1,4 +1,4 @@
-"""The two sides of the benchmarks: transformers' IDEFICS in PyTorch and the same weights in vlm_jax, in one process.
+"""The two sides of the benchmarks: transformers' IDEFICS or LLaVA in PyTorch and the same weights in vlm_jax, in one process.
 
 Both get the same `THREADS` cores and float32. Import this before jax and torch.
 """
@@ -23,13 +23,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, IdeficsConfig, IdeficsForVisionText2Text, PreTrainedModel  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.utils import logging  # noqa: E402
 
 from vlm_jax.api import open_checkpoint, parse_mesh  # noqa: E402
 from vlm_jax.batch import Batch  # noqa: E402
 from vlm_jax.config import ModelConfig  # noqa: E402
-from vlm_jax.families import idefics  # noqa: E402
+from vlm_jax.families import idefics, llava  # noqa: E402
 from vlm_jax.interop.engine import abstract_params, to_ours  # noqa: E402
 from vlm_jax.interop.files.packages import SMOLLM2 as SMOLLM2_PART  # noqa: E402
 from vlm_jax.interop.files.packages import locate  # noqa: E402
@@ -45,9 +54,10 @@ UNFROZEN = dict(freeze_text_layers=False, freeze_lm_head=False, freeze_vision_la
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    config: dict[str, Any]  # of `IdeficsConfig`
+    config: dict[str, Any]  # of `IdeficsConfig` or `LlavaConfig`
     rows: int
     tokens: int
+    family: Any = idefics
 
 
 def _config(
@@ -86,11 +96,40 @@ def _vision(side: int, patch: int, width: int, layers: int, heads: int) -> dict[
     )
 
 
+def _llava(vocab: int, width: int, layers: int, heads: int, vision: dict[str, int]) -> dict[str, Any]:
+    text = dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=512,
+    )
+    tower = dict(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        hidden_size=vision["embed_dim"],
+        intermediate_size=vision["intermediate_size"],
+        num_hidden_layers=vision["num_hidden_layers"],
+        num_attention_heads=vision["num_attention_heads"],
+        projection_dim=vision["embed_dim"],
+    )
+    return dict(
+        text_config=LlamaConfig(**text),
+        vision_config=CLIPVisionConfig(**tower),
+        image_token_index=vocab - 1,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+    )
+
+
 SMOLLM2 = "smollm2"  # the real SmolLM2-135M-Instruct, without pictures
 SIZES = {
     "tiny": Size(_config(512, 64, 4, 4, _vision(32, 8, 32, 2, 2), latents=8, depth=1), rows=4, tokens=64),
     "medium": Size(_config(8192, 512, 12, 8, _vision(112, 14, 384, 8, 6), latents=32, depth=2), rows=2, tokens=64),
+    "tiny_llava": Size(_llava(512, 64, 4, 4, _vision(32, 8, 32, 2, 2)), rows=4, tokens=64, family=llava),
+    "medium_llava": Size(_llava(8192, 512, 12, 8, _vision(56, 14, 384, 8, 6)), rows=2, tokens=64, family=llava),
 }
+IDEFICS = {name: size for name, size in SIZES.items() if size.family is idefics}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +146,24 @@ class Peers:
 def build(size: str, seed: int = 0) -> Peers:
     """The torch model with random weights and open gates, and the same weights as our parameters."""
     torch.manual_seed(seed)
-    published = IdeficsConfig(**SIZES[size].config)
-    model = IdeficsForVisionText2Text(published).float().requires_grad_(True)
+    family = SIZES[size].family
+    if family is llava:
+        published = LlavaConfig(**SIZES[size].config)
+        model = LlavaForConditionalGeneration(published)
+    else:
+        published = IdeficsConfig(**SIZES[size].config)
+        model = IdeficsForVisionText2Text(published)
+    model = model.float().requires_grad_(True)
     for name, parameter in model.named_parameters():
         if "alpha" in name:
             parameter.data.fill_(0.5)
         elif parameter.ndim == 2 and "embed" not in name and "latents" not in name:
             parameter.data.normal_(std=parameter.shape[1] ** -0.5)
-    config = idefics.config_from_hf(published)
+    config = family.config_from_hf(published)
     # Copies: the optimizer of the torch side writes into its tensors.
     state = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
     shapes = abstract_params(VisionLanguageModel(config))
-    return Peers(model, config, to_ours(state, idefics.table(config, published), shapes))
+    return Peers(model, config, to_ours(state, family.table(config, published), shapes))
 
 
 def build_smollm2() -> Peers:
@@ -134,7 +179,10 @@ def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, 
     rng = np.random.default_rng(seed)
     vision = peers.config.vision
     side = vision.image_size if vision else 1
-    ids = rng.integers(3, peers.config.language.vocab_size, (rows, tokens), dtype=np.int32)
+    ids = rng.integers(3, peers.config.language.vocab_size - 1, (rows, tokens), dtype=np.int32)
+    visual = np.zeros_like(ids)
+    if count := peers.config.visual_tokens_in_sequence:
+        ids[:, :count], visual[:, :count] = peers.torch_model.config.image_token_index, np.arange(1, count + 1)
     pixels = rng.integers(0, 256, (rows, 1, 1, side, side, 3), dtype=np.uint8)
     ones = np.ones((rows, tokens), np.int32)
     positions = np.repeat(np.arange(tokens, dtype=np.int32)[None], rows, axis=0)
@@ -151,16 +199,16 @@ def inputs(peers: Peers, rows: int, tokens: int, seed: int = 0) -> tuple[Batch, 
         prefix_end=positions,
         targets=np.roll(ids, -1, axis=1),
         weights=weights,
+        visual=visual if count else None,
     )
     theirs = dict(input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones((rows, tokens), dtype=torch.long))
     if vision is None:
         return batch, theirs
     scaled = (pixels[:, :, 0] / 255.0 - np.array(vision.mean)) / np.array(vision.std)
-    theirs |= dict(
-        pixel_values=torch.tensor(scaled.transpose(0, 1, 4, 2, 3), dtype=torch.float32),
-        image_attention_mask=torch.ones((rows, tokens, 1), dtype=torch.long),
-    )
-    return batch, theirs
+    pixel_values = torch.tensor(scaled.transpose(0, 1, 4, 2, 3), dtype=torch.float32)
+    if count:
+        return batch, theirs | dict(pixel_values=pixel_values[:, 0])
+    return batch, theirs | dict(pixel_values=pixel_values, image_attention_mask=torch.ones((rows, tokens, 1), dtype=torch.long))
 
 
 def conditions() -> str:
@@ -183,6 +231,31 @@ def bandwidth() -> float:
     total = jax.jit(jax.numpy.sum)
     total(array).block_until_ready()
     return array.nbytes / min(seconds(lambda: total(array).block_until_ready()) for _ in range(7))
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What these cores can do at best."""
+
+    flops: float  # a second, of a matrix product
+    bandwidth: float  # bytes a second, of memory that is read
+
+    @classmethod
+    def measured(cls) -> Limit:
+        """The best of some products of 2048 x 2048 matrices by MKL and by XLA, and `bandwidth`."""
+        import jax
+
+        side = 2048
+        theirs = torch.ones(side, side)
+        ours = jax.numpy.ones((side, side), np.float32)
+        product = jax.jit(jax.numpy.matmul)
+        product(ours, ours).block_until_ready()
+        runs = (lambda: theirs @ theirs, lambda: product(ours, ours).block_until_ready())
+        return cls(2 * side**3 / min(seconds(run) for _ in range(5) for run in runs), bandwidth())
+
+    def seconds(self, *, flops: float, moved: float) -> float:
+        """That so many FLOPs of products and so many bytes of memory take at least."""
+        return flops / self.flops + moved / self.bandwidth
 
 
 def seconds(run: Callable[[], Any]) -> float:

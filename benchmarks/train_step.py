@@ -1,10 +1,15 @@
-"""Seconds of a training step, beside transformers' IDEFICS in PyTorch on the same cores.
+"""Seconds of a training step, beside transformers' IDEFICS or LLaVA in PyTorch on the same cores.
 
     python benchmarks/train_step.py --size tiny medium --repeats 7
+    python benchmarks/train_step.py --size medium --rows 8 --tokens 256
     python benchmarks/train_step.py --size medium --profile
 
 A step is forward, backward, clipping to norm 1 and AdamW on all parameters, in float32. First both take three steps from the
 same weights on the same batch, and their losses must agree to 1e-4.
+
+The limit is what the machine would need for it at best, measured beside it: the FLOPs of the step's matrix products at the rate
+of a large product, and what AdamW moves (parameter, gradient and two moments read, three of them written) at the bandwidth of
+memory.
 """
 
 from __future__ import annotations
@@ -21,14 +26,16 @@ import jax
 import numpy as np
 import optax
 import torch
-from peers import SIZES, Peers, alternate, build, inputs, ratio, seconds, table
+from peers import SIZES, Limit, Peers, alternate, build, inputs, ratio, seconds, table
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import DataConfig, EasyVqaConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from vlm_jax.sharding import make_mesh
+from vlm_jax.training.flops import count_flops
 from vlm_jax.training.step import Trainer
 
 LR, DECAY, TOLERANCE = 1e-4, 0.1, 1e-4
+ADAMW = 7 * 4  # bytes that are moved for a parameter
 
 
 def run_config(model: ModelConfig, rows: int, tokens: int) -> RunConfig:
@@ -66,13 +73,13 @@ def our_step(trainer: Trainer, params: Any, batch: Batch) -> Callable[[], float]
     return step
 
 
-def compare(size: str, repeats: int, compiled: bool) -> tuple[str, ...]:
+def compare(size: str, repeats: int, *, compiled: bool, rows: int, tokens: int) -> tuple[str, ...]:
     """One row of the table.
 
     Raises:
       SystemExit: the losses do not agree.
     """
-    both, rows, tokens = build(size), SIZES[size].rows, SIZES[size].tokens
+    both = build(size)
     batch, theirs = inputs(both, rows, tokens)
     trainer = Trainer(run_config(both.config, rows, tokens), make_mesh(MeshConfig(), jax.devices()[:1]))
     with jax.set_mesh(trainer.mesh):
@@ -82,7 +89,11 @@ def compare(size: str, repeats: int, compiled: bool) -> tuple[str, ...]:
         if not np.abs(losses[:, 0] - losses[:, 1]).max() < TOLERANCE:
             sys.exit(f"{size}: the losses of three steps differ, PyTorch {losses[:, 0]}, vlm_jax {losses[:, 1]}")
         times = alternate(peer, ours, repeats)
+        loss = lambda params, batch: trainer.objective.sums(trainer.model, params, batch)["loss"]
+        flops = count_flops(jax.grad(loss), both.params, batch)
+    least = Limit.measured().seconds(flops=flops, moved=ADAMW * both.parameters)
     medians = [f"{1000 * statistics.median(side):.1f}" for side in times]
+    medians += [f"{1000 * least:.1f}", *(f"{100 * least / statistics.median(side):.0f}%" for side in times)]
     agreed = f"{np.abs(losses[:, 0] - losses[:, 1]).max():.0e}"
     return (size, f"{both.parameters / 1e6:.1f}M", f"{rows}x{tokens}", *medians, ratio(*times), agreed)
 
@@ -136,6 +147,8 @@ def profile(both: Peers, rows: int, tokens: int, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rows", type=int, help="of a batch (default: the size's own)")
+    parser.add_argument("--tokens", type=int, help="of a row")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of steps that are timed (default 7)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the peer (default: eager, as most run it)")
     parser.add_argument("--profile", action="store_true", help="where our step's time goes, instead of the comparison")
@@ -145,8 +158,11 @@ def main() -> None:
         for size in args.size:
             print(f"{size}:\n{profile(build(size), SIZES[size].rows, SIZES[size].tokens, args.repeats)}\n", flush=True)
         return
-    header = ("size", "parameters", "batch", "PyTorch ms", "vlm_jax ms", "PyTorch / vlm_jax", "losses differ by")
-    print(table(header, [compare(size, args.repeats, args.compile) for size in args.size]))
+    header = ("size", "parameters", "batch", "PyTorch ms", "vlm_jax ms", "limit ms", "PyTorch of it", "vlm_jax of it")
+    header += ("PyTorch / vlm_jax", "losses differ by")
+    shape = lambda size: dict(rows=args.rows or SIZES[size].rows, tokens=args.tokens or SIZES[size].tokens)
+    rows = [compare(size, args.repeats, compiled=args.compile, **shape(size)) for size in args.size]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

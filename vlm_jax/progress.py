@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -18,6 +19,29 @@ def bytes_read(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class Countdown:
+    """Says from time to time how much of a long piece of work is done, and how long the rest takes."""
+
+    EVERY = 10.0  # seconds
+
+    def __init__(self, say: Callable[[str], None], what: str, total: int, *, done: int = 0) -> None:
+        """
+        Args:
+          what: is counted, and its unit: "tokenising: {} examples".
+          done: of `total`, before this start.
+        """
+        self._say, self._what, self._total, self._start = say, what, total, done
+        self._began = self._said = time.perf_counter()
+
+    def at(self, done: int) -> None:
+        now = time.perf_counter()
+        if now - self._said < self.EVERY or done <= self._start:
+            return
+        self._said = now
+        left = (now - self._began) / (done - self._start) * (self._total - done)
+        self._say(f"{self._what.format(f'{done:,} of {self._total:,}')}, {human_time(left)} left")
 
 
 def human_time(seconds: float) -> str:

@@ -46,3 +46,14 @@ def test_a_quarter_of_the_captions_is_held_out(folder):
 def test_a_folder_without_stamps_says_how_to_get_them(tmp_path):
     with pytest.raises(DataError, match="install Debian's tuxpaint-stamps-default"):
         StampsSource(tmp_path, "train")
+
+
+def test_whole_categories_are_held_out(folder):
+    (folder / "symbols/cat.png").write_bytes((folder / "animals/cat.png").read_bytes())
+    (folder / "symbols/cat.txt").write_text("A cat.\n")
+    train, held_out = (StampsSource(folder, split, ("animals",)) for split in ("train", "eval"))
+    assert [held_out[index].id for index in range(len(held_out))] == ["stamps animals/cat.png", "stamps animals/cat_2.png"]
+    seen = [train[index].id for index in range(len(train))]
+    assert len(seen) == 10 and all("food" in name for name in seen)  # the cat among the symbols is in neither
+    with pytest.raises(DataError, match="no category 'beasts'; there are animals, food, symbols"):
+        StampsSource(folder, "train", ("beasts",))

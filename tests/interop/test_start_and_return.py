@@ -30,6 +30,8 @@ from vlm_jax.training.processors import build_processor
 from vlm_jax.training.run_folder import CheckpointError
 from vlm_jax.training.step import check_pictures
 
+pytestmark = pytest.mark.usefixtures("runs_on_one_device")
+
 
 def run_of(tmp_path, folder) -> RunConfig:
     base = tiny_run()
@@ -75,13 +77,9 @@ def test_another_model_is_refused(tmp_path):
         train(config, tmp_path / "run")
 
 
-def test_what_has_no_published_name_is_not_exported(tmp_path):
-    data = str(write_data(tmp_path / "data", examples=8))
-    base = tiny_run(steps=1, save_every=1, eval_every=1)
-    source = JsonLinesConfig(train=data, eval=data)
-    train(dataclasses.replace(base, data=dataclasses.replace(base.data, source=source)), tmp_path / "run")
+def test_what_has_no_published_name_is_not_exported(run, tmp_path):
     with pytest.raises(RequestError, match="was not started from a published checkpoint"):
-        vlm_jax.export(tmp_path / "run", tmp_path / "back")
+        vlm_jax.export(run, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -189,8 +187,7 @@ def with_vision(folder, family):
     return {"llava": llava, "paligemma": paligemma}[family](folder, tie_word_embeddings=family == "paligemma")
 
 
-@pytest.mark.parametrize("words", ["recipe", "its own"])
-@pytest.mark.parametrize("family", ["llava", "paligemma"])
+@pytest.mark.parametrize(("family", "words"), [("llava", "its own"), ("paligemma", "recipe")])
 def test_visual_tokens_in_packed_rows(tmp_path, family, words):
     """A row holds several conversations with pictures; each is what their model reads alone. Then two steps, and back."""
     folder = tmp_path / "published"

@@ -29,7 +29,7 @@ RULES = (ParamRule(pattern="/lora/"), ParamRule(pattern="^connector", lr=0.1), P
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
+def tuned(tmp_path_factory, runs_on_one_device):
     """(folder with `published` and `run`, the question, the run's configuration)."""
     folder = tmp_path_factory.mktemp("lora")
     FAMILIES["llava"].made(folder / "published", 1)

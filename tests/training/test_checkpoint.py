@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import mesh_of, tiny_run
+from tests.tiny import initial_state, mesh_of, tiny_run
 from vlm_jax.config_dict import to_dict
 from vlm_jax.files import ChecksumError
 from vlm_jax.training.checkpoint import Checkpoints, fingerprint, load_run
@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
     with jax.set_mesh(mesh):
         trainer = Trainer(run, mesh)
         checkpoints = Checkpoints(folder, keep_last=3, keep_best=0)
-        state = trainer.init()
+        state = initial_state(trainer)
         for step in (1, 2, 3):
             state = dataclasses.replace(state, step=state.step + 1, trained=jax.tree.map(lambda p: p + 1, state.trained))
             checkpoints.save(state, step)
@@ -178,7 +178,7 @@ def test_other_data_than_before_are_refused(saved, tmp_path):
     with jax.set_mesh(mesh):
         saving = Checkpoints(folder, 1, 0, data={"train": 7, "eval": 8})
         trainer = Trainer(tiny_run(), mesh)
-        saving.save(trainer.init(), 4)
+        saving.save(initial_state(trainer), 4)
         saving.wait()
         assert saving.restore(trainer)[1] == 4
         saving.close()
@@ -228,7 +228,7 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
     with jax.set_mesh(mesh):
         trainer = Trainer(run, mesh)
         checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=1)
-        state = trainer.init()
+        state = initial_state(trainer)
         for step, accuracy in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
             checkpoints.save(state, step, {"accuracy": accuracy})
         checkpoints.wait()

@@ -49,7 +49,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_runs_at_its_own_cadence_and_at_the_end(tmp_path, capfd):
+def test_each_runs_at_its_own_cadence_and_at_the_end(tmp_path, capfd, runs_on_one_device):
     evaluators = (NormsConfig(every=4), NormsConfig(every=5, name="other", sign=-1), NormsConfig(name="last"))
     config = run_of(tmp_path, *evaluators, best_by="-other_embedding", save_every=5, keep_last=1, steps=12)
     result = train(from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))), tmp_path / "run")

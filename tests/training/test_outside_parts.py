@@ -73,7 +73,7 @@ def run_of(folder: Path, checkpoint: Path) -> RunConfig:
     return from_dict(RunConfig, json.loads(json.dumps(values)))
 
 
-def test_a_run_from_its_start_to_an_answer(outside, tmp_path, capfd):
+def test_a_run_from_its_start_to_an_answer(outside, tmp_path, capfd, runs_on_one_device):
     state = published(tmp_path / "published")
     config = run_of(tmp_path, tmp_path / "published")
     assert isinstance(config.data, DataConfig) and type(config.data.source).__name__ == "TableConfig"

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import mesh_of, random_batch, tiny_run, write_data
+from tests.tiny import initial_state, mesh_of, random_batch, tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, MemberConfig, MixtureConfig, SetConfig
 from vlm_jax.training import loop
 from vlm_jax.training.sets import SetBatches, check_sets, open_sets
@@ -40,7 +40,7 @@ def test_an_update_adds_the_weighted_gradients_of_the_mean_losses(source):
     run, mesh = accumulated_run(source), mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         trainer = Trainer(run, mesh)
-        state = trainer.init()
+        state = initial_state(trainer)
         own, words = random_batch(8, 0), random_batch(8, 1)
         words.weights[3:] = 0
         alone, of_sets = jax.jit(trainer.gradients), jax.jit(trainer.gradients_of_sets)

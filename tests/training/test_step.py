@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import mesh_of, random_batch, tiny_run
-from vlm_jax.config import OptimizerConfig, ParamRule
+from tests.tiny import initial_state, mesh_of, random_batch, tiny_run
+from vlm_jax.config import ParamRule
 from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 from vlm_jax.training.table import start_table
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 FLAMINGO_RULES = (
     ParamRule(pattern="^vision", frozen=True),
     ParamRule(pattern="^connector", decay=0.0),
@@ -25,7 +25,7 @@ def curve(run, mesh_sizes, steps=5):
     mesh = mesh_of(*mesh_sizes)
     with jax.set_mesh(mesh):
         trainer = Trainer(run, mesh)
-        state = trainer.init()
+        state = initial_state(trainer)
         metrics = []
         for seed in range(steps):
             state, step = trainer.train_step(state, trainer.put(random_batch(run.data.rows, seed)))
@@ -49,28 +49,20 @@ def test_every_mesh_gives_the_curve_of_one_device(one_device, sizes):
     assert moment.sharding == kernel.sharding
 
 
-def test_the_loss_falls_on_one_repeated_batch():
-    run = tiny_run(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1), steps=60)
-    mesh = mesh_of(1, 1, 1)
-    with jax.set_mesh(mesh):
-        trainer = Trainer(run, mesh)
-        state, batch = trainer.init(), trainer.put(random_batch())
+def test_the_loss_falls_on_one_repeated_batch(one_device):
+    trainer = one_device[2]
+    with jax.set_mesh(trainer.mesh):
+        state, batch = initial_state(trainer), trainer.put(random_batch())
         losses = []
-        for _ in range(40):
+        for _ in range(12):
             state, metrics = trainer.train_step(state, batch)
             losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1)])
-def test_accumulated_micro_batches_equal_the_whole_batch(one_device, sizes):
+def test_accumulated_micro_batches_equal_the_whole_batch(one_device):
     run = tiny_run(optimizer=dataclasses.replace(tiny_run().optimizer, accumulate=4))
-    np.testing.assert_allclose(curve(run, sizes)[0], one_device[0], rtol=2e-5)
-
-
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_number(one_device, remat):
-    np.testing.assert_allclose(curve(tiny_run(remat=remat), (1, 1, 1), 3)[0], one_device[0][:3], rtol=1e-5)
+    np.testing.assert_allclose(curve(run, (2, 1, 1))[0], one_device[0], rtol=2e-5)
 
 
 def test_flamingos_own_split_leaves_the_frozen_parts_alone():
@@ -78,7 +70,7 @@ def test_flamingos_own_split_leaves_the_frozen_parts_alone():
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         trainer = Trainer(run, mesh)
-        before = jax.device_get(by_path(trainer.init().params))
+        before = jax.device_get(by_path(initial_state(trainer).params))
     _, state, trainer = curve(run, (1, 1, 1))
     after = jax.device_get(by_path(state.params))
     assert {path.split("/")[0] for path in by_path(state.frozen)} == {"vision", "language"}
@@ -91,12 +83,10 @@ def test_flamingos_own_split_leaves_the_frozen_parts_alone():
     assert np.all(np.any(before["language/embedding"][300:] != after["language/embedding"][300:], axis=1))
 
 
-def test_a_non_finite_update_is_skipped_and_counted():
-    run = tiny_run()
-    mesh = mesh_of(1, 1, 1)
-    with jax.set_mesh(mesh):
-        trainer = Trainer(run, mesh)
-        state = trainer.init()
+def test_a_non_finite_update_is_skipped_and_counted(one_device):
+    trainer = one_device[2]
+    with jax.set_mesh(trainer.mesh):
+        state = initial_state(trainer)
         good, bad = random_batch(), random_batch()
         bad.weights[0, 1] = np.inf
         state, _ = trainer.train_step(state, trainer.put(good))

@@ -27,6 +27,7 @@ from vlm_jax.training.loop import train
 from vlm_jax.training.sets import open_sets
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("runs_on_one_device")
 
 
 def run_of(folder: Path) -> RunConfig:
@@ -47,7 +48,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, runs_on_one_device):
     folder = tmp_path_factory.mktemp("towers")
     config = run_of(folder)
     return folder, config, train(config, folder / "run")
@@ -85,7 +86,8 @@ def test_killed_it_goes_on_with_the_same_numbers(trained, tmp_path):
     """kill -9 in the midst of it, and the rest in this process."""
     folder, config, _ = trained
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "XLA_FLAGS": flags}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]

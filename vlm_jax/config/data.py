@@ -36,6 +36,17 @@ class StampsConfig(SourceConfig):
 
     kind: Literal["stamps"] = "stamps"
     folder: str = "/usr/share/tuxpaint/stamps"
+    held_out: tuple[str, ...] = ()  # whole categories instead: names of folders in `folder`, as ("food", "plants")
+
+
+@frozen
+class EpisodesConfig(SourceConfig):
+    """In training, examples of another source in a row, as few-shot prompts have them; the held-out ones stay single."""
+
+    kind: Literal["episodes"] = "episodes"
+    source: SourceConfig
+    examples: int = 5  # of an episode
+    orders: int = 4  # how often an example stands in an episode, each time among others
 
 
 @frozen

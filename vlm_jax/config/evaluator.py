@@ -30,6 +30,8 @@ class RankingConfig(EvaluatorConfig):
     pictures: int = 0  # that are looked at, evenly spread; 0: one for each candidate
     score: Literal["sum", "mean"] = "sum"  # of the log-probabilities of a caption's tokens
     blank: bool = False  # the control: every picture grey
+    shots: int = 0  # other held-out examples that are shown solved before each picture (few-shot)
+    seed: int = 0  # of their choice
     rows: int = 16  # pictures that one program reads at once
 
 
@@ -43,6 +45,8 @@ class GenerationConfig(EvaluatorConfig):
     max_new_tokens: int = 32
     beams: int = 1  # 1: greedy
     blank: bool = False  # the control: every picture grey
+    shots: int = 0  # other held-out examples that are shown solved before each question (few-shot)
+    seed: int = 0  # of their choice
     rows: int = 16  # questions that are answered at once
 
 

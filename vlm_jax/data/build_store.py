@@ -23,12 +23,13 @@ import numpy as np
 
 from vlm_jax.config import DataConfig
 from vlm_jax.data.example import Source
-from vlm_jax.data.store import FIELDS, OFFSETS, REPORT_S, TokenStore, content_of, dtype_of, locked
+from vlm_jax.data.store import FIELDS, OFFSETS, TokenStore, content_of, dtype_of, locked
 from vlm_jax.data.tokenise import Chunk, DatasetTokenizer
 from vlm_jax.data.workers import sigint_blocked, start_worker
 from vlm_jax.errors import DataError
 from vlm_jax.files import JsonError, parse_json, read_regular
 from vlm_jax.processing.processor import Processor
+from vlm_jax.progress import Countdown
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +127,10 @@ class _StoreBuilder:
     def run(self) -> None:
         total = len(self.dataset_tokenizer.source)
         self._resume()
-        began = saved = reported = time.perf_counter()
+        began = saved = time.perf_counter()
         before = self.state["seconds"]
         start = self.state["next"]
+        countdown = Countdown(log.info, "tokenising: {} examples", total, done=start)
         ranges = [range(first, min(first + CHUNK, total)) for first in range(start, total, CHUNK)]
         with contextlib.ExitStack() as stack:
             files = {field: stack.enter_context((self.folder / f"{field}.bin").open("ab")) for field in FIELDS}
@@ -142,10 +144,7 @@ class _StoreBuilder:
                 if now - saved > SAVE_S:
                     saved = now
                     self._save(files)
-                if now - reported > REPORT_S:
-                    reported, done = now, indices.stop
-                    left = (now - began) / (done - start) * (total - done)
-                    log.info("tokenising: %d of %d examples, %.0f s, %.0f s left", done, total, now - began, left)
+                countdown.at(indices.stop)
         self._finish()
 
     def _chunks(self, ranges: list[range]) -> Iterator[tuple[range, Chunk]]:

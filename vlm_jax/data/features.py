@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.store import BLOCK, REPORT_S, TokenStore, locked
+from vlm_jax.data.store import BLOCK, TokenStore, locked
 from vlm_jax.errors import DataError
 from vlm_jax.files import JsonError, parse_json, read_regular
 from vlm_jax.processing.batching import Tiles
 from vlm_jax.processing.pictures import ImageError
+from vlm_jax.progress import Countdown
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ class _Builder:
     def run(self) -> None:
         total = len(self.store.example_media)
         start = self._resume()
-        began = reported = saved = time.perf_counter()
+        began = saved = time.perf_counter()
+        countdown = Countdown(log.info, "features: {} examples", total, done=start)
         with (self.folder / "features.bin").open("ab") as features, (self.folder / "tiles.bin").open("ab") as tiles:
             for example in range(start, total):
                 self._add(example)
@@ -138,10 +140,7 @@ class _Builder:
                     if now - saved > SAVE_S:
                         saved = now
                         self._save(example + 1, features, tiles)
-                if now - reported > REPORT_S:
-                    reported, done = now, example + 1
-                    left = (now - began) / (done - start) * (total - done)
-                    log.info("features: %d of %d examples, %.0f s, %.0f s left", done, total, now - began, left)
+                countdown.at(example + 1)
         meta = {"shape": self.shape, "version": VERSION, "content": _content(self.folder)}
         (self.folder / "meta.json").write_text(json.dumps(meta) + "\n")
         shutil.rmtree(self.target, ignore_errors=True)

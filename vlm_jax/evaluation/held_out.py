@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
 from vlm_jax.data.example import Source
 from vlm_jax.errors import DataError
 from vlm_jax.generation.request import Request
-from vlm_jax.processing.conversation import assistant
+from vlm_jax.processing.conversation import assistant, joined
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +56,32 @@ def held_out_questions(source: Source, most: int = 0, *, skip: bool = False) -> 
             answers.setdefault(tuple(before), []).append(last.text.strip())
         found += [HeldOut(example.id, Request(turns, example.media), tuple(all_)) for turns, all_ in answers.items()]
     return [found[place] for place in evenly(len(found), most)]
+
+
+def with_shots(questions: list[HeldOut], count: int, *, pool: list[HeldOut], seed: int) -> list[HeldOut]:
+    """The questions behind solved examples, whose answers are learned from the prompt alone (Brown et al. 2020).
+
+    Args:
+      count: solved examples before each question; 0: none.
+      pool: what they are drawn from, for each question anew. None is about the question's own example or has its answer.
+      seed: of the draw; the first `count` of one seed are the same for every `count`.
+
+    Raises:
+      DataError: a question for which there are too few.
+    """
+    if not count:
+        return questions
+    found = []
+    for number, question in enumerate(questions):
+        order = np.random.default_rng((seed, number)).permutation(len(pool))
+        fits = lambda other, question=question: other.id != question.id and not set(other.answers) & set(question.answers)
+        shown = list(itertools.islice(filter(fits, (pool[place] for place in order)), count))
+        if len(shown) < count:
+            raise DataError(f"{question.id}: there are {len(shown)} other held-out examples to show before it, not {count}")
+        solved = [shot.with_answer(shot.answers[0]) for shot in shown]
+        turns, media = joined([(part.turns, part.media) for part in (*solved, question.request)])
+        found.append(dataclasses.replace(question, request=dataclasses.replace(question.request, turns=turns, media=media)))
+    return found
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -84,6 +84,18 @@ def media_of(conversation: Conversation) -> list[int]:
     return [part.index for turn in conversation for part in turn.content if isinstance(part, Medium)]
 
 
+def joined(parts: Sequence[tuple[Conversation, Media]]) -> tuple[Conversation, Media]:
+    """Conversations, each with media of its own, one after the other as one."""
+    turns: list[Turn] = []
+    media: list[tuple[Picture, ...]] = []
+    for conversation, own in parts:
+        first = len(media)
+        moved = lambda part, first=first: Medium(part.index + first) if isinstance(part, Medium) else part
+        turns += [dataclasses.replace(turn, content=tuple(map(moved, turn.content))) for turn in conversation]
+        media += own
+    return tuple(turns), tuple(media)
+
+
 def plain_text(conversation: Conversation) -> str:
     """The text of all turns, separated by single spaces."""
     return " ".join(text for turn in conversation if (text := turn.text.strip()))

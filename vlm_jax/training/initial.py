@@ -44,10 +44,10 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         raise CheckpointError("config.init_from is for the whole model and config.init_parts for its parts: set one of them")
     if config.init_parts:
         _warn_of_unaligned(trainer)
-        params = by_path(dequantised(trainer.init().params))
+        parts: dict[str, Any] = {}
         for part in config.init_parts:
-            params |= {f"{config.model.part_path(part.part)}/{name}": leaf for name, leaf in _part(trainer, part).items()}
-        return trainer.state_of(nested(params)), 0
+            parts |= {f"{config.model.part_path(part.part)}/{name}": leaf for name, leaf in _part(trainer, part).items()}
+        return trainer.state_of(nested(by_path(dequantised(trainer.init().params)) | parts)), 0
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):

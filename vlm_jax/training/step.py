@@ -132,7 +132,8 @@ class Trainer:
         self.rules = self.blueprint.rules
         self.optimizer = make_optimizer(config.optimizer, self.rules, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
-        self.abstract_state = jax.eval_shape(lambda: self._init(jax.random.key(0)))
+        initial = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), self.blueprint.without_held)
+        self.abstract_state = jax.eval_shape(self._state_of, initial)
         self.shardings = self._shardings()
         self.batch_sharding = batch_sharding(mesh)
         replicated = NamedSharding(mesh, PartitionSpec())

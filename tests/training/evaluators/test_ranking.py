@@ -78,3 +78,16 @@ def test_fewer_captions_and_the_mean_of_a_caption(folder):
     chosen = [0, 4, 7, 11]
     expected = whole[np.ix_([0, 11], chosen)] / [len(tokens[place]) + 1 for place in chosen]  # and the end token
     np.testing.assert_allclose(some, expected, rtol=1e-4)
+
+
+def test_shown_examples_are_read(folder):
+    """A few-shot prompt has its examples' pictures too; grey, they are left of what is seen."""
+    parts, state = known(folder, in_sequence=False, mesh=(1, 1, 1))
+    some = dict(rows=8, captions=3, pictures=2)
+    with jax.set_mesh(parts.trainer.mesh):
+        plain = Ranking(RankingConfig(**some), parts).scores(state)
+        shown = [Ranking(RankingConfig(**some, shots=1, seed=seed), parts).scores(state) for seed in (0, 0, 1)]
+    assert plain[1].shape == shown[0][1].shape == (2, 3)
+    np.testing.assert_array_equal(shown[0], shown[1])
+    for one, other in ((plain, shown[0]), (shown[0], shown[2])):
+        assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(one, other, strict=True))

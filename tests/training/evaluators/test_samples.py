@@ -19,7 +19,7 @@ from vlm_jax.training.loop import train
 RED = np.full((20, 30, 3), (255, 0, 0), np.uint8)
 
 
-def test_a_run_is_watched(tmp_path, capfd):
+def test_a_run_is_watched(tmp_path, capfd, runs_on_one_device):
     watched = (
         GenerationConfig(every=10, rows=8, max_new_tokens=4),
         RankingConfig(rows=8, captions=3, name="captions"),

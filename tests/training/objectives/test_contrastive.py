@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_encoder_folders import two_towers
 
-from tests.tiny import mesh_of, tiny_run
+from tests.tiny import initial_state, mesh_of, tiny_run
 from tests.training.pairs import CAPTIONS, get_config, pair_run
 from vlm_jax.config import ContrastiveConfig, OptimizerConfig, ParamRule, RunConfig
 from vlm_jax.config_dict import from_config_dict, from_dict, to_dict
@@ -150,7 +150,7 @@ def test_micro_batches_give_the_same_gradients_in_less_memory():
         for micro in (1, 8):
             optimizer = dataclasses.replace(config.optimizer, accumulate=micro)
             trainer = Trainer(dataclasses.replace(config, data=data, optimizer=optimizer), mesh)
-            state = trainer.init()
+            state = initial_state(trainer)
             program = jax.jit(trainer.gradients).lower(state.trained, state.frozen, batch).compile()
             found[micro] = program(state.trained, state.frozen, batch)
             memory[micro] = program.memory_analysis().temp_size_in_bytes

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import COLOURS, mesh_of, random_params, tiny_run, write_data
+from tests.tiny import COLOURS, initial_state, mesh_of, random_params, tiny_run, write_data
 from vlm_jax.batch import Batch
 from vlm_jax.config import JsonLinesConfig, OptimizerConfig, ParamRule, PreferenceConfig, RunConfig
 from vlm_jax.data.pipeline import TrainBatches, eval_batches
@@ -71,7 +71,7 @@ def trained(setting):
     """Metrics of 21 steps; the first state and that after 20 steps, which is saved in the setting's folder."""
     trainer = setting.trainer
     with jax.set_mesh(trainer.mesh):
-        state = trainer.init()
+        state = initial_state(trainer)
         first = jax.device_get(state)
         metrics, batch = [], trainer.put(setting.batch)
         for step in range(21):

@@ -3,7 +3,8 @@
     apt-get install --no-install-recommends tuxpaint-stamps-default       # into /usr/share/tuxpaint/stamps
 
 Beside NAME.png stands NAME.txt: a line of English, then other languages. Mirrored doubles and plain letters are left out, and
-SVG drawings, which Pillow does not read. The held-out quarter is a quarter of the captions: none of them is in training.
+SVG drawings, which Pillow does not read. Held out are a quarter of the captions, or whole categories (folders): none of their
+captions is in training.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ LEFT_OUT = ("_mirror", "symbols/alphabets")  # in the path
 class StampsSource(CaptionedSource):
     """One example a picture, whose answer is its caption."""
 
-    def __init__(self, folder: str | Path, split: Split) -> None:
+    def __init__(self, folder: str | Path, split: Split, held_out: tuple[str, ...] = ()) -> None:
         """
+        Args:
+          held_out: categories; (): a quarter of the captions.
+
         Raises:
-          DataError: no stamps there; the message says how to install them.
+          DataError: no stamps there; the message says how to install them. Or no such category.
         """
         root = Path(folder).expanduser()
         captions = {path: _caption(path.with_suffix(".txt")) for path in _pictures(root)}
@@ -36,8 +40,17 @@ class StampsSource(CaptionedSource):
                 f"data.source.folder={folder}: no stamps (NAME.png beside NAME.txt) are there: install Debian's "
                 "tuxpaint-stamps-default, or unpack it with dpkg-deb -x and name its folder"
             )
-        held_out = held_out_quarter(set(captions.values()))
-        chosen = {path: caption for path, caption in captions.items() if (caption in held_out) == (split == "eval")}
+        category = {path: path.relative_to(root).parts[0] for path in captions}
+        if unknown := set(held_out) - set(category.values()):
+            known = ", ".join(sorted(set(category.values())))
+            raise DataError(f"data.source.held_out: there is no category {min(unknown)!r}; there are {known}")
+        unseen = {caption for path, caption in captions.items() if category[path] in held_out}
+        unseen = unseen or held_out_quarter(set(captions.values()))
+        # With whole categories held out, a picture elsewhere that has one of their captions is in neither split.
+        tested = lambda path: category[path] in held_out if held_out else captions[path] in unseen
+        chosen = {
+            path: caption for path, caption in captions.items() if (tested(path) if split == "eval" else caption not in unseen)
+        }
         super().__init__("stamps", (Captioned(str(path.relative_to(root)), path, caption) for path, caption in chosen.items()))
 
 
@@ -57,4 +70,4 @@ def _caption(file: Path) -> str:
 
 @SOURCES.add(StampsConfig)
 def open_stamps(config: DataConfig, split: Split) -> StampsSource:
-    return StampsSource(config.source.folder, split)
+    return StampsSource(config.source.folder, split, config.source.held_out)

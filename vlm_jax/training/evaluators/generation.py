@@ -9,12 +9,13 @@ import jax
 from vlm_jax.config import GenerationConfig, RunConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import DataError, RequestError
-from vlm_jax.evaluation.held_out import HeldOut, held_out_questions
+from vlm_jax.evaluation.held_out import HeldOut, evenly, held_out_questions, with_shots
 from vlm_jax.evaluation.metrics import METRICS, metric_names
 from vlm_jax.generation.generator import Generator
 from vlm_jax.generation.prompts import Prompt
 from vlm_jax.processing.pictures import ImageError
 from vlm_jax.processing.processor import blanked
+from vlm_jax.progress import Countdown
 from vlm_jax.training.evaluator import EVALUATORS, Evaluation, RunParts
 from vlm_jax.training.step import TrainState
 
@@ -25,11 +26,22 @@ class Answering:
     """A run's model in training, asked about held-out examples through its own processor. Programs are compiled once."""
 
     def __init__(
-        self, parts: RunParts, *, examples: int, settings: Settings, rows: int, blank: bool = False, label: str
+        self,
+        parts: RunParts,
+        *,
+        examples: int,
+        settings: Settings,
+        rows: int,
+        label: str,
+        blank: bool = False,
+        shots: int = 0,
+        seed: int = 0,
     ) -> None:
         """
         Args:
           examples: questions, evenly spread; 0: all.
+          shots: solved held-out examples before each.
+          seed: of their choice.
           label: of the evaluator, for error messages.
 
         Raises:
@@ -50,9 +62,11 @@ class Answering:
         self.generator = Generator(
             trainer.model, trainer.abstract_state.params, processor, trainer.mesh, rows=rows, take_over=False
         )
-        self.questions = held_out_questions(parts.held_out, examples, skip=self._skips)
-        if not self.questions:
+        pool = held_out_questions(parts.held_out, 0 if shots else examples, skip=self._skips)
+        if not pool:
             raise ValueError(f"{label}: there are no held-out examples: name some in config.data.source")
+        asked = [pool[place] for place in evenly(len(pool), examples)]
+        self.questions = with_shots(asked, shots, pool=pool, seed=seed)
 
     def answers(self, state: TrainState) -> list[tuple[HeldOut, str]]:
         """The questions with what the model says, white space around it left away.
@@ -65,8 +79,10 @@ class Answering:
         asked = [number for number, prompt in enumerate(prompts) if prompt is not None]
         refuse = lambda place, error: self._refused(self.questions[asked[place]], error)
         generator = self.generator.with_params(state.params)
+        countdown = Countdown(log.info, f"{self._label}: {{}} answers", len(asked))
         for batch in generator.batches([prompts[number] for number in asked], self._settings, refuse=refuse):
             found |= {asked[place]: answer.text for place, answer in batch.items()}
+            countdown.at(len(found))
         return [(self.questions[number], found[number]) for number in sorted(found)]
 
     def _prompt(self, number: int, question: HeldOut) -> Prompt | None:
@@ -98,7 +114,14 @@ class Generation:
         self.metrics = metric_names(self._metric)
         settings = Settings(max_new_tokens=config.max_new_tokens, beams=config.beams)
         self._answering = Answering(
-            parts, examples=config.examples, settings=settings, rows=config.rows, blank=config.blank, label=config.label
+            parts,
+            examples=config.examples,
+            settings=settings,
+            rows=config.rows,
+            label=config.label,
+            blank=config.blank,
+            shots=config.shots,
+            seed=config.seed,
         )
 
     def evaluate(self, state: TrainState) -> Evaluation:

@@ -11,6 +11,7 @@ what the picture adds (their pointwise mutual information), as `prior_r1`, `prio
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import flax.linen as nn
@@ -20,19 +21,21 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import RankingConfig
-from vlm_jax.evaluation.held_out import HeldOut, evenly, held_out_questions
+from vlm_jax.evaluation.held_out import HeldOut, evenly, held_out_questions, with_shots
 from vlm_jax.evaluation.retrieval import recall_at
 from vlm_jax.generation.buckets import row_bucket
 from vlm_jax.generation.decode import Context, prefill
 from vlm_jax.generation.prompts import Prompt, place
 from vlm_jax.processing.layout import Layout, targets_of
 from vlm_jax.processing.processor import Processor, blanked
+from vlm_jax.progress import Countdown
 from vlm_jax.sharding import batch_sharding, batch_shards, constrain
 from vlm_jax.training.evaluator import EVALUATORS, Evaluation, RunParts
 from vlm_jax.training.objectives.next_token import chunked_scores
 from vlm_jax.training.step import TrainState
 
 Array = jax.Array
+log = logging.getLogger(__name__)
 
 KS = (1, 5, 10)
 STEP = 4  # lengths of captions are rounded up to a multiple: one compiled program for each
@@ -58,7 +61,8 @@ class Ranking:
             raise ValueError(
                 f"ranking: the held-out examples have {len(self._captions)} distinct captions; expected at least 2"
             )
-        self._questions = [pictures[place] for place in evenly(len(pictures), config.pictures)]
+        asked = [pictures[place] for place in evenly(len(pictures), config.pictures)]
+        self._questions = with_shots(asked, config.shots, pool=questions, seed=config.seed)
         numbers = {caption: number for number, caption in enumerate(self._captions)}
         self._right = np.zeros((len(self._questions), len(self._captions)), bool)
         for row, question in enumerate(self._questions):
@@ -85,6 +89,9 @@ class Ranking:
         mesh, model = self._trainer.mesh, self._trainer.model
         size = row_bucket(self._config.rows, batch_shards(mesh))
         params, found = state.params, []
+        countdown = Countdown(
+            log.info, f"{self._config.label}: {{}} pairs of picture and caption", len(prompts) * len(self._captions)
+        )
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             filled = some + some[-1:] * (size - len(some))  # one program for all
@@ -94,6 +101,7 @@ class Ranking:
                 batch = jax.device_put(tails.batch(filled, caption), batch_sharding(mesh))
                 # One at a time: each has a copy of the cache.
                 columns.append(jax.device_get(_score(model, params, logits, context, *batch)))
+                countdown.at(start * len(self._captions) + len(some) * (caption + 1))
             scores = np.stack(columns, axis=1)[: len(some)]
             found.append(scores / tails.counts(some) if self._config.score == "mean" else scores)
         return np.concatenate(found)
