@@ -31,8 +31,9 @@ from vlm_jax.config import (
     VitConfig,
 )
 from vlm_jax.config_dict import to_config_dict
+from vlm_jax.ops.token_scores import scores_of
 from vlm_jax.sharding import Named, make_mesh
-from vlm_jax.training.objectives.next_token import scores_of, sums_of
+from vlm_jax.training.objectives.next_token import sums_of
 from vlm_jax.training.step import Trainer, TrainState
 
 VOCAB = 320

@@ -12,7 +12,8 @@ from vlm_jax.config import NextTokenConfig
 from vlm_jax.config.block import ExpertsConfig
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.ops.experts import load_balance
-from vlm_jax.training.objectives.next_token import NextToken, chunked_scores, scores_of
+from vlm_jax.ops.token_scores import scores_of
+from vlm_jax.training.objectives.next_token import NextToken, chunked_scores
 
 BATCH = random_batch()
 LOGITS = jnp.asarray(np.random.default_rng(1).normal(size=(*BATCH.tokens.shape, VOCAB)), jnp.float32)
@@ -114,10 +115,10 @@ def test_no_array_of_all_logits_is_made():
 
 
 def test_a_device_holds_its_own_rows_and_its_own_part_of_the_vocabulary():
-    """On 2 x 4 devices an eighth of the logits lies on each: they are kept where one device would compute them twice."""
+    """On 2 x 4 devices an eighth of the logits lies on each, so that a quarter of a token's has room for two tokens."""
+    assert logits_in(TOKEN // 4) == ROWS * VOCAB
     with jax.set_mesh(mesh_of(2, 1, 4)):
-        assert logits_in(2 * TOKEN) >= ROWS * TOKENS * VOCAB
-        assert logits_in(TOKEN // 8) == ROWS * VOCAB
+        assert logits_in(TOKEN // 4) == ROWS * 2 * VOCAB
 
 
 # ---------------------------------------------------------------------------------------------------------------------

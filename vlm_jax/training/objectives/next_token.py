@@ -8,16 +8,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import NextTokenConfig
 from vlm_jax.ops.experts import load_balance
+from vlm_jax.ops.token_scores import Scores, scores_of, scores_of_chunks
 from vlm_jax.sharding import shards
 from vlm_jax.training.objective import OBJECTIVES, Objective, Sums
 
 Array = jax.Array
-Scores = tuple[Array, Array]  # [B, T]: float32 negative log-likelihood of the target, and bool, whether it is the likeliest
 
 
 @OBJECTIVES.add(NextTokenConfig)
@@ -74,12 +73,6 @@ def learned_scores(
     return *chunked_scores(head, hidden, batch.targets, **of), layers
 
 
-def scores_of(logits: Array, targets: Array) -> Scores:
-    """Logits [B, T, V] float32 against targets [B, T]."""
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return nll, jnp.argmax(logits, axis=-1) == targets
-
-
 CHUNKS = 8  # at least: what no row learns is left out by whole chunks
 
 
@@ -88,9 +81,8 @@ def chunked_scores(
 ) -> Scores:
     """`scores_of(head(hidden), targets)` where `learned`, elsewhere 0 and False: the head is applied to nothing else.
 
-    The learned tokens of each row come first, and are scored a chunk at a time until no row has any. Where all logits of a
-    device would take more than `most` bytes, the chunks are small enough, and their logits are computed again in the backward
-    pass, so that no array [B, T, V] is ever made.
+    The learned tokens of each row come first, and are scored a chunk at a time until no row has any. A chunk's logits take at
+    most `most` bytes of a device and are computed again in the backward pass, so that no array [B, T, V] is ever made.
 
     Args:
       head: [B, chunk, D] -> [B, chunk, V] float32.
@@ -112,15 +104,7 @@ def chunked_scores(
         padded = jnp.pad(x, ((0, 0), (0, chunks * size - tokens), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(padded.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
 
-    def scored(chunk: tuple[Array, Array, Array]) -> Scores:
-        number, hidden, targets = chunk
-        none = lambda hidden, targets: (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool))
-        some = lambda hidden, targets: scores_of(head(hidden), targets)
-        return jax.lax.cond(number * size < used, some, none, hidden, targets)
-
-    if of_token * tokens > most:
-        scored = jax.checkpoint(scored, prevent_cse=False)
-    nll, hit = jax.lax.map(scored, (jnp.arange(chunks), split(hidden), split(targets)))
+    nll, hit = scores_of_chunks(head, split(hidden), split(targets), count=-(-used // size))
     place = jnp.argsort(order, axis=1)
     join = lambda x: jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :tokens], place, axis=1)
     return jnp.where(learned, join(nll), 0.0), join(hit) & learned
