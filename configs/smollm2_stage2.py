@@ -12,7 +12,7 @@ Behind a colon, with commas between them:
 - `blind`: the control, every picture grey.
 
 The questions about a picture share its visual tokens in a row. An epoch of the mixture has every picture of easy-VQA once, and
-the stamps four times.
+the stamps twice.
 """
 
 import dataclasses
@@ -49,13 +49,13 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/smollm2_stage2.py:{choice}: expected, with commas between them, {', '.join(OPTIONS)}")
     members = (
         MemberConfig(name="easy_vqa", source=EasyVqaConfig()),
-        MemberConfig(name="stamps", source=StampsConfig(), weight=4.0),
+        MemberConfig(name="stamps", source=StampsConfig(), weight=2.0),
     )
     optimizer = OptimizerConfig(
-        lr=5e-4,
+        lr=3e-4,
         warmup_steps=30,
         weight_decay=0.0,
-        rules=(VISION, ParamRule(pattern="^connector", lr=2.0)),
+        rules=(VISION, ParamRule(pattern="^connector", lr=5.0)),
     )
     if held:
         trained = ParamRule(pattern="/lora/", lr=2.0)

@@ -14,8 +14,7 @@ from vlm_jax.models.dual_encoder import DualEncoder
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import by_path
 from vlm_jax.training.params import Blueprint
-from vlm_jax.training.sets import check_sets
-from vlm_jax.training.step import check_pictures
+from vlm_jax.training.sets import check_data, check_sets
 
 
 @functools.cache
@@ -38,7 +37,7 @@ def test_llava15(size):
     """Learning rates, what is trained, steps of an epoch, and what a row takes: the authors' scripts."""
     one, two = (from_config_dict(RunConfig, stage.get_config(size)) for stage in (llava15_stage1, llava15_stage2))
     for run in (one, two):
-        check_pictures(run)
+        check_data(run)
         assert (run.optimizer.weight_decay, run.optimizer.schedule, run.data.tokens) == (0.0, "cosine", 2048)
         assert run.optimizer.warmup_steps == round(0.03 * run.steps) and run.data.visual_tokens == 576
     assert (one.data.template, two.data.template) == ("plain", "vicuna_v1")
@@ -91,7 +90,7 @@ def test_llava15_with_adapters(choice):
 @pytest.mark.parametrize("size", llava_next.SIZES)
 def test_llava_next(size):
     run = from_config_dict(RunConfig, llava_next.get_config(size))
-    check_pictures(run)
+    check_data(run)
     fates, rules = frozen_parts(run)
     assert not any(fates.values()) and set(fates) == {"connector", "fusion", "language", "vision"}
     rates = {path.split("/")[0]: round(rule.lr * run.optimizer.lr, 9) for path, rule in rules.items()}
@@ -108,7 +107,7 @@ def test_clip(name):
     assert (optimizer.b2, optimizer.eps, optimizer.weight_decay, optimizer.warmup_steps) == (0.98, 1e-6, 0.2, 2000)
     assert optimizer.lr == {"b32": 5e-4, "l14": 4e-4, "l14-336": 2e-5}[name]
     assert run.steps == (12_207 if name == "l14-336" else 390_625)
-    check_pictures(run)
+    check_data(run)
 
 
 def test_clip_decays_no_gains_and_biases():

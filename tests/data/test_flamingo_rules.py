@@ -22,7 +22,7 @@ from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.data.pipeline import TrainBatches, eval_batches
 from vlm_jax.errors import DataError
 from vlm_jax.processing.conversation import Medium, Text, Turn, assistant, user
-from vlm_jax.training.step import check_pictures
+from vlm_jax.training.sets import check_data
 
 replace = dataclasses.replace
 text = lambda words, learn=True: Turn("text", (Text(words),), learn=learn)
@@ -141,4 +141,4 @@ def test_documents_are_cut_where_the_row_ends(tmp_path, caplog, tiles):
 def test_a_rule_that_cannot_be_is_named(changes, message):
     run = tiny_run()
     with pytest.raises(ValueError, match=message):
-        check_pictures(replace(run, data=replace(run.data, **changes)))
+        check_data(replace(run, data=replace(run.data, **changes)))

@@ -28,7 +28,7 @@ from vlm_jax.paths import by_path
 from vlm_jax.training.loop import train
 from vlm_jax.training.processors import build_processor
 from vlm_jax.training.run_folder import CheckpointError
-from vlm_jax.training.step import check_pictures
+from vlm_jax.training.sets import check_data
 
 pytestmark = pytest.mark.usefixtures("runs_on_one_device")
 
@@ -238,7 +238,7 @@ def test_the_recipe_for_any_checkpoint(tmp_path):
         run = from_config_dict(RunConfig, finetune.get_config(str(tmp_path / name)))
         assert (run.data.visual_tokens, run.data.processor) == (tokens, str(tmp_path / name))
         assert run.model == open_published(tmp_path / name).config
-        check_pictures(run)
+        check_data(run)
     two_towers(tmp_path / "clip", "clip")
     with pytest.raises(ValueError, match="is an encoder: it answers nothing"):
         finetune.get_config(str(tmp_path / "clip"))
@@ -255,4 +255,4 @@ def test_the_data_must_lay_pictures_out_as_the_model_reads_them(tmp_path):
             train(dataclasses.replace(config, data=dataclasses.replace(config.data, end="</s>", **changes)), tmp_path / "run")
     crossing = tiny_run(data=dataclasses.replace(tiny_run().data, visual_tokens=4))
     with pytest.raises(ValueError, match="visual_tokens=4: the model reads pictures by cross-attention, or none: set it to 0"):
-        check_pictures(crossing)
+        check_data(crossing)

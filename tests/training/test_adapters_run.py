@@ -12,6 +12,7 @@ from peft import PeftModel
 from published_families import FAMILIES, chat, loaded, run_config, write_conversations
 from torch_helpers import compare
 
+import infer
 import vlm_jax
 from tests.tiny import mesh_of
 from vlm_jax.config import LoraConfig, ParamRule
@@ -64,6 +65,18 @@ def test_loaded_switched_and_written(tuned):
     with torch.no_grad():
         compare(ours, family.logits(model, inputs, ()))
         compare(ours, family.logits(loaded(folder / "merged"), inputs, ()))
+
+
+def test_infer_takes_an_adapter_along(tuned, tmp_path, capsys):
+    folder, *_ = tuned
+    vlm_jax.export(folder / "run", tmp_path / "adapter", adapter="default")
+    image = folder / "data" / "0_0.png"
+    asked = [f"--checkpoint={folder / 'published'}", f"--image={image}", "--prompt=what?", "--max-new-tokens=6"]
+    said = []
+    for more in ([], [f"--adapter={tmp_path / 'adapter'}"]):
+        infer.main([*asked, *more])
+        said.append(capsys.readouterr().out.strip())
+    assert said[1] == vlm_jax.load(folder / "run").generate("what?", images=[image], max_new_tokens=6) != said[0]
 
 
 def test_another_run_takes_adapters_along_or_merges_them(tuned, tmp_path, caplog):

@@ -28,7 +28,8 @@ from vlm_jax.interop.published import open_published
 from vlm_jax.layers.lora import merged
 from vlm_jax.paths import by_path, nested
 from vlm_jax.sharding import boxed_params
-from vlm_jax.training.step import Trainer, check_pictures
+from vlm_jax.training.sets import check_data
+from vlm_jax.training.step import Trainer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
@@ -103,7 +104,7 @@ def stage(folder, recipe, talks, *, adapters=()):
     run = run_config(folder / "published", lines, sizes, steps=1, adapters=adapters)
     rules = tuple(dataclasses.replace(rule, frozen_dtype="float32") for rule in recipe.optimizer.rules)
     run = dataclasses.replace(run, optimizer=dataclasses.replace(recipe.optimizer, rules=rules))
-    check_pictures(run)
+    check_data(run)
     return run, packed(run, folder / f"run{recipe.optimizer.lr}")[0][0]
 
 

@@ -19,7 +19,8 @@ from vlm_jax.interop.engine import to_ours
 from vlm_jax.interop.published import open_published
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.paths import by_path
-from vlm_jax.training.step import Trainer, check_pictures
+from vlm_jax.training.sets import check_data
+from vlm_jax.training.step import Trainer
 
 SEED = 2
 
@@ -32,7 +33,7 @@ def prepared(folder, family, **changes):
     many = conversations(pictures, family.said)
     lines = write_conversations(pictures, many)
     run = run_config(folder / "published", lines, family.sizes, fusion=family.fusion, **changes)
-    check_pictures(run)
+    check_data(run)
     prompts = [family.prompt(processor, messages[:-1]) for messages in many]
     return model, prompts, processor.tokenizer.convert_tokens_to_ids(family.ends[-1]), run
 

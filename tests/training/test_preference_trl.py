@@ -27,7 +27,8 @@ from vlm_jax.interop.engine import to_ours
 from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path
 from vlm_jax.training.objectives.preference import Preference
-from vlm_jax.training.step import Trainer, check_pictures
+from vlm_jax.training.sets import check_data
+from vlm_jax.training.step import Trainer
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() + ':' }}{% for part in message['content'] %}"
@@ -93,7 +94,7 @@ def ours(models):
     sizes = dict(rows=1, tokens=320, images=4, pairs=True, share_prefix=True)
     run = run_config(folder / "published", folder / "pairs.jsonl", sizes, steps=1, objective=PreferenceConfig(beta=BETA))
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, rules=()))
-    check_pictures(run)
+    check_data(run)
     batch = packed(run, folder / "run")[0][0]
     mesh = mesh_of(1, 1, 1)
     params, reference = (open_published(folder / name).load_params(mesh) for name in ("published", "reference"))

@@ -1,5 +1,6 @@
 """Whole runs of `train.py` in processes of their own: killed, interrupted, distributed, damaged."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny import tiny_run, write_data
+from vlm_jax.config import JsonLinesConfig, RunConfig
+from vlm_jax.training.loop import train
 from vlm_jax.training.report import Reporter
-from vlm_jax.training.run_folder import writing
+from vlm_jax.training.run_folder import CheckpointError, writing
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,11 +141,17 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed, data,
     assert "optimizer.lr: 0.003 -> 0.5" in output and "log_every" not in output and "Traceback" not in output
 
 
-def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(data, cache, tmp_path):
-    flags = ["--config.optimizer.lr=1e30", "--config.optimizer.clip_norm=1e30", "--config.optimizer.max_bad_steps=2"]
-    code, output = finish(start(data, cache, tmp_path, *flags))
-    assert code == 1
-    assert "not finite for 3 steps in a row" in output and "Traceback" not in output
+def run_here(file: Path, **changes: Any) -> RunConfig:
+    """The recipe of these runs, for a run in this process."""
+    run = tiny_run(**changes)
+    source = JsonLinesConfig(train=str(file), eval=str(file))
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, source=source))
+
+
+def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(data, tmp_path, runs_on_one_device):
+    optimizer = dataclasses.replace(tiny_run().optimizer, lr=1e30, clip_norm=1e30, max_bad_steps=2)
+    with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row"):
+        train(run_here(data, optimizer=optimizer), tmp_path)
 
 
 def test_a_second_train_py_of_one_folder_is_refused(data, cache, tmp_path):
@@ -153,19 +163,19 @@ def test_a_second_train_py_of_one_folder_is_refused(data, cache, tmp_path):
     )
 
 
-def test_changed_data_are_named_and_a_flag_goes_on(undisturbed, cache, tmp_path):
-    """One answer more, in the middle of a run; with the flag the steps already done are kept."""
+def test_changed_data_are_named_and_a_flag_goes_on(tmp_path, runs_on_one_device, capfd):
+    """Another answer; with the flag the steps already done are kept."""
     file = write_data(tmp_path / "data")
-    process = start(file, cache, tmp_path / "run", "--config.save_every=2")
-    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "2").is_dir(), process)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
+    run = run_here(file, steps=2, save_every=2)
+    train(run, tmp_path / "run")
+    before = metrics(tmp_path / "run")
     file.write_text(file.read_text().replace('"red"', '"blue"', 1))
-    flags = ("--config.save_every=2", "--config.data.workers=0")
-    code, output = finish(start(file, cache, tmp_path / "run", *flags))
-    assert code == 1 and "the data of train and eval are not those" in output and "Traceback" not in output
-    code, output = finish(start(file, cache, tmp_path / "run", *flags, "--config.accept_changed_data=True"))
-    assert code == 0 and "going on, as config.accept_changed_data says" in output and "resuming at step" in output
+    with pytest.raises(CheckpointError, match="the data of train and eval are not those"):
+        train(run, tmp_path / "run")
+    capfd.readouterr()
+    assert train(dataclasses.replace(run, accept_changed_data=True), tmp_path / "run").step == 2
+    assert "going on, as config.accept_changed_data says" in "".join(capfd.readouterr())
+    assert metrics(tmp_path / "run").items() >= before.items()
 
 
 def test_odd_lines_of_the_metrics_are_named(tmp_path, caplog):

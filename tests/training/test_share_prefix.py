@@ -19,7 +19,7 @@ from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Medium, Text, assistant, user
 from vlm_jax.processing.recipe import RecipeProcessor
 from vlm_jax.training.objectives.next_token import NextToken
-from vlm_jax.training.step import check_pictures
+from vlm_jax.training.sets import check_data
 
 QUESTIONS = ("what?", "is it red?", "how so?", "colour?")
 
@@ -59,7 +59,7 @@ def test_each_sequence_is_predicted_as_alone(tmp_path, in_sequence):
     sums, rows = [], []
     for share_prefix in (False, True):
         config = run_of(tmp_path, in_sequence=in_sequence, share_prefix=share_prefix)
-        check_pictures(config)
+        check_data(config)
         source, processor = Asked(), RecipeProcessor(byte_tokenizer(), config.data)
         model = VisionLanguageModel(config.model)
         params = random_params(model, *model.example())
@@ -111,10 +111,10 @@ def test_models_that_cannot_share_are_refused(tmp_path):
     config = run_of(tmp_path, in_sequence=True, share_prefix=True)
     prefix_lm = dataclasses.replace(config.model, fusion=InSequenceConfig(prefix_lm=True))
     with pytest.raises(ValueError, match="the images see the question behind them"):
-        check_pictures(dataclasses.replace(config, model=prefix_lm))
+        check_data(dataclasses.replace(config, model=prefix_lm))
     positions = dataclasses.replace(
         tiny_run().model.language.positions, scaling=DynamicNtkScaling(factor=2.0, original_max_positions=8)
     )
     by_length = dataclasses.replace(config.model, language=dataclasses.replace(config.model.language, positions=positions))
     with pytest.raises(ValueError, match="depend on a sequence's length"):
-        check_pictures(dataclasses.replace(config, model=by_length))
+        check_data(dataclasses.replace(config, model=by_length))

@@ -81,11 +81,18 @@ class MlpProjectorConfig(ConnectorConfig):
 
 @frozen
 class PixelShuffleConfig(ConnectorConfig):
-    """Squares of `factor` x `factor` features become one visual token by a linear map (Idefics3, Laurencon et al. 2024)."""
+    """Squares of `factor` x `factor` features become one visual token by a linear map (Idefics3, Laurencon et al. 2024).
+
+    InternVL (Chen et al. 2024) has a norm in front of it.
+    """
 
     kind: Literal["pixel_shuffle"] = "pixel_shuffle"
     width: int  # of the visual tokens: the language model's
     factor: int
+    norm: NormConfig | None = None  # of the features
+    # The standard deviation of untrained visual tokens, of normed features; that of the language model's embeddings lets its
+    # first layers change both alike.
+    initial_std: float = 1.0
 
     def visual_width(self, features_width: int) -> int:
         return self.width

@@ -10,7 +10,7 @@ import jax
 
 from vlm_jax.config import PixelShuffleConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.linear import Linear
+from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.sharding import constrain
 
 Array = jax.Array
@@ -40,7 +40,10 @@ class PixelShuffle(nn.Module):
         side = math.isqrt(count)
         if side * side != count or side % factor:
             raise ValueError(f"pixel shuffle by {factor}: {count} features are no square whose side is a multiple of {factor}")
+        if config.norm is not None:
+            features = Norm(config.norm, width, self.dtype, name="norm")(features)
         squares = features.reshape(rows, slots, most, side // factor, factor, side // factor, factor, width)
         squares = squares.transpose(0, 1, 2, 3, 5, 4, 6, 7).reshape(rows, slots, -1, factor * factor * width)
-        linear = Linear({"embed": squares.shape[-1]}, {"mlp": config.width}, False, self.dtype, name="linear")
+        sizes = {"embed": squares.shape[-1]}, {"mlp": config.width}
+        linear = Linear(*sizes, False, self.dtype, init_gain=config.initial_std, name="linear")
         return constrain(linear(squares), "batch", None, "length", None), None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.batch import Batch
-from vlm_jax.config import RunConfig
+from vlm_jax.config import AugmentConfig, RunConfig
 from vlm_jax.config.mixture import check_named
 from vlm_jax.data.example import Source
 from vlm_jax.data.features import FeatureStore
@@ -15,9 +15,9 @@ from vlm_jax.data.pipeline import TrainBatches, build_source, check_same, tokens
 from vlm_jax.data.store import TokenStore
 from vlm_jax.processing.processor import Processor
 from vlm_jax.training.features import features_of
-from vlm_jax.training.objective import in_set
+from vlm_jax.training.objective import OBJECTIVES, in_set
 from vlm_jax.training.processors import TOKENIZER, build_processor, run_processor
-from vlm_jax.training.step import Batches, Trainer, TrainState, check_pictures
+from vlm_jax.training.step import Batches, Trainer, TrainState
 
 SAME = ("processor", "template", "pad_to_square", "tokenizer", "vocab_size", "end")  # in all sets of a run
 
@@ -44,13 +44,59 @@ class DataSet:
     features: FeatureStore | None = None  # of `source`, in the place of pixels
 
 
+def check_data(config: RunConfig) -> None:
+    """Checks that the data are prepared as the model and the objective read them.
+
+    Raises:
+      ValueError: it does not; the message says what to set.
+    """
+    model, data = config.model, config.data
+    needed = model.visual_tokens_in_sequence
+    if data.visual_tokens != needed:
+        how = (
+            f"has {needed} visual tokens of a tile in the sequence" if needed else "reads pictures by cross-attention, or none"
+        )
+        raise ValueError(f"config.data.visual_tokens={data.visual_tokens}: the model {how}: set it to {needed}")
+    if data.keep_shapes != model.reads_shapes:
+        raise ValueError(f"config.data.keep_shapes={data.keep_shapes}: this vision encoder needs {model.reads_shapes}")
+    side = model.vision.image_size if needed and not data.keep_shapes else data.image_size
+    if needed and (data.image_size, data.frames) != (side, 1):
+        raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
+    if data.processor and (data.augment != AugmentConfig() or data.blank_images):
+        raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
+    if data.share_prefix and data.layout == "pair":
+        raise ValueError("config.data.share_prefix: a pair of an image and its caption has a row of its own: set it to False")
+    if data.share_prefix and model.has_vision and model.fusion.prefix_lm:
+        raise ValueError("config.data.share_prefix: in a prefix-LM the images see the question behind them: set it to False")
+    if data.share_prefix and model.language.positions.by_length:
+        raise ValueError("config.data.share_prefix: these rotary positions depend on a sequence's length: set it to False")
+    if data.share_prefix and data.next_image:
+        raise ValueError("config.data.share_prefix: next_image is drawn for each sequence: set one of them to its default")
+    if data.pairs and data.source.members:
+        raise ValueError("config.data.pairs: pairs of answers are of one source, not of a mixture: write them into one file")
+    for name in ("next_image", "leading_space"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"config.data.{name}={getattr(data, name)}: expected a probability, from 0 to 1")
+    if data.next_image and needed:
+        raise ValueError("config.data.next_image is for cross-attention: visual tokens in the sequence stand where they stand")
+    if data.processor and (data.learned != "all" or data.leading_space):
+        raise ValueError("config.data.learned and leading_space are for recipes: config.data.processor has its own template")
+    if data.pad_to_square and not data.processor:
+        raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
+    if data.template and not data.processor:
+        raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
+    pairs = OBJECTIVES[type(config.objective)].reads_pairs
+    if data.pairs != pairs:
+        raise ValueError(f"config.data.pairs={data.pairs}: the objective {config.objective.kind!r} needs {pairs}")
+
+
 def check_sets(config: RunConfig) -> None:
     """Checks what can be known of the sets before they are opened.
 
     Raises:
       ValueError: names, weights, or what must be the same in all sets; pictures prepared otherwise than the model reads them.
     """
-    check_pictures(config)
+    check_data(config)
     check_named(config.accumulated, "config.accumulated")
     for one in config.accumulated:
         where = f"config.accumulated.{one.name}"
@@ -59,7 +105,7 @@ def check_sets(config: RunConfig) -> None:
             if found != expected:
                 raise ValueError(f"{where}.data.{field}={found!r}: the sets of a run share it; config.data has {expected!r}")
         try:
-            check_pictures(dataclasses.replace(config, data=one.data))
+            check_data(dataclasses.replace(config, data=one.data))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

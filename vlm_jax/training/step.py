@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch, micro_batches
-from vlm_jax.config import AugmentConfig, RunConfig
+from vlm_jax.config import RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
 from vlm_jax.paths import Params, by_path
@@ -60,52 +60,6 @@ def update_batches(config: RunConfig) -> list[Batches]:
     if config.sets == "accumulate":
         return [made]
     return [tuple(batch if number == turn else None for number, batch in enumerate(made)) for turn in range(len(made))]
-
-
-def check_pictures(config: RunConfig) -> None:
-    """Checks that the data prepares images as the model reads them.
-
-    Raises:
-      ValueError: it does not; the message says what to set.
-    """
-    model, data = config.model, config.data
-    needed = model.visual_tokens_in_sequence
-    if data.visual_tokens != needed:
-        how = (
-            f"has {needed} visual tokens of a tile in the sequence" if needed else "reads pictures by cross-attention, or none"
-        )
-        raise ValueError(f"config.data.visual_tokens={data.visual_tokens}: the model {how}: set it to {needed}")
-    if data.keep_shapes != model.reads_shapes:
-        raise ValueError(f"config.data.keep_shapes={data.keep_shapes}: this vision encoder needs {model.reads_shapes}")
-    side = model.vision.image_size if needed and not data.keep_shapes else data.image_size
-    if needed and (data.image_size, data.frames) != (side, 1):
-        raise ValueError(f"visual tokens in the sequence: set config.data.image_size={side} and frames=1")
-    if data.processor and (data.augment != AugmentConfig() or data.blank_images):
-        raise ValueError("config.data.augment and blank_images are for recipes: config.data.processor makes its own pixels")
-    if data.share_prefix and data.layout == "pair":
-        raise ValueError("config.data.share_prefix: a pair of an image and its caption has a row of its own: set it to False")
-    if data.share_prefix and model.has_vision and model.fusion.prefix_lm:
-        raise ValueError("config.data.share_prefix: in a prefix-LM the images see the question behind them: set it to False")
-    if data.share_prefix and model.language.positions.by_length:
-        raise ValueError("config.data.share_prefix: these rotary positions depend on a sequence's length: set it to False")
-    if data.share_prefix and data.next_image:
-        raise ValueError("config.data.share_prefix: next_image is drawn for each sequence: set one of them to its default")
-    if data.pairs and data.source.members:
-        raise ValueError("config.data.pairs: pairs of answers are of one source, not of a mixture: write them into one file")
-    for name in ("next_image", "leading_space"):
-        if not 0 <= getattr(data, name) <= 1:
-            raise ValueError(f"config.data.{name}={getattr(data, name)}: expected a probability, from 0 to 1")
-    if data.next_image and needed:
-        raise ValueError("config.data.next_image is for cross-attention: visual tokens in the sequence stand where they stand")
-    if data.processor and (data.learned != "all" or data.leading_space):
-        raise ValueError("config.data.learned and leading_space are for recipes: config.data.processor has its own template")
-    if data.pad_to_square and not data.processor:
-        raise ValueError("config.data.pad_to_square is for config.data.processor; a recipe has config.data.image_fit")
-    if data.template and not data.processor:
-        raise ValueError("config.data.template is for config.data.processor; a recipe has config.data.prompt and answer")
-    pairs = OBJECTIVES[type(config.objective)].reads_pairs
-    if data.pairs != pairs:
-        raise ValueError(f"config.data.pairs={data.pairs}: the objective {config.objective.kind!r} needs {pairs}")
 
 
 class Trainer:
@@ -181,14 +135,14 @@ class Trainer:
         frozen: Params,
         batch: Batch,
         *,
-        step: Array | None = None,
+        key: Array | None = None,
         reference: Params | None = None,
         recompute: bool = True,
     ) -> tuple[dict[str, Array], Params]:
         """Sums over the batch, and the gradient of the mean loss, in `accumulate` micro-batches.
 
         Args:
-          step: of which the dropout of adapters is; None: without dropout.
+          key: of the dropout of adapters; None: without dropout.
           reference: of the state.
           recompute: False: without rematerialisation, to count the mathematics alone.
         """
@@ -201,9 +155,8 @@ class Trainer:
 
         def loss(trained: Params, part: Batch, number: Array | int = 0) -> tuple[Array, dict[str, Array]]:
             params = merge(trained, frozen)
-            if step is not None and self.config.adapters:
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), number)
-                params = with_dropout(params, self.config.adapters, key)
+            if key is not None and self.config.adapters:
+                params = with_dropout(params, self.config.adapters, jax.random.fold_in(key, number))
             sums = self.objective.sums(model, params, part, recompute=recompute, **options)
             # Divided here, by the whole batch's weight: dividing the gradients would read and write them all once more.
             return sums["loss"] / weight, sums
@@ -221,26 +174,27 @@ class Trainer:
         return sums, gradients
 
     def gradients_of_sets(
-        self, trained: Params, frozen: Params, batches: Batches, **options: Any
+        self, trained: Params, frozen: Params, batches: Batches, *, key: Array | None = None, **options: Any
     ) -> tuple[dict[str, dict[str, Array]], Params]:
         """Of one update: the sums of each set by its name, and the gradient of the weighted sum of their mean losses.
 
         Flamingo (Alayrac et al. 2022, section 2.4): sum_m lambda_m * loss_m, each over its own batch.
 
         Args:
-          options: of `gradients`.
+          key, options: of `gradients`; each set has a dropout of its own.
         """
         if not isinstance(batches, tuple):
-            sums, gradients = self.gradients(trained, frozen, batches, **options)
+            sums, gradients = self.gradients(trained, frozen, batches, key=key, **options)
             return {"": sums}, gradients
         sums, total = {}, None
-        for one, batch in zip(self.config.data_sets, batches, strict=True):
+        for number, (one, batch) in enumerate(zip(self.config.data_sets, batches, strict=True)):
             if batch is None:
                 continue
             if total is not None:
                 # One set after the other, so that the activations of one are in memory at a time.
                 total, batch = jax.lax.optimization_barrier((total, batch))
-            sums[one.name], gradients = self.gradients(trained, frozen, batch, **options)
+            own = None if key is None else jax.random.fold_in(key, number)
+            sums[one.name], gradients = self.gradients(trained, frozen, batch, key=own, **options)
             weighted = jax.tree.map(lambda leaf, weight=one.weight: weight * leaf, gradients)
             total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
         return sums, total
@@ -256,8 +210,8 @@ class Trainer:
         return metrics
 
     def _train_step(self, state: TrainState, batch: Batches) -> tuple[TrainState, dict[str, Array]]:
-        options = dict(step=state.step, reference=state.reference)
-        sums, gradients = self.gradients_of_sets(state.trained, state.frozen, batch, **options)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        sums, gradients = self.gradients_of_sets(state.trained, state.frozen, batch, key=key, reference=state.reference)
         norm = optax.global_norm(trained_rows(gradients, self.rules))
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         updated = self.objective.bound(optax.apply_updates(state.trained, updates))

@@ -18,7 +18,8 @@ from vlm_jax.paths import by_path, nested
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.flops import count_flops
 from vlm_jax.training.objectives.preference import Preference, without_adapters
-from vlm_jax.training.step import Trainer, check_pictures
+from vlm_jax.training.sets import check_data
+from vlm_jax.training.step import Trainer
 from vlm_jax.training.table import start_table
 
 sys.path.append(str(Path(__file__).parents[2] / "data"))
@@ -59,7 +60,7 @@ def setting(tmp_path_factory):
     """On two devices that share the parameters."""
     folder = tmp_path_factory.mktemp("pairs")
     run = pairs_run(folder)
-    check_pictures(run)
+    check_data(run)
     processor, source = parts(run.data)
     mesh = mesh_of(1, 2, 1)
     with jax.set_mesh(mesh), TrainBatches(run, processor, source) as batches:
@@ -313,7 +314,7 @@ def test_the_table_shows_the_reference(setting):
 def test_pairs_and_the_objective_go_together(setting):
     without = dataclasses.replace(setting.run.data, pairs=False)
     with pytest.raises(ValueError, match=r"data\.pairs=False: the objective 'preference' needs True"):
-        check_pictures(dataclasses.replace(setting.run, data=without))
+        check_data(dataclasses.replace(setting.run, data=without))
 
 
 def test_an_evaluation_sees_every_pair_once(setting):
