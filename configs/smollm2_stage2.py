@@ -52,10 +52,10 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         MemberConfig(name="stamps", source=StampsConfig(), weight=2.0),
     )
     optimizer = OptimizerConfig(
-        lr=3e-4,
+        lr=1.2e-4,
         warmup_steps=30,
         weight_decay=0.0,
-        rules=(VISION, ParamRule(pattern="^connector", lr=5.0)),
+        rules=(VISION, ParamRule(pattern="^connector", lr=12.0)),
     )
     if held:
         trained = ParamRule(pattern="/lora/", lr=2.0)

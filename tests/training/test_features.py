@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import initial_state, mesh_of, tiny_run, write_data
+from tests.tiny import mesh_of, tiny_run, write_data
 from vlm_jax.config import AugmentConfig, JsonLinesConfig, ParamRule
 from vlm_jax.data import features as store_of_features
 from vlm_jax.data.pipeline import build_source, eval_batches
@@ -69,7 +69,7 @@ def test_a_run_on_features_is_the_run_on_pixels(folder, caplog, monkeypatch, run
         monkeypatch.setattr(store_of_features, "_Builder", lambda *args: made.append(args) or builder(*args))
         features = features_of(trainer, state, source, processor=processor)
         assert not made, "they are on disk"
-        features_of(trainer, initial_state(trainer), source, processor=processor)
+        features_of(trainer, trainer.init(), source, processor=processor)
         assert not made, "a frozen encoder is the same at every step"
         features_of(trainer, jax.tree.map(lambda x: x + 1, state), source, processor=processor)
         assert made, "another encoder has other features"

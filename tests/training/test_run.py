@@ -92,8 +92,8 @@ def test_a_run_reports_its_table_progress_and_accuracy(undisturbed):
 
 
 def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(undisturbed, data, cache, tmp_path):
-    """Killed in the first steps, after a checkpoint, and again: the lines equal an undisturbed run's bit for bit. And every
-    program of these starts comes from the cache: they add no entry."""
+    """Killed in the first steps and after a checkpoint: the lines equal an undisturbed run's bit for bit. Every program of the
+    first start comes from the cache: it adds no entry."""
     entries = lambda: {path.name for path in cache.iterdir() if not path.name.endswith("-atime")}
     before = entries()
     reached = lambda step: (
@@ -112,11 +112,12 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(undisturbe
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
+        if step == 3:  # the next one may begin at a checkpoint
+            assert entries() == before
     code, output = finish(start(data, cache, tmp_path))
     assert code == 0, output
     assert "resuming at step" in output
     assert metrics(tmp_path) == undisturbed[0]
-    assert entries() == before
 
 
 def test_a_signal_saves_and_leaves_cleanly(undisturbed, data, cache, tmp_path):
@@ -163,7 +164,7 @@ def test_a_second_train_py_of_one_folder_is_refused(data, cache, tmp_path):
     )
 
 
-def test_changed_data_are_named_and_a_flag_goes_on(tmp_path, runs_on_one_device, capfd):
+def test_changed_data_are_named_and_a_flag_goes_on(tmp_path, runs_on_one_device, caplog):
     """Another answer; with the flag the steps already done are kept."""
     file = write_data(tmp_path / "data")
     run = run_here(file, steps=2, save_every=2)
@@ -172,9 +173,8 @@ def test_changed_data_are_named_and_a_flag_goes_on(tmp_path, runs_on_one_device,
     file.write_text(file.read_text().replace('"red"', '"blue"', 1))
     with pytest.raises(CheckpointError, match="the data of train and eval are not those"):
         train(run, tmp_path / "run")
-    capfd.readouterr()
     assert train(dataclasses.replace(run, accept_changed_data=True), tmp_path / "run").step == 2
-    assert "going on, as config.accept_changed_data says" in "".join(capfd.readouterr())
+    assert "going on, as config.accept_changed_data says" in caplog.text
     assert metrics(tmp_path / "run").items() >= before.items()
 
 
