@@ -132,7 +132,8 @@ def _write(folder: Path, label: str, evaluation: Any) -> None:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         sys.exit(f"vlm_jax.evaluate: unknown arguments {argv[1:]}; see --help")
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every file it reads
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every file it reads
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter())  # the messages alone
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     from vlm_jax import runtime
 

@@ -87,7 +87,7 @@ class Ranking:
 
     def _scored(self, state: TrainState, prompts: list[Prompt], tails: _Tails, processor: Processor) -> np.ndarray:
         mesh, model = self._trainer.mesh, self._trainer.model
-        size = row_bucket(self._config.rows, batch_shards(mesh))
+        size = row_bucket(min(self._config.rows, len(prompts)), batch_shards(mesh))
         params, found = state.params, []
         countdown = Countdown(
             log.info, f"{self._config.label}: {{}} pairs of picture and caption", len(prompts) * len(self._captions)
