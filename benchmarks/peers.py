@@ -49,6 +49,7 @@ synchronous_cpu()  # as train.py and infer.py do
 torch.set_num_threads(THREADS)
 logging.set_verbosity_error()
 
+PUBLISHED = {idefics: (IdeficsConfig, IdeficsForVisionText2Text), llava: (LlavaConfig, LlavaForConditionalGeneration)}
 UNFROZEN = dict(freeze_text_layers=False, freeze_lm_head=False, freeze_vision_layers=False)
 
 
@@ -60,28 +61,37 @@ class Size:
     family: Any = idefics
 
 
-def _config(
-    vocab: int, width: int, layers: int, heads: int, vision: dict[str, int], latents: int, depth: int
-) -> dict[str, Any]:
-    return UNFROZEN | dict(
+def _decoder(vocab: int, width: int, layers: int, heads: int) -> dict[str, int]:
+    return dict(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=width * 11 // 4,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        cross_layer_interval=4,
-        qk_layer_norms=True,
-        use_resampler=True,
         max_position_embeddings=512,
-        vision_config=vision,
-        perceiver_config=dict(
+    )
+
+
+def _config(
+    vocab: int, width: int, layers: int, heads: int, vision: dict[str, int], latents: int, depth: int
+) -> dict[str, Any]:
+    return (
+        UNFROZEN
+        | _decoder(vocab, width, layers, heads)
+        | dict(
+            cross_layer_interval=4,
+            qk_layer_norms=True,
             use_resampler=True,
-            resampler_n_latents=latents,
-            resampler_depth=depth,
-            resampler_n_heads=vision["num_attention_heads"],
-            resampler_head_dim=32,
-            qk_layer_norms_perceiver=True,
-        ),
+            vision_config=vision,
+            perceiver_config=dict(
+                use_resampler=True,
+                resampler_n_latents=latents,
+                resampler_depth=depth,
+                resampler_n_heads=vision["num_attention_heads"],
+                resampler_head_dim=32,
+                qk_layer_norms_perceiver=True,
+            ),
+        )
     )
 
 
@@ -97,14 +107,6 @@ def _vision(side: int, patch: int, width: int, layers: int, heads: int) -> dict[
 
 
 def _llava(vocab: int, width: int, layers: int, heads: int, vision: dict[str, int]) -> dict[str, Any]:
-    text = dict(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=512,
-    )
     tower = dict(
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
@@ -115,7 +117,7 @@ def _llava(vocab: int, width: int, layers: int, heads: int, vision: dict[str, in
         projection_dim=vision["embed_dim"],
     )
     return dict(
-        text_config=LlamaConfig(**text),
+        text_config=LlamaConfig(**_decoder(vocab, width, layers, heads)),
         vision_config=CLIPVisionConfig(**tower),
         image_token_index=vocab - 1,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
@@ -147,13 +149,9 @@ def build(size: str, seed: int = 0) -> Peers:
     """The torch model with random weights and open gates, and the same weights as our parameters."""
     torch.manual_seed(seed)
     family = SIZES[size].family
-    if family is llava:
-        published = LlavaConfig(**SIZES[size].config)
-        model = LlavaForConditionalGeneration(published)
-    else:
-        published = IdeficsConfig(**SIZES[size].config)
-        model = IdeficsForVisionText2Text(published)
-    model = model.float().requires_grad_(True)
+    config_class, model_class = PUBLISHED[family]
+    published = config_class(**SIZES[size].config)
+    model = model_class(published).float().requires_grad_(True)
     for name, parameter in model.named_parameters():
         if "alpha" in name:
             parameter.data.fill_(0.5)

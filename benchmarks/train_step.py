@@ -15,6 +15,7 @@ memory.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -89,8 +90,7 @@ def compare(size: str, repeats: int, *, compiled: bool, rows: int, tokens: int) 
         if not np.abs(losses[:, 0] - losses[:, 1]).max() < TOLERANCE:
             sys.exit(f"{size}: the losses of three steps differ, PyTorch {losses[:, 0]}, vlm_jax {losses[:, 1]}")
         times = alternate(peer, ours, repeats)
-        loss = lambda params, batch: trainer.objective.sums(trainer.model, params, batch)["loss"]
-        flops = count_flops(jax.grad(loss), both.params, batch)
+        flops = count_flops(functools.partial(trainer.gradients, recompute=False), both.params, {}, batch)
     least = Limit.measured().seconds(flops=flops, moved=ADAMW * both.parameters)
     medians = [f"{1000 * statistics.median(side):.1f}" for side in times]
     medians += [f"{1000 * least:.1f}", *(f"{100 * least / statistics.median(side):.0f}%" for side in times)]
