@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import initial_state, mesh_of, random_batch, tiny_run
-from vlm_jax.config import ParamRule
+from vlm_jax.config import OptimizerConfig, ParamRule
 from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 from vlm_jax.training.table import start_table
@@ -49,15 +49,17 @@ def test_every_mesh_gives_the_curve_of_one_device(one_device, sizes):
     assert moment.sharding == kernel.sharding
 
 
-def test_the_loss_falls_on_one_repeated_batch(one_device):
-    trainer = one_device[2]
-    with jax.set_mesh(trainer.mesh):
+def test_the_loss_falls_on_one_repeated_batch():
+    run = tiny_run(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1), steps=60)
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        trainer = Trainer(run, mesh)
         state, batch = initial_state(trainer), trainer.put(random_batch())
         losses = []
-        for _ in range(12):
+        for _ in range(40):
             state, metrics = trainer.train_step(state, batch)
             losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch(one_device):

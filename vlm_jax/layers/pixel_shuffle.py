@@ -45,5 +45,5 @@ class PixelShuffle(nn.Module):
         squares = features.reshape(rows, slots, most, side // factor, factor, side // factor, factor, width)
         squares = squares.transpose(0, 1, 2, 3, 5, 4, 6, 7).reshape(rows, slots, -1, factor * factor * width)
         sizes = {"embed": squares.shape[-1]}, {"mlp": config.width}
-        linear = Linear(*sizes, False, self.dtype, init_gain=config.initial_std, name="linear")
+        linear = Linear(*sizes, bias=False, dtype=self.dtype, init_gain=config.initial_std, name="linear")
         return constrain(linear(squares), "batch", None, "length", None), None

@@ -60,20 +60,21 @@ def _backward(head: Callable[..., Array], kept: Any, slopes: tuple[Any, Any]) ->
     slope = slopes[0]
     if isinstance(slope, jax.custom_derivatives.SymbolicZero):
         return (None,) * (3 + len(weights))
-    learned = [weight for weight, perturbed in zip(weights, of_weights, strict=True) if perturbed]
+    wanted = [place for place, perturbed in enumerate(of_weights) if perturbed]
 
-    def loss(hidden: Array, learned: list[Array], number: Array) -> Array:
-        given = iter(learned)
-        mixed = [next(given) if perturbed else weight for weight, perturbed in zip(weights, of_weights, strict=True)]
-        return jnp.sum(scores_of(head(hidden, *mixed), targets[number])[0] * slope[number])
+    def loss(hidden: Array, number: Array, *weights: Array) -> Array:
+        return jnp.sum(scores_of(head(hidden, *weights), targets[number])[0] * slope[number])
+
+    gradients = jax.grad(loss, argnums=(0, *(2 + place for place in wanted)))
 
     def add(number: Array, total: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        chunk, of_learned = jax.grad(loss, argnums=(0, 1))(hidden[number], learned, number)
-        return total[0].at[number].set(chunk), jax.tree.map(jnp.add, total[1], of_learned)
+        of_chunk, *more = gradients(hidden[number], number, *weights)
+        return total[0].at[number].set(of_chunk), jax.tree.map(jnp.add, total[1], more)
 
-    total, found = jax.lax.fori_loop(0, count, add, (jnp.zeros_like(hidden), jax.tree.map(jnp.zeros_like, learned)))
-    given = iter(found)
-    return None, total if of_hidden else None, None, *(next(given) if perturbed else None for perturbed in of_weights)
+    nothing = jnp.zeros_like(hidden), [jnp.zeros_like(weights[place]) for place in wanted]
+    total, sums = jax.lax.fori_loop(0, count, add, nothing)
+    found = dict(zip(wanted, sums, strict=True))
+    return None, total if of_hidden else None, None, *map(found.get, range(len(weights)))
 
 
 _scores.defvjp(_forward, _backward, symbolic_zeros=True)

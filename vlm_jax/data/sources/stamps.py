@@ -44,14 +44,12 @@ class StampsSource(CaptionedSource):
         if unknown := set(held_out) - set(category.values()):
             known = ", ".join(sorted(set(category.values())))
             raise DataError(f"data.source.held_out: there is no category {min(unknown)!r}; there are {known}")
-        unseen = {caption for path, caption in captions.items() if category[path] in held_out}
-        unseen = unseen or held_out_quarter(set(captions.values()))
-        # With whole categories held out, a picture elsewhere that has one of their captions is in neither split.
-        tested = lambda path: category[path] in held_out if held_out else captions[path] in unseen
-        chosen = {
-            path: caption for path, caption in captions.items() if (tested(path) if split == "eval" else caption not in unseen)
-        }
-        super().__init__("stamps", (Captioned(str(path.relative_to(root)), path, caption) for path, caption in chosen.items()))
+        quarter = set() if held_out else held_out_quarter(set(captions.values()))
+        tested = [path for path, caption in captions.items() if category[path] in held_out or caption in quarter]
+        unseen = {captions[path] for path in tested}
+        # A picture of another category that has one of these captions is in neither split.
+        chosen = tested if split == "eval" else [path for path, caption in captions.items() if caption not in unseen]
+        super().__init__("stamps", (Captioned(str(path.relative_to(root)), path, captions[path]) for path in chosen))
 
 
 def _pictures(folder: Path) -> list[Path]:

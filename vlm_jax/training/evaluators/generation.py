@@ -9,7 +9,7 @@ import jax
 from vlm_jax.config import GenerationConfig, RunConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import DataError, RequestError
-from vlm_jax.evaluation.held_out import HeldOut, evenly, held_out_questions, with_shots
+from vlm_jax.evaluation.held_out import HeldOut, held_out_questions, with_shots
 from vlm_jax.evaluation.metrics import METRICS, metric_names
 from vlm_jax.generation.generator import Generator
 from vlm_jax.generation.prompts import Prompt
@@ -62,10 +62,10 @@ class Answering:
         self.generator = Generator(
             trainer.model, trainer.abstract_state.params, processor, trainer.mesh, rows=rows, take_over=False
         )
-        pool = held_out_questions(parts.held_out, 0 if shots else examples, skip=self._skips)
-        if not pool:
+        asked = held_out_questions(parts.held_out, examples, skip=self._skips)
+        if not asked:
             raise ValueError(f"{label}: there are no held-out examples: name some in config.data.source")
-        asked = [pool[place] for place in evenly(len(pool), examples)]
+        pool = held_out_questions(parts.held_out, skip=self._skips) if shots else asked
         self.questions = with_shots(asked, shots, pool=pool, seed=seed)
 
     def answers(self, state: TrainState) -> list[tuple[HeldOut, str]]:
