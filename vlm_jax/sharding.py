@@ -7,6 +7,7 @@ divide is replicated, and the start-up table says so.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,13 +84,19 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial_params(model: nn.Module, key: jax.Array) -> Any:
+    """A model's untrained parameters, boxed with the names of their axes; traced once for their shapes and their numbers."""
+    return model.init(key, *model.example())["params"]
+
+
 def boxed_params(model: nn.Module) -> Any:
     """Shapes, types and axis names of a model's parameters; nothing is computed, so no device need be there.
 
     Args:
       model: of `models/`, or a `Vit`: it has an `example`.
     """
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example()))["params"]
+    return initial_params.eval_shape(model, jax.random.key(0))
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

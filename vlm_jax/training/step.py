@@ -16,7 +16,7 @@ from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
 from vlm_jax.paths import Params, by_path
 from vlm_jax.runtime import compute_dtype
-from vlm_jax.sharding import batch_sharding, batch_shards, unboxed
+from vlm_jax.sharding import batch_sharding, batch_shards, initial_params, unboxed
 from vlm_jax.training.adapters import with_dropout
 from vlm_jax.training.objective import OBJECTIVES, Objective, in_set
 from vlm_jax.training.optimizer import make_optimizer, schedule
@@ -114,7 +114,7 @@ class Trainer:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
 
     def _init(self, key: Array) -> TrainState:
-        return self._state_of(unboxed(self.model.init(key, *self.model.example())["params"]))
+        return self._state_of(unboxed(initial_params(self.model, key)))
 
     def _state_of(self, params: Params) -> TrainState:
         params = self.blueprint.hold(params, jax.random.key(self.config.seed))

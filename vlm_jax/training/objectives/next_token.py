@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +66,18 @@ def learned_scores(
     Args:
       logits_mib: MiB of float32 logits that a device may hold at once; None: all.
     """
-    hidden, layers = model.apply({"params": params}, batch, method="hidden")
+    hidden, layers = _hidden(model, params, batch)
     head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
     vocabulary = jax.eval_shape(head, hidden).shape[-1]
     most = None if logits_mib is None else logits_mib * 2**20
     of = dict(learned=batch.weights > 0, vocabulary=vocabulary, most=most)
     return *chunked_scores(head, hidden, batch.targets, **of), layers
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(model: nn.Module, params: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    """A function of its own, so that it is traced once for the step, its evaluation and its FLOPs."""
+    return model.apply({"params": params}, batch, method="hidden")
 
 
 CHUNKS = 8  # at least: what no row learns is left out by whole chunks
