@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -59,6 +60,17 @@ def _kept(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "reference" or value}
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that a folder which is opened for reading is for reading."""
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)
+
+
 class Checkpoints:
     """Saves and restores a `TrainState`: asynchronous, atomic, sharded, the last and the best ones kept."""
 
@@ -88,6 +100,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
             create=not read_only,
             cleanup_tmp_directories=not read_only,  # of a run that was killed while it saved
             step_prefix=None,
@@ -98,7 +111,8 @@ class Checkpoints:
     def _open(self) -> None:
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         path = (self.folder / "checkpoints").absolute()
-        self.manager = ocp.CheckpointManager(path, options=self.options, item_handlers=handlers)
+        with _without_warnings() if self.options.read_only else contextlib.nullcontext():
+            self.manager = ocp.CheckpointManager(path, options=self.options, item_handlers=handlers)
 
     @property
     def steps(self) -> list[int]:
