@@ -1,10 +1,11 @@
 """Direct preference optimisation (Rafailov et al. 2023) of a model that answers easy-VQA, against its own wrong answers.
 
-    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --split=train --pairs=runs/own_pairs
+    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --source=easy_vqa --split=train \\
+        --pairs=runs/own_pairs
     python train.py --config=configs/dpo_easyvqa.py:runs/stage2 --workdir=runs/dpo \\
         --config.data.source.train=runs/own_pairs/train.jsonl --config.data.source.eval=runs/own_pairs/eval.jsonl
-    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --split=eval
-    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/dpo --data=runs/stage2 --split=eval
+    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --source=easy_vqa
+    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/dpo --source=easy_vqa
 
 The first command asks the run its training questions and writes a pair of each wrong answer; the last two ask the test
 questions before and after: accuracy, and the share of "yes" among the answers to yes/no questions. Behind the colon comes any

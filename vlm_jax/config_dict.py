@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import ml_collections
 from vlm_jax.config.consistency import check_consistent
 from vlm_jax.config.frozen import Kinds
 from vlm_jax.config.register import RegisterError
+from vlm_jax.errors import RequestError
 
 
 def to_dict(config: Any) -> Any:
@@ -123,3 +125,25 @@ def _refuse_missing(config: Any, values: Any, path: str) -> None:
 def from_config_dict(cls: type, values: ml_collections.ConfigDict) -> Any:
     """The inverse of `to_config_dict`."""
     return from_dict(cls, _as_tuples(values.to_dict()))
+
+
+def kind_of(text: str, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """A part of a configuration as a command line names it: "ranking:captions=20" -> {"kind": "ranking", "captions": 20}.
+
+    Args:
+      known: settings that a name stands for.
+
+    Raises:
+      RequestError: something behind the colon that is not SETTING=VALUE.
+    """
+    kind, _, rest = text.partition(":")
+    settings = dict((known or {}).get(kind, {"kind": kind}))
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise RequestError(f"{text!r}: {part!r}: expected SETTING=VALUE")
+        try:
+            settings[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name.strip()] = value
+    return settings

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from absl import logging as absl_logging
 from PIL import Image
 
 from vlm_jax.config import RunConfig
-from vlm_jax.config_dict import from_dict, to_dict
+from vlm_jax.config_dict import from_dict, kind_of, to_dict
 from vlm_jax.errors import RequestError
 
 
@@ -89,35 +88,16 @@ def _config(config: RunConfig, evaluators: list[str] | tuple[str, ...], source: 
     values = to_dict(config)
     known = {of.label: to_dict(of) for of in config.evaluators}
     if evaluators:
-        values["evaluators"] = tuple(_read(text, known) for text in evaluators)
+        values["evaluators"] = tuple(kind_of(text, known) for text in evaluators)
     elif not known:
         raise RequestError("the run's configuration has no evaluators: name one, --evaluator=generation for example")
     if source:
-        values["data"]["source"] = _read(source, {})
+        values["data"]["source"] = kind_of(source)
     config = from_dict(RunConfig, values)
     labels = [of.label for of in config.evaluators]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise RequestError(f"two evaluators are called {min(twice)!r}: give one another name, {min(twice)}:name=other")
     return config
-
-
-def _read(text: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """ "ranking:captions=20,blank=True" -> {"kind": "ranking", "captions": 20, "blank": True}
-
-    Args:
-      known: settings that a name stands for.
-    """
-    kind, _, rest = text.partition(":")
-    settings = dict(known.get(kind, {"kind": kind}))
-    for part in filter(None, rest.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise RequestError(f"{text!r}: {part!r}: expected SETTING=VALUE")
-        try:
-            settings[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name.strip()] = value
-    return settings
 
 
 def _write(folder: Path, label: str, evaluation: Any) -> None:

@@ -4,10 +4,11 @@ import json
 import pytest
 from PIL import Image
 
+from vlm_jax.config import StampsConfig
 from vlm_jax.data.example import Example
 from vlm_jax.data.sources.jsonl import JsonLinesSource
 from vlm_jax.errors import RequestError
-from vlm_jax.evaluation.own_answers import AT_ONCE, answers_of, questions_of, scores, write_pairs
+from vlm_jax.evaluation.own_answers import AT_ONCE, _data, answers_of, questions_of, scores, write_pairs
 from vlm_jax.processing.conversation import Medium, Text, Turn, assistant, user
 
 
@@ -80,3 +81,11 @@ def test_a_text_with_pictures_is_no_question(tmp_path):
     turns = (Turn("text", (Text("A page."),)), Turn("text", (Text("b"),), learn=True))
     assert not list(questions_of(Example("x", (), (turns,))))
     assert json.dumps(scores([]))
+
+
+def test_another_data_set_is_asked_with_the_runs_processing(run):
+    other = _data(str(run), "stamps:folder=/stamps")
+    assert other.source == StampsConfig(folder="/stamps")
+    assert dataclasses.replace(other, source=_data(str(run), None).source) == _data(str(run), None)
+    with pytest.raises(ValueError, match="folders"):
+        _data(str(run), "stamps:folders=/stamps")

@@ -1,12 +1,12 @@
 """Asks a model the questions of a data set: to probe it, or to make pairs for DPO of its own wrong answers.
 
-    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --split=eval
+    python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --split=eval --source=easy_vqa
     python -m vlm_jax.evaluation.own_answers --checkpoint=runs/stage2 --split=train --limit=8000 --pairs=own_pairs
 
 Both print one line of JSON: `accuracy` over all questions, and POPE's scores of those whose answer is yes or no. With `--pairs`
 a folder is written: the right answers as chosen and the model's wrong ones as rejected, `train.jsonl` and, of every tenth
 picture, `eval.jsonl` (TRL's form, see `data/sources/jsonl.py`), and the pictures. A question of several turns is asked with the
-true answers of the turns before it. The data set is the run's own, or that of another run (`--data`).
+true answers of the turns before it. The data set is the run's own, or another (`--source`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import vlm_jax
+from vlm_jax import runtime
+from vlm_jax.config import DataConfig
+from vlm_jax.config_dict import from_dict, kind_of, to_dict
 from vlm_jax.data.example import Example, Source
 from vlm_jax.data.pipeline import build_source
 from vlm_jax.errors import RequestError
 from vlm_jax.evaluation.pope import pope
 from vlm_jax.generation.request import Request
 from vlm_jax.processing.conversation import Conversation, Text, media_of
+from vlm_jax.progress import Countdown
 from vlm_jax.training.run_folder import read_config
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 256  # questions
 HELD_OUT = 10  # every so many pictures' pairs are for the evaluation
@@ -73,7 +80,9 @@ def answers_of(vlm: vlm_jax.Vlm, source: Source, *, limit: int = 0, **settings: 
         waiting.clear()
 
     asked = 0
+    countdown = Countdown(log.info, "asking about {} examples", len(source))
     for number in range(len(source)):
+        countdown.at(number)
         example = source[number]
         for turns, truth in questions_of(example):
             if limit and asked == limit:
@@ -137,12 +146,17 @@ def _question(one: Answered, example: Example, folder: Path) -> dict[str, Any]:
     return {"images": names, "prompt": prompt}
 
 
+def _data(checkpoint: str, source: str | None) -> DataConfig:
+    data = read_config(checkpoint).data
+    return from_dict(DataConfig, to_dict(data) | {"source": kind_of(source)}) if source else data
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="own_answers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN", help="the --workdir of a run of train.py")
     add("--step", type=int, help="which checkpoint (default: the newest)")
-    add("--data", metavar="RUN", help="a run whose data set is asked (default: the checkpoint's own)")
+    add("--source", metavar="KIND:SETTING=VALUE,...", help="the data set that is asked (default: the checkpoint's own)")
     add("--split", choices=("train", "eval"), default="eval", help="which of its two sets (default: %(default)s)")
     add("--limit", type=int, default=0, metavar="N", help="at most so many questions (default: all)")
     add("--pairs", type=Path, metavar="FOLDER", help="a new folder for pairs made of the wrong answers")
@@ -150,9 +164,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--max-new-tokens", type=int, default=16, metavar="N", help="of an answer (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="N", help="questions answered at once (default: %(default)s)")
     asked = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vlm_jax").setLevel(logging.INFO)
+    runtime.prepare()
     try:
         vlm = vlm_jax.load(asked.checkpoint, step=asked.step, rows=asked.batch)
-        source = build_source(read_config(asked.data or asked.checkpoint).data, asked.split)
+        source = build_source(_data(asked.checkpoint, asked.source), asked.split)
         settings = {"temperature": asked.temperature, "max_new_tokens": asked.max_new_tokens}
         answers = list(answers_of(vlm, source, limit=asked.limit, **settings))
         found: dict[str, float] = scores(answers)
