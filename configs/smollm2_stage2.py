@@ -12,7 +12,7 @@ Behind a colon, with commas between them:
 - `blind`: the control, every picture grey.
 
 The questions about a picture share its visual tokens in a row. An epoch of the mixture has every picture of easy-VQA once, and
-the stamps twice.
+the stamps eight times.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/smollm2_stage2.py:{choice}: expected, with commas between them, {', '.join(OPTIONS)}")
     members = (
         MemberConfig(name="easy_vqa", source=EasyVqaConfig()),
-        MemberConfig(name="stamps", source=StampsConfig(), weight=2.0),
+        MemberConfig(name="stamps", source=StampsConfig(), weight=8.0),
     )
     optimizer = OptimizerConfig(
         lr=1.2e-4,
