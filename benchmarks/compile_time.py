@@ -28,8 +28,9 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import MeshConfig, ModelConfig
 from vlm_jax.families import idefics
 from vlm_jax.generation.programs import STEPS, Programs
+from vlm_jax.interop.engine import abstract_params
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.sharding import make_mesh, unboxed
+from vlm_jax.sharding import make_mesh
 from vlm_jax.training.step import Trainer, zeros_batch
 
 
@@ -58,8 +59,7 @@ def generation_seconds(model: ModelConfig, rows: int, tokens: int) -> tuple[floa
     """Seconds that the first answer takes longer than the second: (prefill and first token, further tokens)."""
     jax.clear_caches()
     whole = VisionLanguageModel(dataclasses.replace(model, vision=None, connector=None, fusion=None))
-    shapes = unboxed(jax.eval_shape(whole.init, jax.random.key(0), *whole.example())["params"])
-    params = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+    params = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_params(whole))
     programs = Programs(whole, params, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     positions = np.repeat(np.arange(tokens, dtype=np.int32)[None], rows, axis=0)
     zeros, ones = np.zeros_like(positions), np.ones_like(positions)

@@ -150,7 +150,9 @@ def test_a_flipped_bit_of_any_file_is_noticed(saved, tmp_path):
     whole, mesh = jax.device_get(load_run(saved[0], mesh_of(1, 1, 1)).params), mesh_of(1, 1, 1)
     files = [path.relative_to(saved[0]) for path in (saved[0] / "checkpoints" / "3").rglob("*") if path.is_file()]
     rng, refused = np.random.default_rng(0), 0
-    for number in range(16):
+    for number in range(64):
+        if number >= 16 and refused > 3:  # most places are the optimizer's, which is not read: so more may be needed
+            break
         folder = copy_of(saved[0], tmp_path / str(number))
         path = (
             folder / files[rng.integers(len(files))]
@@ -160,9 +162,7 @@ def test_a_flipped_bit_of_any_file_is_noticed(saved, tmp_path):
         data = bytearray(path.read_bytes())
         if not data:
             continue
-        # Evenly over the largest file, so that some of the places are the parameters': the optimizer's state is not read.
-        place = rng.integers(len(data)) if number % 2 else len(data) * (number + 1) // 16
-        data[place] ^= 1 << rng.integers(8)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         path.write_bytes(data)
         try:
             params = load_run(folder, mesh, step=3).params
@@ -171,7 +171,7 @@ def test_a_flipped_bit_of_any_file_is_noticed(saved, tmp_path):
             continue
         for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert refused > 0
+    assert refused > 3
 
 
 def test_other_data_than_before_are_refused(saved, tmp_path):

@@ -33,7 +33,7 @@ from vlm_jax.processing.conversation import Conversation, Text, media_of
 from vlm_jax.progress import Countdown
 from vlm_jax.training.run_folder import read_config
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vlm_jax.evaluation.own_answers")  # with `python -m`, __name__ is another
 
 AT_ONCE = 256  # questions
 HELD_OUT = 10  # every so many pictures' pairs are for the evaluation
@@ -80,9 +80,10 @@ def answers_of(vlm: vlm_jax.Vlm, source: Source, *, limit: int = 0, **settings: 
         waiting.clear()
 
     asked = 0
-    countdown = Countdown(log.info, "asking about {} examples", len(source))
+    what = "questions asked: {}" if limit else "examples asked about: {}"
+    countdown = Countdown(log.info, what, limit or len(source))
     for number in range(len(source)):
-        countdown.at(number)
+        countdown.at(asked if limit else number)
         example = source[number]
         for turns, truth in questions_of(example):
             if limit and asked == limit:
