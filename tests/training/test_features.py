@@ -91,7 +91,7 @@ class Interruption(Exception):
     pass
 
 
-# Five examples: two media, one, none, a broken one, one of three tiles.
+# Five examples: two media, one, none, a broken one, one of three tiles, of which the second was there before.
 STORE = SimpleNamespace(
     meta={"content": 7},
     example_media=np.array([2, 1, 0, 1, 1]),
@@ -104,7 +104,7 @@ def tiles_of(example):
     if example == 3:
         raise store_of_features.ImageError("broken")
     tile = lambda value: np.full((2, 2, 3), value, np.uint8)
-    return {0: [[tile(1)], [tile(2)]], 1: [[tile(3)]], 4: [[tile(4), tile(5), tile(6)]]}[example]
+    return {0: [[tile(1)], [tile(2)]], 1: [[tile(3)]], 4: [[tile(4), tile(1), tile(6)]]}[example]
 
 
 def encode(images):
@@ -124,8 +124,9 @@ def values(store, example):
 
 def test_tiles_of_each_medium_and_what_was_left_out(tmp_path):
     store = built(tmp_path)
-    assert [values(store, example) for example in (0, 1, 2, 4)] == [[[1], [2]], [[3]], [], [[4, 5, 6]]]
+    assert [values(store, example) for example in (0, 1, 2, 4)] == [[[1], [2]], [[3]], [], [[4, 1, 6]]]
     assert store.shape == (1, 2)
+    assert (store.folder / "features.bin").stat().st_size == 5 * 2 * 4, "equal tiles are encoded once"
     with pytest.raises(store_of_features.ImageError, match="could not be used"):
         store.of(3)
     assert built(tmp_path, key=("another",)).folder != store.folder
@@ -147,5 +148,6 @@ def test_an_interrupted_build_goes_on(tmp_path, monkeypatch):
         built(tmp_path, interrupted)
     asked = []
     store = built(tmp_path, lambda example: asked.append(example) or tiles_of(example))
-    assert 0 not in asked and [values(store, example) for example in (0, 1, 4)] == [[[1], [2]], [[3]], [[4, 5, 6]]]
+    assert 0 not in asked and [values(store, example) for example in (0, 1, 4)] == [[[1], [2]], [[3]], [[4, 1, 6]]]
+    assert (store.folder / "features.bin").stat().st_size == 5 * 2 * 4, "also those of before"
     assert not any(name.endswith(".part") for name in os.listdir(tmp_path))

@@ -28,6 +28,12 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Data of the runs without pictures: they start in half the time, where a test is about processes and signals."""
+    return write_data(tmp_path_factory.mktemp("text"), pictures=False)
+
+
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """One compilation cache for all runs of this file."""
     return tmp_path_factory.mktemp("compiled")
@@ -42,9 +48,11 @@ def free_port():
 def start(data, cache, workdir, *flags, devices=1, limit=None):
     """
     Args:
+      data: the file of the fixture `data`, or of `text`.
       limit: of the bytes of a file.
     """
-    command = [sys.executable, "train.py", "--config=tests/tiny.py", f"--workdir={workdir}", *flags]
+    recipe = "tests/tiny.py" if (data.parent / "0.png").exists() else "tests/tiny.py:text"
+    command = [sys.executable, "train.py", f"--config={recipe}", f"--workdir={workdir}", *flags]
     command += [f"--config.data.source.train={data}", f"--config.data.source.eval={data}"]
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     path = f"{ROOT / 'tests/absent'}{os.pathsep}{ROOT}"
@@ -81,6 +89,14 @@ def undisturbed(data, cache, tmp_path_factory):
     code, output = finish(start(data, cache, workdir))
     assert code == 0, output
     return metrics(workdir), output, workdir
+
+
+@pytest.fixture(scope="module")
+def undisturbed_text(text, cache, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed_text")
+    code, output = finish(start(text, cache, workdir))
+    assert code == 0, output
+    return metrics(workdir)
 
 
 def test_a_run_reports_its_table_progress_and_accuracy(undisturbed):
@@ -120,10 +136,10 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(undisturbe
     assert metrics(tmp_path) == undisturbed[0]
 
 
-def test_a_signal_saves_and_leaves_cleanly(undisturbed, data, cache, tmp_path):
+def test_a_signal_saves_and_leaves_cleanly(undisturbed_text, text, cache, tmp_path):
     path = tmp_path / "metrics.jsonl"
     for number, lines in ((signal.SIGINT, 2), (signal.SIGTERM, 7)):
-        process = start(data, cache, tmp_path, "--config.save_every=1000")
+        process = start(text, cache, tmp_path, "--config.save_every=1000")
         wait_for(lambda lines=lines: path.exists() and path.read_text().count("\n") >= lines, process)
         process.send_signal(number)
         code, output = finish(process)
@@ -131,9 +147,9 @@ def test_a_signal_saves_and_leaves_cleanly(undisturbed, data, cache, tmp_path):
             pytest.skip("the run ended before the signal came")
         assert code == 128 + number and "Traceback" not in output
         assert f"{number.name}: saved step" in output
-    code, output = finish(start(data, cache, tmp_path, "--config.save_every=1000"))
+    code, output = finish(start(text, cache, tmp_path, "--config.save_every=1000"))
     assert code == 0 and "resuming at step" in output, output
-    assert metrics(tmp_path) == undisturbed[0]
+    assert metrics(tmp_path) == undisturbed_text
 
 
 def test_another_configuration_is_refused_with_the_difference(undisturbed, data, cache):
@@ -155,9 +171,9 @@ def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(data, tmp_path
         train(run_here(data, optimizer=optimizer), tmp_path)
 
 
-def test_a_second_train_py_of_one_folder_is_refused(data, cache, tmp_path):
+def test_a_second_train_py_of_one_folder_is_refused(text, cache, tmp_path):
     with writing(tmp_path):
-        code, output = finish(start(data, cache, tmp_path))
+        code, output = finish(start(text, cache, tmp_path))
     assert code == 1 and output.count("\n") == 1
     assert (
         output == f"train.py: --workdir={tmp_path}: another train.py is writing it: wait for it, or choose another --workdir\n"
@@ -186,20 +202,20 @@ def test_odd_lines_of_the_metrics_are_named(tmp_path, caplog):
     assert path.read_bytes() == good
 
 
-def test_a_full_disk_is_one_line(undisturbed, data, cache, tmp_path):
+def test_a_full_disk_is_one_line(undisturbed_text, text, cache, tmp_path):
     """A file may have 20 kB, as on a disk that is full: the tracebacks are in the log."""
-    command = start(data, cache, tmp_path, limit=20_000)
+    command = start(text, cache, tmp_path, limit=20_000)
     code, output = finish(command)
     assert code == 1 and "Traceback" not in output
     said = [line for line in output.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and f"cannot be written into {tmp_path}" in said[0] and "run the same command again" in said[0]
     assert "Traceback" in (tmp_path / "train.log").read_text()
-    assert finish(start(data, cache, tmp_path))[0] == 0 and metrics(tmp_path) == undisturbed[0]
+    assert finish(start(text, cache, tmp_path))[0] == 0 and metrics(tmp_path) == undisturbed_text
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
-def test_ctrl_c_in_the_first_moments_is_one_line(undisturbed, data, cache, tmp_path, seconds):
-    process = start(data, cache, tmp_path)
+def test_ctrl_c_in_the_first_moments_is_one_line(text, cache, tmp_path, seconds):
+    process = start(text, cache, tmp_path)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
@@ -207,12 +223,12 @@ def test_ctrl_c_in_the_first_moments_is_one_line(undisturbed, data, cache, tmp_p
         assert (code, output) == (130, "SIGINT before the first step; run the same command again to resume\n")
 
 
-def test_when_a_process_dies_the_other_ends_and_says_so(undisturbed, data, cache, tmp_path):
+def test_when_a_process_dies_the_other_ends_and_says_so(text, cache, tmp_path):
     """Each of the two: the one that coordinates, and the other. A restart goes on from the last checkpoint."""
     flags = ["--processes=2", "--peer_timeout=4", "--config.save_every=2", "--config.steps=100000", "--config.mesh.fsdp=2"]
     for killed in (0, 1):
         address = [f"--coordinator=localhost:{free_port()}"]
-        both = [start(data, cache, tmp_path, *flags, *address, f"--process={index}", devices=2) for index in range(2)]
+        both = [start(text, cache, tmp_path, *flags, *address, f"--process={index}", devices=2) for index in range(2)]
         steps = lambda: [int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]
         before = max(steps(), default=0)
         wait_for(lambda before=before, steps=steps: max(steps(), default=0) > before, both[1 - killed])
@@ -228,11 +244,11 @@ def test_when_a_process_dies_the_other_ends_and_says_so(undisturbed, data, cache
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_when_a_process_fails_the_other_ends_too(data, cache, tmp_path, failing):
+def test_when_a_process_fails_the_other_ends_too(text, cache, tmp_path, failing):
     """Each says its own in a line, and nothing waits for the other."""
     flags = ["--processes=2", f"--coordinator=localhost:{free_port()}"]
     wrong = lambda index: ["--config.mesh.fsdp=3"] if index == failing else []
-    both = [start(data, cache, tmp_path, *flags, f"--process={index}", *wrong(index), devices=2) for index in range(2)]
+    both = [start(text, cache, tmp_path, *flags, f"--process={index}", *wrong(index), devices=2) for index in range(2)]
     began = time.time()
     for index, (code, output) in enumerate([finish(process) for process in both]):
         said = [line for line in output.splitlines() if line.startswith("train.py: ")]

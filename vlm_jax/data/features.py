@@ -1,14 +1,17 @@
 """Features of a frozen vision encoder, computed once and kept on disk: an epoch then reads them instead of pixels.
 
 CACHE/KEY.features/   KEY is made of the encoder's parameters, the processing of pictures, and the token store
-  features.bin        [tiles, P, D], the tiles of all media one after the other
+  features.bin        [distinct tiles, P, D]: equal pictures of several examples are encoded once
+  places.bin          [tiles] int32, where in features.bin, the tiles of all media one after the other
   tiles.bin           [media] int32, tiles of a medium; -1: its picture cannot be used (bad_lines="skip")
   meta.json           sizes and a checksum; written last
 CACHE/KEY.features.part/   in the making; an interrupted build is resumed
+  digests.bin         [distinct tiles] of the pixels of each
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,8 +35,11 @@ from vlm_jax.progress import Countdown
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
+DIGEST = 16  # bytes
 SAVE_S = 5.0  # seconds of work that an interruption may cost
+
+FILES = ("features.bin", "places.bin", "tiles.bin")
 
 Encode = Callable[[np.ndarray], np.ndarray]  # [B, height, width, 3] uint8 -> [B, P, D]
 
@@ -51,8 +57,9 @@ class FeatureStore:
         self.shape = tuple(meta["shape"])  # [P, D]
         self._tiles = np.fromfile(folder / "tiles.bin", np.int32)
         self._offsets = np.concatenate([[0], np.cumsum(np.maximum(self._tiles, 0), dtype=np.int64)])
+        self._places = np.fromfile(folder / "places.bin", np.int32)
         path = folder / "features.bin"
-        size = (int(self._offsets[-1]), *self.shape)
+        size = (meta["distinct"], *self.shape)
         self._features = np.memmap(path, np.float32, mode="r", shape=size) if size[0] else np.zeros(size, np.float32)
 
     def __reduce__(self) -> Any:
@@ -68,7 +75,7 @@ class FeatureStore:
         if np.any(self._tiles[first:last] < 0):
             raise ImageError("a picture could not be used when its features were computed")
         place = self._offsets[first : last + 1].tolist()
-        return [[self._features[tile] for tile in range(*ends)] for ends in itertools.pairwise(place)]
+        return [[self._features[tile] for tile in self._places[slice(*ends)]] for ends in itertools.pairwise(place)]
 
 
 def feature_store(
@@ -109,7 +116,7 @@ def _is_intact(folder: Path) -> bool:
 
 def _content(folder: Path) -> int:
     value = 0
-    for name in ("features.bin", "tiles.bin"):
+    for name in FILES:
         with (folder / name).open("rb") as file:
             while block := file.read(BLOCK):
                 value = zlib.crc32(block, value)
@@ -122,32 +129,44 @@ class _Builder:
     ) -> None:
         self.target, self.store, self.tiles_of, self.encode, self.rows = target, store, tiles_of, encode, rows
         self.folder = target.with_name(f"{target.name}.part")
-        self.waiting: list[np.ndarray] = []  # tiles
-        self.counts: list[int] = []  # tiles of each medium, of what waits
+        self.numbers: dict[bytes, int] = {}  # of distinct tiles, by the digests of their pixels
         self.shape: tuple[int, int] = (0, 0)
+        self._clear()
+
+    def _clear(self) -> None:
+        """What waits to be written: distinct tiles and their digests; the place of every tile; the tiles of each medium."""
+        self.waiting: list[np.ndarray] = []
+        self.digests: list[bytes] = []
+        self.places: list[int] = []
+        self.counts: list[int] = []
 
     def run(self) -> None:
         total = len(self.store.example_media)
         start = self._resume()
         began = saved = time.perf_counter()
         countdown = Countdown(log.info, "features: {} examples", total, done=start)
-        with (self.folder / "features.bin").open("ab") as features, (self.folder / "tiles.bin").open("ab") as tiles:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context((self.folder / name).open("ab")) for name in (*FILES, "digests.bin")]
             for example in range(start, total):
                 self._add(example)
                 now = time.perf_counter()
-                if len(self.waiting) >= self.rows or example + 1 == total:
-                    self._write(features, tiles)
-                    if now - saved > SAVE_S:
-                        saved = now
-                        self._save(example + 1, features, tiles)
+                due = now - saved > SAVE_S
+                if len(self.waiting) >= self.rows or example + 1 == total or due:
+                    self._write(*files)
+                if due:
+                    saved = now
+                    self._save(example + 1, files)
                 countdown.at(example + 1)
-        meta = {"shape": self.shape, "version": VERSION, "content": _content(self.folder)}
+        distinct = len(self.numbers)
+        meta = {"shape": self.shape, "distinct": distinct, "version": VERSION, "content": _content(self.folder)}
         (self.folder / "meta.json").write_text(json.dumps(meta) + "\n")
         shutil.rmtree(self.target, ignore_errors=True)
         self.folder.rename(self.target)
-        (self.target / "state.json").unlink(missing_ok=True)
-        size = (self.target / "features.bin").stat().st_size
-        log.info("features of %d examples, %.2f GB, in %.0f s; kept in %s", total, size / 1e9, now - began, self.target)
+        for name in ("state.json", "digests.bin"):
+            (self.target / name).unlink(missing_ok=True)
+        size, took = (self.target / "features.bin").stat().st_size, time.perf_counter() - began
+        said = "features of %d examples, %d distinct tiles, %.2f GB, in %.0f s; kept in %s"
+        log.info(said, total, distinct, size / 1e9, took, self.target)
 
     def _add(self, example: int) -> None:
         media = int(self.store.example_media[example])
@@ -157,19 +176,27 @@ class _Builder:
             self.counts += [-1] * media
             return
         self.counts += [len(tiles) for tiles in of_example] + [0] * (media - len(of_example))
-        self.waiting += [tile for tiles in of_example for tile in tiles]
+        for tile in (tile for tiles in of_example for tile in tiles):
+            digest = hashlib.blake2b(tile.tobytes(), digest_size=DIGEST).digest()
+            if digest not in self.numbers:
+                self.numbers[digest] = len(self.numbers)
+                self.waiting.append(tile)
+                self.digests.append(digest)
+            self.places.append(self.numbers[digest])
 
-    def _write(self, features: Any, tiles: Any) -> None:
+    def _write(self, features: Any, places: Any, tiles: Any, digests: Any) -> None:
         for start in range(0, len(self.waiting), self.rows):
             part = np.stack(self.waiting[start : start + self.rows])
             short = self.rows - len(part)
             made = self.encode(np.concatenate([part, np.repeat(part[-1:], short, axis=0)]))[: len(part)]
             self.shape = made.shape[1:]
             features.write(np.ascontiguousarray(made, np.float32).tobytes())
+        places.write(np.asarray(self.places, np.int32).tobytes())
         tiles.write(np.asarray(self.counts, np.int32).tobytes())
-        self.waiting, self.counts = [], []
+        digests.write(b"".join(self.digests))
+        self._clear()
 
-    def _save(self, example: int, *files: Any) -> None:
+    def _save(self, example: int, files: list[Any]) -> None:
         for file in files:
             file.flush()
         state = {"next": example, "shape": self.shape, "bytes": [file.tell() for file in files]}
@@ -181,8 +208,11 @@ class _Builder:
         """The first example whose features are not there."""
         try:
             state = parse_json(read_regular(self.folder / "state.json"))
-            for name, size in zip(("features.bin", "tiles.bin"), state["bytes"], strict=True):
+            for name, size in zip((*FILES, "digests.bin"), state["bytes"], strict=True):
                 os.truncate(self.folder / name, size)
+            digests = (self.folder / "digests.bin").read_bytes()
+            kept = [digests[start : start + DIGEST] for start in range(0, len(digests), DIGEST)]
+            self.numbers = {digest: number for number, digest in enumerate(kept)}
             self.shape = tuple(state["shape"])
             return state["next"]
         except (JsonError, KeyError, TypeError, FileNotFoundError):  # none, or a damaged one
