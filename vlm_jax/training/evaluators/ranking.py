@@ -4,8 +4,10 @@ A picture is encoded and its prompt read once; every candidate then goes on from
 captions of the held-out examples, and the pictures one for each of them: where several have the same caption, the first.
 
 A language model also prefers captions that are short or common, whatever it sees. So there are two scores, and both are
-reported: log p(caption | picture), as `r1`, `r5`, `r10`, and log p(caption | picture) - log p(caption | grey picture), which is
-what the picture adds (their pointwise mutual information), as `prior_r1`, `prior_r5`, `prior_r10`.
+reported: log p(caption | picture), as `r1`, `r5`, `r10`, and log p(caption | picture) - log p(caption), what the picture adds
+(their pointwise mutual information), as `prior_r1`, `prior_r5`, `prior_r10`. A caption's prior p(caption) is the mean of
+p(caption | picture) over the pictures that are ranked (Lin et al. 2024, Revisiting the Role of Language Priors in
+Vision-Language Models, take it from sampled pictures). From a grey picture it would be a guess: no model was trained on one.
 """
 
 from __future__ import annotations
@@ -69,21 +71,26 @@ class Ranking:
             self._right[row, [numbers[answer] for answer in question.answers if answer in numbers]] = True
 
     def evaluate(self, state: TrainState) -> Evaluation:
-        scores, prior = self.scores(state)
+        scores, beyond = self.scores(state)
         found = recall_at(scores, self._right, KS)
-        found |= {f"prior_{name}": value for name, value in recall_at(scores - prior, self._right, KS).items()}
+        found |= {f"prior_{name}": value for name, value in recall_at(beyond, self._right, KS).items()}
         said = lambda prefix: "/".join(f"{found[f'{prefix}r{k}']:.3f}" for k in KS)
-        line = f"R@1/5/10 {said('')}, beyond a grey picture's {said('prior_')}: {len(self._questions)} pictures"
+        line = f"R@1/5/10 {said('')}, beyond a caption's prior {said('prior_')}: {len(self._questions)} pictures"
         return Evaluation(metrics=found, line=f"{line}, {len(self._captions)} captions{' (blank)' * self._config.blank}")
 
     def scores(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
-        """The log-likelihood of every candidate [pictures, captions], given the picture, and given a grey one."""
+        """The log-likelihood of every candidate given every picture, and how far it is above the candidate's prior.
+
+        Returns:
+          [pictures, captions] each.
+        """
         tails = _Tails(self._processor, self._captions)
         prompts = [tails.prompt(question) for question in self._questions]
-        grey, of_prompt = _without_doubles(prompts, by_size=self._trainer.config.model.reads_shapes)
-        prior = self._scored(state, grey, tails, blanked(self._processor))[of_prompt]
-        scores = prior if self._config.blank else self._scored(state, prompts, tails, self._processor)
-        return scores, prior
+        scores = self._scored(state, prompts, tails, blanked(self._processor) if self._config.blank else self._processor)
+        most = scores.max(axis=0)
+        beyond = scores - most - np.log(np.mean(np.exp(scores - most), axis=0))
+        share = tails.counts(prompts) if self._config.score == "mean" else 1
+        return scores / share, beyond / share
 
     def _scored(self, state: TrainState, prompts: list[Prompt], tails: _Tails, processor: Processor) -> np.ndarray:
         mesh, model = self._trainer.mesh, self._trainer.model
@@ -102,8 +109,7 @@ class Ranking:
                 # One at a time: each has a copy of the cache.
                 columns.append(jax.device_get(_score(model, params, logits, context, *batch)))
                 countdown.at(start * len(self._captions) + len(some) * (caption + 1))
-            scores = np.stack(columns, axis=1)[: len(some)]
-            found.append(scores / tails.counts(some) if self._config.score == "mean" else scores)
+            found.append(np.stack(columns, axis=1)[: len(some)])
         return np.concatenate(found)
 
 
@@ -117,21 +123,6 @@ def _distinct(questions: list[HeldOut], most: int) -> tuple[list[str], list[Held
             wanted -= set(question.answers)
             kept.append(question)
     return captions, kept
-
-
-def _without_doubles(prompts: list[Prompt], *, by_size: bool) -> tuple[list[Prompt], list[int]]:
-    """Prompts that are read differently even when their pictures are grey, and the number of each prompt's own among them."""
-    numbers: dict[Any, int] = {}
-    first: list[Prompt] = []
-    places = []
-    for prompt in prompts:
-        frames, sizes = tuple(map(len, prompt.request.ordered)), tuple(prompt.request.sizes) if by_size else ()
-        key = (prompt.layout.tokens.tobytes(), prompt.layout.visual.tobytes(), frames, sizes)
-        if key not in numbers:
-            numbers[key] = len(first)
-            first.append(prompt)
-        places.append(numbers[key])
-    return first, places
 
 
 class _Tails:
