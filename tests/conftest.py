@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-# The programs are tiny, and compiling them is most of a test's time: machine code is not optimised, and the older emitters of
-# fused loops are used, which compile a training step in a third of the time.
-QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# The programs are tiny, and compiling them is most of a test's time: machine code is not optimised and not split between
+# threads, and the older emitters of fused loops are used, which compile a training step in a third of the time.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+QUICK += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
