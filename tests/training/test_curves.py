@@ -20,8 +20,8 @@ def write(path, steps):
             training = {"step": step, "loss": None if step == 3 else 1 / step, "sequences": 8.0, "lr": 0.1}
             lines = [training]
             if step % 10 == 0:
-                lines.append({"step": step, "eval_loss": 2 / step, "eval_accuracy": 0.5, "eval_sequences": 24.0})
-                lines.append({"step": step, "eval_samples_cider": 1.5 * step, "eval_samples_r1": step / 100})
+                lines.append({"step": step, "eval_loss": 2 / step, "eval_accuracy": 0.5, "eval_sequences": 24.0 + step})
+                lines.append({"step": step, "eval_samples_cider": 1.55 * step, "eval_samples_r1": step / 100})
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.write('{"step": 99, "lo')  # killed while it wrote
     return path
@@ -33,7 +33,11 @@ def test_training_and_evaluations_are_read_apart(tmp_path):
     assert len(steps) == 30 and math.isnan(loss[2]) and loss[3] == 0.25
     assert held_out[("loss",)]["loss"][1].tolist() == [0.2, 0.1, 2 / 30]
     panels = [names for names, _ in curves._panels(held_out)]
-    assert panels == [["accuracy"], ["samples_r1"], ["samples_cider"]]  # the number of examples says nothing
+    assert panels == [
+        ["accuracy"],
+        ["samples_r1"],
+        ["samples_cider"],
+    ]  # the number of examples says nothing
 
 
 def test_the_mean_has_no_bias_and_no_gaps():

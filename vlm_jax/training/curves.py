@@ -105,7 +105,7 @@ def _line(points: list[tuple[int, float]]) -> Line:
 
 
 def _panels(held_out: dict[tuple[str, ...], dict[str, Line]]) -> list[tuple[list[str], list[Line]]]:
-    """What stands together: names and lines. What never changes (a number of examples) is left out."""
+    """What stands together: names and lines. Whole numbers above 1 count examples, and are left out."""
     panels = []
     for names, group in held_out.items():
         if names == ("loss",):
@@ -113,7 +113,7 @@ def _panels(held_out: dict[tuple[str, ...], dict[str, Line]]) -> list[tuple[list
         shares, others = [], []
         for name, (steps, values) in group.items():
             finite = values[np.isfinite(values)]
-            if not len(finite) or (np.ptp(finite) == 0 and finite[0] > 1):
+            if not len(finite) or (finite.max() > 1 and np.array_equal(finite, np.round(finite))):
                 continue
             place = shares if finite.min() >= 0 and finite.max() <= 1 else others
             place.append((name, (steps, values)))
