@@ -17,7 +17,7 @@ from tests.tiny import tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, RunConfig
 from vlm_jax.training.loop import train
 from vlm_jax.training.report import Reporter
-from vlm_jax.training.run_folder import CheckpointError, writing
+from vlm_jax.training.run_folder import CheckpointError, write_or_check_config, writing
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,8 +152,9 @@ def test_a_signal_saves_and_leaves_cleanly(undisturbed_text, text, cache, tmp_pa
     assert metrics(tmp_path) == undisturbed_text
 
 
-def test_another_configuration_is_refused_with_the_difference(undisturbed, data, cache):
-    code, output = finish(start(data, cache, undisturbed[2], "--config.optimizer.lr=0.5", "--config.log_every=1"))
+def test_another_configuration_is_refused_with_the_difference(data, cache, tmp_path):
+    write_or_check_config(tmp_path, run_here(data))
+    code, output = finish(start(data, cache, tmp_path, "--config.optimizer.lr=0.5", "--config.log_every=1"))
     assert code == 1
     assert "optimizer.lr: 0.003 -> 0.5" in output and "log_every" not in output and "Traceback" not in output
 
