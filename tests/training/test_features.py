@@ -151,3 +151,10 @@ def test_an_interrupted_build_goes_on(tmp_path, monkeypatch):
     assert 0 not in asked and [values(store, example) for example in (0, 1, 4)] == [[[1], [2]], [[3]], [[4, 1, 6]]]
     assert (store.folder / "features.bin").stat().st_size == 5 * 2 * 4, "also those of before"
     assert not any(name.endswith(".part") for name in os.listdir(tmp_path))
+
+
+def test_what_is_saved_on_the_way_costs_no_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_of_features, "SAVE_S", 0.0)
+    batches = []
+    built(tmp_path, encode=lambda images: batches.append(images) or encode(images), rows=4)
+    assert len(batches) == 2, "five distinct tiles"

@@ -40,6 +40,7 @@ DIGEST = 16  # bytes
 SAVE_S = 5.0  # seconds of work that an interruption may cost
 
 FILES = ("features.bin", "places.bin", "tiles.bin")
+IN_THE_MAKING = (*FILES, "digests.bin")
 
 Encode = Callable[[np.ndarray], np.ndarray]  # [B, height, width, 3] uint8 -> [B, P, D]
 
@@ -134,9 +135,8 @@ class _Builder:
         self._clear()
 
     def _clear(self) -> None:
-        """What waits to be written: distinct tiles and their digests; the place of every tile; the tiles of each medium."""
-        self.waiting: list[np.ndarray] = []
-        self.digests: list[bytes] = []
+        """What waits to be written: distinct tiles by their digests; the place of every tile; the tiles of each medium."""
+        self.waiting: dict[bytes, np.ndarray] = {}
         self.places: list[int] = []
         self.counts: list[int] = []
 
@@ -146,14 +146,14 @@ class _Builder:
         began = saved = time.perf_counter()
         countdown = Countdown(log.info, "features: {} examples", total, done=start)
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context((self.folder / name).open("ab")) for name in (*FILES, "digests.bin")]
+            files = [stack.enter_context((self.folder / name).open("ab")) for name in IN_THE_MAKING]
             for example in range(start, total):
                 self._add(example)
                 now = time.perf_counter()
-                due = now - saved > SAVE_S
-                if len(self.waiting) >= self.rows or example + 1 == total or due:
+                if len(self.waiting) >= self.rows or example + 1 == total:
                     self._write(*files)
-                if due:
+                # Between batches only: a part of one takes as long to encode as a whole one.
+                if not self.waiting and now - saved > SAVE_S:
                     saved = now
                     self._save(example + 1, files)
                 countdown.at(example + 1)
@@ -180,23 +180,24 @@ class _Builder:
             digest = hashlib.blake2b(tile.tobytes(), digest_size=DIGEST).digest()
             if digest not in self.numbers:
                 self.numbers[digest] = len(self.numbers)
-                self.waiting.append(tile)
-                self.digests.append(digest)
+                self.waiting[digest] = tile
             self.places.append(self.numbers[digest])
 
     def _write(self, features: Any, places: Any, tiles: Any, digests: Any) -> None:
-        for start in range(0, len(self.waiting), self.rows):
-            part = np.stack(self.waiting[start : start + self.rows])
+        new = list(self.waiting.values())
+        for start in range(0, len(new), self.rows):
+            part = np.stack(new[start : start + self.rows])
             short = self.rows - len(part)
             made = self.encode(np.concatenate([part, np.repeat(part[-1:], short, axis=0)]))[: len(part)]
             self.shape = made.shape[1:]
             features.write(np.ascontiguousarray(made, np.float32).tobytes())
         places.write(np.asarray(self.places, np.int32).tobytes())
         tiles.write(np.asarray(self.counts, np.int32).tobytes())
-        digests.write(b"".join(self.digests))
+        digests.write(b"".join(self.waiting))
         self._clear()
 
     def _save(self, example: int, files: list[Any]) -> None:
+        self._write(*files)  # places of tiles that were encoded before
         for file in files:
             file.flush()
         state = {"next": example, "shape": self.shape, "bytes": [file.tell() for file in files]}
@@ -208,14 +209,14 @@ class _Builder:
         """The first example whose features are not there."""
         try:
             state = parse_json(read_regular(self.folder / "state.json"))
-            for name, size in zip((*FILES, "digests.bin"), state["bytes"], strict=True):
+            for name, size in zip(IN_THE_MAKING, state["bytes"], strict=True):
                 os.truncate(self.folder / name, size)
             digests = (self.folder / "digests.bin").read_bytes()
             kept = [digests[start : start + DIGEST] for start in range(0, len(digests), DIGEST)]
-            self.numbers = {digest: number for number, digest in enumerate(kept)}
-            self.shape = tuple(state["shape"])
-            return state["next"]
+            shape, start = tuple(state["shape"]), state["next"]
         except (JsonError, KeyError, TypeError, FileNotFoundError):  # none, or a damaged one
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             return 0
+        self.numbers, self.shape = {digest: number for number, digest in enumerate(kept)}, shape
+        return start
