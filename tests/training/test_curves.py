@@ -33,11 +33,7 @@ def test_training_and_evaluations_are_read_apart(tmp_path):
     assert len(steps) == 30 and math.isnan(loss[2]) and loss[3] == 0.25
     assert held_out[("loss",)]["loss"][1].tolist() == [0.2, 0.1, 2 / 30]
     panels = [names for names, _ in curves._panels(held_out)]
-    assert panels == [
-        ["accuracy"],
-        ["samples_r1"],
-        ["samples_cider"],
-    ]  # the number of examples says nothing
+    assert panels == [["accuracy"], ["samples_r1"], ["samples_cider"]]  # the number of examples says nothing
 
 
 def test_the_mean_has_no_bias_and_no_gaps():

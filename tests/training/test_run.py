@@ -88,7 +88,7 @@ def undisturbed(data, cache, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     code, output = finish(start(data, cache, workdir))
     assert code == 0, output
-    return metrics(workdir), output, workdir
+    return metrics(workdir), output
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def undisturbed_text(text, cache, tmp_path_factory):
 
 
 def test_a_run_reports_its_table_progress_and_accuracy(undisturbed):
-    table, output, _ = undisturbed
+    table, output = undisturbed
     assert sorted(step for step, is_eval in table if not is_eval) == list(range(1, 13))
     assert sorted(step for step, is_eval in table if is_eval) == [6, 12]
     assert "vision" in output and "trained" in output and "examples/s" in output and "left 0:00" in output
