@@ -159,6 +159,31 @@ def test_local_parquet(parquet, fields, expected):
     assert len(list(TrainBatches(run_config(config, 3), processor, pickle.loads(pickle.dumps(source))))) == 3
 
 
+def test_a_stream_is_kept(parquet, monkeypatch):
+    """Its first rows, pictures undecoded, fetched once; the same files read another time are the same data."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", parquet / "kept")
+    fields = FieldsConfig(question="question", answer="answers")
+    opened = lambda **more: build_source(
+        DataConfig(source=HuggingFaceConfig(name=str(parquet), fields=fields, **more), cache_dir=str(parquet / "c"), **DATA),
+        "train",
+    )
+    source = opened(stream=3)
+    assert len(source) == 3 and [(texts(source[n]), greys(source[n])) for n in range(3)] == [
+        ([f"q{n} a{n}", f"q{n} b"], [(70, 20, 30)[n]]) for n in range(3)
+    ]
+    with monkeypatch.context() as patch:  # it is on disk
+        patch.setattr(datasets.IterableDataset, "__iter__", None)
+        assert opened(stream=3).fingerprint == source.fingerprint
+        assert texts(pickle.loads(pickle.dumps(source))[2]) == texts(source[2])
+        with pytest.raises(DataError, match="stream"):
+            opened(stream=2)
+    assert len(opened(stream=9)) == 4
+    with pytest.raises(DataError, match=r"'train\[:2\]' is a part"):
+        opened(stream=3, train="train[:2]")
+
+
 def test_hugging_face_says_what_is_missing(parquet, monkeypatch):
     fields = FieldsConfig(answer="question")
     open_set = lambda **more: build_source(

@@ -53,5 +53,6 @@ class HuggingFaceConfig(SourceConfig):
     configuration: str = ""  # of the set, where it has several
     train: str = "train"  # splits, also in part: "train[:10%]"
     eval: str = "validation"
+    stream: int = 0  # so many rows of each split are read as a stream and kept; 0: all of it is fetched
     fields: FieldsConfig
     bad_lines: Literal["error", "skip"] = "error"
