@@ -18,6 +18,8 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_cou
 QUICK += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Where in the Python code an operation was written costs time when a program is lowered.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a start keeps for the next one (`~/.cache`: token stores, compiled programs) is kept apart from the user's own.
 if "VLM_JAX_TESTS" not in os.environ:  # pytest's workers share the folder of the process that starts them

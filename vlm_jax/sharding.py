@@ -6,6 +6,7 @@ divide is replicated, and the start-up table says so.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.config import MeshConfig
@@ -74,9 +76,30 @@ class Named(nn.meta.AxisMetadata):
         return self.replace(names=tuple(names))
 
 
+# Whether only shapes are asked for: most of the time of tracing an initial model goes into random numbers that nobody wants.
+_SHAPES_ALONE = contextvars.ContextVar("shapes_alone", default=False)
+
+
 def named(init: Callable[..., jax.Array], *names: str | None, inputs: int = 0) -> Callable[..., Named]:
     """An initialiser whose result carries the logical `names` of its axes, and `inputs` as `Named` has it."""
-    return lambda *args, **kwargs: Named(init(*args, **kwargs), names, inputs)
+    return lambda *args: Named((_zeros if _SHAPES_ALONE.get() else init)(*args), names, inputs)
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
+def stacked_init(init: Callable[[jax.Array], Any], length: int) -> Callable[[jax.Array], Any]:
+    """The initialiser of `length` copies of a layer: what `init` makes, each with a leading axis `layers`."""
+
+    def stack(key: jax.Array) -> Any:
+        if _SHAPES_ALONE.get():
+            params = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), init(key))
+        else:
+            params = jax.vmap(init)(jax.random.split(key, length))
+        return nn.meta.add_axis(params, 0, {nn.meta.PARTITION_NAME: "layers"})
+
+    return stack
 
 
 def unboxed(tree: Any) -> Any:
@@ -84,9 +107,8 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def initial_params(model: nn.Module, key: jax.Array) -> Any:
-    """A model's untrained parameters, boxed with the names of their axes; traced once for their shapes and their numbers."""
+    """A model's untrained parameters, boxed with the names of their axes."""
     return model.init(key, *model.example())["params"]
 
 
@@ -96,7 +118,16 @@ def boxed_params(model: nn.Module) -> Any:
     Args:
       model: of `models/`, or a `Vit`: it has an `example`.
     """
-    return initial_params.eval_shape(model, jax.random.key(0))
+    return _boxed_shapes.eval_shape(model, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that the shapes of a model are kept
+def _boxed_shapes(model: nn.Module, key: jax.Array) -> Any:
+    before = _SHAPES_ALONE.set(True)
+    try:
+        return initial_params(model, key)
+    finally:
+        _SHAPES_ALONE.reset(before)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

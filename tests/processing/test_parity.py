@@ -11,7 +11,7 @@ from vlm_jax.processing.conversation import from_messages, media_of
 from vlm_jax.processing.layout import targets_of
 from vlm_jax.processing.pictures import picture_size
 
-SEEDS = 100
+SEEDS = 25
 
 
 def sizes_of(turns, media):

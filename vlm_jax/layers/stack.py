@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.sharding import stacked_init
+
 Array = jax.Array
 
 
@@ -26,11 +28,7 @@ def stacked(parent: nn.Module, name: str, layer: nn.Module, length: int, *exampl
     if parent.has_variable("params", name):
         return parent.get_variable("params", name)
 
-    def init(key: Array) -> Any:
-        params = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
-        return nn.meta.add_axis(params, 0, {nn.meta.PARTITION_NAME: "layers"})
-
-    return parent.param(name, init)
+    return parent.param(name, stacked_init(lambda key: layer.init(key, *example)["params"], length))
 
 
 PIECE = "piece"  # the name of such a program in a jaxpr
