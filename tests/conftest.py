@@ -20,7 +20,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where in the Python code an operation was written costs time when a program is lowered.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# PyTorch's threads wait for each other in a loop: with two of them in each of two workers, tiny products take ten times as long.
+# PyTorch's threads wait for each other in a loop: where two workers have two each, tiny products take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a start keeps for the next one (`~/.cache`: token stores, compiled programs) is kept apart from the user's own.

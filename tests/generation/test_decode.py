@@ -117,7 +117,7 @@ def test_answers_depend_on_the_image():
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=1, tensor=8), MeshConfig(data=2, fsdp=2, tensor=2)],
+    [MeshConfig(data=8), MeshConfig(data=1, tensor=8), MeshConfig(data=2, fsdp=2, tensor=2)],
     ids=str,
 )
 def test_meshes_give_the_same_tokens(mesh):

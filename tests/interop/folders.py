@@ -86,16 +86,22 @@ def laid_out(vlm: Vlm, request: Request) -> Layout:
     return vlm.processor.lay_out(request.turns, request.sizes, open=True)
 
 
-def placed(vlm: Vlm, request: Request) -> Batch:
-    return vlm.generator.place([vlm.generator.prompt(request, 0, Settings())])
+def placed(vlm: Vlm, *requests: Request) -> Batch:
+    return vlm.generator.place([vlm.generator.prompt(request, 0, Settings()) for request in requests])
+
+
+def all_logits(vlm: Vlm, requests: Sequence[Request]) -> list[np.ndarray]:
+    """[T, V] of the tokens of each request, which are rows of one batch."""
+    batch = placed(vlm, *requests)
+    with jax.set_mesh(vlm.mesh):
+        out = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))
+    used = np.asarray(batch.segments) > 0
+    return [out[row, used[row]] for row in range(len(requests))]
 
 
 def logits(vlm: Vlm, request: Request) -> np.ndarray:
     """[T, V] of a request's tokens."""
-    batch = placed(vlm, request)
-    with jax.set_mesh(vlm.mesh):
-        out = np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, batch))[0]
-    return out[np.asarray(batch.segments)[0] > 0]
+    return all_logits(vlm, [request])[0]
 
 
 def their_answer(model: torch.nn.Module, inputs: Any, new: int, **settings: Any) -> list[list[int]]:

@@ -11,7 +11,7 @@ from test_paligemma import paligemma
 from torch_helpers import compare, rounding
 from transformers import Dinov2Config, LlamaConfig, MistralConfig, SiglipVisionConfig
 
-SEEDS = range(3)
+SEEDS = range(2)
 TEXT = "USER: <image><image> two dogs? ASSISTANT: yes USER: and <image>? ASSISTANT:"
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from tests.tiny import tiny_run, write_data
+from tests.tiny import text_run, write_data
 from vlm_jax.config import EvaluatorConfig, JsonLinesConfig, RunConfig
 from vlm_jax.config.frozen import frozen
 from vlm_jax.config_dict import from_dict, to_dict
@@ -39,8 +39,8 @@ class Norms:
 
 
 def run_of(folder: Path, *evaluators: EvaluatorConfig, **changes) -> RunConfig:
-    config = tiny_run(evaluators=evaluators, **changes)
-    data = write_data(folder / "data")
+    config = text_run(evaluators=evaluators, **changes)
+    data = write_data(folder / "data", pictures=False)
     source = JsonLinesConfig(train=str(data), eval=str(data))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, cache_dir=str(folder / "cache")))
 

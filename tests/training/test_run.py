@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_run, write_data
+from tests.tiny import text_run, tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, RunConfig
 from vlm_jax.training.loop import train
 from vlm_jax.training.report import Reporter
@@ -45,7 +45,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(data, cache, workdir, *flags, devices=1, limit=None):
+def start(data, cache, workdir, *flags, limit=None):
     """
     Args:
       data: the file of the fixture `data`, or of `text`.
@@ -54,7 +54,7 @@ def start(data, cache, workdir, *flags, devices=1, limit=None):
     recipe = "tests/tiny.py" if (data.parent / "0.png").exists() else "tests/tiny.py:text"
     command = [sys.executable, "train.py", f"--config={recipe}", f"--workdir={workdir}", *flags]
     command += [f"--config.data.source.train={data}", f"--config.data.source.eval={data}"]
-    xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     path = f"{ROOT / 'tests/absent'}{os.pathsep}{ROOT}"
     env = os.environ | {"XLA_FLAGS": xla, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": path}
     if limit:
@@ -152,24 +152,24 @@ def test_a_signal_saves_and_leaves_cleanly(undisturbed_text, text, cache, tmp_pa
     assert metrics(tmp_path) == undisturbed_text
 
 
-def test_another_configuration_is_refused_with_the_difference(data, cache, tmp_path):
-    write_or_check_config(tmp_path, run_here(data))
-    code, output = finish(start(data, cache, tmp_path, "--config.optimizer.lr=0.5", "--config.log_every=1"))
+def test_another_configuration_is_refused_with_the_difference(text, cache, tmp_path):
+    write_or_check_config(tmp_path, run_here(text))
+    code, output = finish(start(text, cache, tmp_path, "--config.optimizer.lr=0.5", "--config.log_every=1"))
     assert code == 1
     assert "optimizer.lr: 0.003 -> 0.5" in output and "log_every" not in output and "Traceback" not in output
 
 
 def run_here(file: Path, **changes: Any) -> RunConfig:
     """The recipe of these runs, for a run in this process."""
-    run = tiny_run(**changes)
+    run = text_run(**changes)
     source = JsonLinesConfig(train=str(file), eval=str(file))
     return dataclasses.replace(run, data=dataclasses.replace(run.data, source=source))
 
 
-def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(data, tmp_path, runs_on_one_device):
+def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(text, tmp_path, runs_on_one_device):
     optimizer = dataclasses.replace(tiny_run().optimizer, lr=1e30, clip_norm=1e30, max_bad_steps=2)
     with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row"):
-        train(run_here(data, optimizer=optimizer), tmp_path)
+        train(run_here(text, optimizer=optimizer), tmp_path)
 
 
 def test_a_second_train_py_of_one_folder_is_refused(text, cache, tmp_path):
@@ -183,7 +183,7 @@ def test_a_second_train_py_of_one_folder_is_refused(text, cache, tmp_path):
 
 def test_changed_data_are_named_and_a_flag_goes_on(tmp_path, runs_on_one_device, caplog):
     """Another answer; with the flag the steps already done are kept."""
-    file = write_data(tmp_path / "data")
+    file = write_data(tmp_path / "data", pictures=False)
     run = run_here(file, steps=2, save_every=2)
     train(run, tmp_path / "run")
     before = metrics(tmp_path / "run")
@@ -229,7 +229,7 @@ def test_when_a_process_dies_the_other_ends_and_says_so(text, cache, tmp_path):
     flags = ["--processes=2", "--peer_timeout=4", "--config.save_every=2", "--config.steps=100000", "--config.mesh.fsdp=2"]
     for killed in (0, 1):
         address = [f"--coordinator=localhost:{free_port()}"]
-        both = [start(text, cache, tmp_path, *flags, *address, f"--process={index}", devices=2) for index in range(2)]
+        both = [start(text, cache, tmp_path, *flags, *address, f"--process={index}") for index in range(2)]
         steps = lambda: [int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]
         before = max(steps(), default=0)
         wait_for(lambda before=before, steps=steps: max(steps(), default=0) > before, both[1 - killed])
@@ -249,7 +249,7 @@ def test_when_a_process_fails_the_other_ends_too(text, cache, tmp_path, failing)
     """Each says its own in a line, and nothing waits for the other."""
     flags = ["--processes=2", f"--coordinator=localhost:{free_port()}"]
     wrong = lambda index: ["--config.mesh.fsdp=3"] if index == failing else []
-    both = [start(text, cache, tmp_path, *flags, f"--process={index}", *wrong(index), devices=2) for index in range(2)]
+    both = [start(text, cache, tmp_path, *flags, f"--process={index}", *wrong(index)) for index in range(2)]
     began = time.time()
     for index, (code, output) in enumerate([finish(process) for process in both]):
         said = [line for line in output.splitlines() if line.startswith("train.py: ")]
@@ -260,7 +260,7 @@ def test_when_a_process_fails_the_other_ends_too(text, cache, tmp_path, failing)
 
 def test_two_processes_train_to_the_curve_of_one(undisturbed, data, cache, tmp_path):
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    both = [start(data, cache, tmp_path, *flags, f"--process={index}", devices=2) for index in range(2)]
+    both = [start(data, cache, tmp_path, *flags, f"--process={index}") for index in range(2)]
     for code, output in [finish(process) for process in both]:
         assert code == 0, output
     ours, one = metrics(tmp_path), undisturbed[0]
