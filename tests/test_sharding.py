@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +7,20 @@ from jax.sharding import PartitionSpec
 
 from tests.tiny import mesh_of, random_batch, tiny_model
 from vlm_jax.config import MeshConfig
+from vlm_jax.layers.linear import Linear
+from vlm_jax.layers.stack import stacked
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.sharding import RULES, Named, batch_sharding, constrain, make_mesh, place, place_tree, shardings_of
+from vlm_jax.sharding import (
+    RULES,
+    Named,
+    batch_sharding,
+    constrain,
+    initial_params,
+    make_mesh,
+    place,
+    place_tree,
+    shardings_of,
+)
 
 is_box = lambda x: isinstance(x, Named)
 
@@ -107,3 +120,30 @@ def test_constrain_lays_activations_on_the_mesh_of_the_context():
             jax.jit(lambda x: constrain(x, "rows", None, None))(x)
     rows = jax.device_put(x, batch_sharding(mesh_of(2, 2, 2)))
     assert rows.sharding.shard_shape(rows.shape) == (2, 3, 4)
+
+
+class Layers(nn.Module):
+    """Two layers of a kernel and a bias."""
+
+    def setup(self):
+        linear = Linear({"embed": 8}, {"mlp": 16}, bias=True, dtype=jnp.float32)
+        self.layers = stacked(self, "layers", linear, 2, jnp.zeros((1, 8)))
+
+    def __call__(self, x):
+        return x
+
+    def example(self):
+        return (jnp.zeros(1),)
+
+
+def test_initial_parameters_depend_on_their_path_alone():
+    key, path = jax.random.key(3), "layers/kernel"
+    made = {sizes: initial_params(Layers(), key, mesh=mesh_of(*sizes)) for sizes in ((1, 1, 1), (2, 2, 2))}
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, made.values()))
+    one, many = made.values()
+    assert many[path].sharding.shard_shape((2, 8, 16)) == (2, 4, 8)
+    assert one[path].std() == pytest.approx(8**-0.5, rel=0.2) and (one[path][0] != one[path][1]).all()
+    assert not one["layers/bias"].any()
+    left = initial_params(Layers(), key, mesh=mesh_of(1, 1, 1), without={"layers/bias"})
+    assert left.keys() == {path}
+    np.testing.assert_array_equal(left[path], one[path])

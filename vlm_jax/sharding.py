@@ -10,16 +10,19 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.config import MeshConfig
+from vlm_jax.paths import by_path
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -48,6 +51,9 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape)
+
+
 @flax.struct.dataclass
 class Named(nn.meta.AxisMetadata):
     """A parameter boxed with the logical names of its axes.
@@ -58,6 +64,7 @@ class Named(nn.meta.AxisMetadata):
     value: Any
     names: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
     inputs: int = flax.struct.field(pytree_node=False, default=0)  # axes of a kernel that `Linear` contracts; 0: no kernel
+    init: Initializer | None = flax.struct.field(pytree_node=False, default=None)  # None: of a box that `named` did not make
 
     def unbox(self) -> Any:
         return self.value
@@ -68,7 +75,7 @@ class Named(nn.meta.AxisMetadata):
     def add_axis(self, index: int, params: dict[Any, Any]) -> Named:
         names = list(self.names)
         names.insert(index, params[nn.meta.PARTITION_NAME])
-        return self.replace(names=tuple(names))
+        return self.replace(names=tuple(names), init=self.init and _each_layer(self.init))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Named:
         names = list(self.names)
@@ -80,13 +87,18 @@ class Named(nn.meta.AxisMetadata):
 _SHAPES_ALONE = contextvars.ContextVar("shapes_alone", default=False)
 
 
-def named(init: Callable[..., jax.Array], *names: str | None, inputs: int = 0) -> Callable[..., Named]:
-    """An initialiser whose result carries the logical `names` of its axes, and `inputs` as `Named` has it."""
-    return lambda *args: Named((_zeros if _SHAPES_ALONE.get() else init)(*args), names, inputs)
+def named(init: Initializer, *names: str | None, inputs: int = 0) -> Callable[..., Named]:
+    """An initialiser whose result carries the logical `names` of its axes, `inputs` as `Named` has it, and `init`."""
+    return lambda key, *shape: Named((_zeros if _SHAPES_ALONE.get() else init)(key, *shape), names, inputs, init)
 
 
 def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.zeros(shape, jnp.float32)
+
+
+@functools.cache
+def _each_layer(init: Initializer) -> Initializer:
+    return lambda key, shape: jax.vmap(lambda key: init(key, shape[1:]))(jax.random.split(key, shape[0]))
 
 
 def stacked_init(init: Callable[[jax.Array], Any], length: int) -> Callable[[jax.Array], Any]:
@@ -107,11 +119,6 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, Named))
 
 
-def initial_params(model: nn.Module, key: jax.Array) -> Any:
-    """A model's untrained parameters, boxed with the names of their axes."""
-    return model.init(key, *model.example())["params"]
-
-
 def boxed_params(model: nn.Module) -> Any:
     """Shapes, types and axis names of a model's parameters; nothing is computed, so no device need be there.
 
@@ -125,7 +132,7 @@ def boxed_params(model: nn.Module) -> Any:
 def _boxed_shapes(model: nn.Module, key: jax.Array) -> Any:
     before = _SHAPES_ALONE.set(True)
     try:
-        return initial_params(model, key)
+        return model.init(key, *model.example())["params"]
     finally:
         _SHAPES_ALONE.reset(before)
 
@@ -208,6 +215,23 @@ def shardings_of(placements: Any, mesh: Mesh) -> Any:
         placements,
         is_leaf=lambda x: isinstance(x, Placement),
     )
+
+
+def initial_params(model: nn.Module, key: jax.Array, *, mesh: Mesh, without: Collection[str] = ()) -> dict[str, jax.Array]:
+    """Untrained parameters by path, each made in its shards; the model itself is not run for them.
+
+    Args:
+      without: paths of those that are not needed.
+    """
+    boxed = boxed_params(model)
+    boxes = {path: box for path, box in by_path(boxed).items() if path not in without}
+    number = lambda path: np.uint32(zlib.crc32(path.encode()))  # of a parameter, whatever else the model has
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        return {path: box.init(jax.random.fold_in(key, number(path)), box.value.shape) for path, box in boxes.items()}
+
+    placed = by_path(shardings_of(place_tree(boxed, mesh), mesh))
+    return jax.jit(draw, out_shardings={path: placed[path] for path in boxes})(key)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

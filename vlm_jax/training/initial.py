@@ -47,7 +47,7 @@ def first_state(trainer: Trainer, checkpoints: Checkpoints, folder: Path) -> tup
         parts: dict[str, Any] = {}
         for part in config.init_parts:
             parts |= {f"{config.model.part_path(part.part)}/{name}": leaf for name, leaf in _part(trainer, part).items()}
-        return trainer.state_of(nested(by_path(dequantised(trainer.init().params)) | parts)), 0
+        return trainer.state_of(nested(trainer.initial_params(without=parts) | parts)), 0
     if not config.init_from:
         return trainer.init(), 0
     if is_published(config.init_from):

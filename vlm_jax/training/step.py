@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from vlm_jax.batch import Batch, micro_batches
 from vlm_jax.config import RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.data.rows import empty_rows
-from vlm_jax.paths import Params, by_path
+from vlm_jax.paths import Params, by_path, nested
 from vlm_jax.runtime import compute_dtype
-from vlm_jax.sharding import batch_sharding, batch_shards, initial_params, unboxed
+from vlm_jax.sharding import batch_sharding, batch_shards, initial_params
 from vlm_jax.training.adapters import with_dropout
 from vlm_jax.training.objective import OBJECTIVES, Objective, in_set
 from vlm_jax.training.optimizer import make_optimizer, schedule
@@ -103,7 +104,11 @@ class Trainer:
 
     def init(self) -> TrainState:
         """A fresh state, every array made in its shards."""
-        return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+        return self.state_of(nested(self.initial_params()))
+
+    def initial_params(self, *, without: Collection[str] = ()) -> dict[str, Array]:
+        """Untrained parameters of the model by path, but for those whose paths are in `without`."""
+        return initial_params(self.model, jax.random.key(self.config.seed), mesh=self.mesh, without=without)
 
     def state_of(self, params: Params) -> TrainState:
         """A fresh state around given parameters (of another run, or converted)."""
@@ -112,9 +117,6 @@ class Trainer:
     def put(self, batch: Batches) -> Batches:
         """This process's rows -> its shards of the global batch or batches."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
-
-    def _init(self, key: Array) -> TrainState:
-        return self._state_of(unboxed(initial_params(self.model, key)))
 
     def _state_of(self, params: Params) -> TrainState:
         params = self.blueprint.hold(params, jax.random.key(self.config.seed))
