@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+import pytest
 from PIL import Image
 
 from vlm_jax.batch import Batch
@@ -117,6 +118,11 @@ def text_run(**changes: Any) -> RunConfig:
 
 def get_config(choice: str = "") -> ml_collections.ConfigDict:
     return to_config_dict(text_run() if choice == "text" else tiny_run())
+
+
+def thorough(*values: Any, **options: Any) -> Any:
+    """Values of a parametrised test that are left out of the ordinary run: another of what it already has (`pytest -m ""`)."""
+    return pytest.param(*values, marks=pytest.mark.thorough, **options)
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:

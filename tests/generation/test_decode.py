@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import thorough
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
@@ -117,7 +118,10 @@ def test_answers_depend_on_the_image():
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=8), MeshConfig(data=1, tensor=8), MeshConfig(data=2, fsdp=2, tensor=2)],
+    [
+        *(thorough(MeshConfig(**sizes)) for sizes in (dict(data=8), dict(data=1, fsdp=8), dict(data=1, tensor=8))),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+    ],
     ids=str,
 )
 def test_meshes_give_the_same_tokens(mesh):

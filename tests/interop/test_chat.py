@@ -7,6 +7,7 @@ from test_idefics2 import idefics2
 from test_llava import llava, llava_next
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.tiny import thorough
 from vlm_jax.errors import RequestError
 from vlm_jax.generation.request import chat_request
 
@@ -34,7 +35,7 @@ def chat(*pictures):
     ]
 
 
-@pytest.mark.parametrize("make", [llava, llava_next, idefics2])
+@pytest.mark.parametrize("make", [thorough(llava), llava_next, thorough(idefics2)])
 def test_answers_of_several_turns(tmp_path, make):
     model, processor = make(tmp_path, seed=3)
     vlm = load(tmp_path)

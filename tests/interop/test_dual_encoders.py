@@ -16,7 +16,7 @@ from transformers import (
     SiglipModel,
 )
 
-from tests.tiny import mesh_of
+from tests.tiny import mesh_of, thorough
 from vlm_jax.families import clip, siglip
 from vlm_jax.layers.decoder import Decoder
 from vlm_jax.layers.stack import InterleavedLayers, LanguageInputs
@@ -96,7 +96,7 @@ def texts(pad: int, rows: int = 3) -> np.ndarray:
     return tokens
 
 
-@pytest.mark.parametrize("case", CASES | RANDOM)
+@pytest.mark.parametrize("case", [*CASES, *map(thorough, RANDOM)])
 def test_embeddings_and_logits(case):
     family, vision, text, both = (CASES | RANDOM)[case]
     torch_model, model, params = oracle(family, vision, text, both)

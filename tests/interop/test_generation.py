@@ -11,6 +11,7 @@ from test_idefics import PROMPTS, idefics_folder, listed
 from test_llava import TEXT, TWO, llava
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from tests.tiny import thorough
 from vlm_jax.config.generation import Settings
 from vlm_jax.errors import RequestError
 from vlm_jax.interop.files.source import PublishedError
@@ -64,7 +65,7 @@ def theirs(model, words, line, new=NEW, **settings):
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -1.0])
-@pytest.mark.parametrize("beams", [2, 3, 5])
+@pytest.mark.parametrize("beams", [2, 3, thorough(5)])
 def test_beams(text, beams, penalty, early):
     model, words, vlm = text
     settings = dict(length_penalty=penalty, early_stopping=early)
@@ -115,7 +116,7 @@ def test_beams_over_pictures_in_the_sequence(tmp_path):
     assert [answer.tokens for answer in answers] == expected
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,tensor=4"])
+@pytest.mark.parametrize("mesh", [thorough(None), "data=2,tensor=4"])
 def test_beams_over_gated_cross_attention(tmp_path, mesh):
     model, processor = idefics_folder(tmp_path, seed=2)
     vlm = load(tmp_path, mesh)

@@ -40,6 +40,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests.tiny import thorough
 from vlm_jax.config import DataConfig, JsonLinesConfig
 from vlm_jax.families.llava_next import anyres_places
 from vlm_jax.interop.published import open_published
@@ -181,8 +182,10 @@ def test_next_logits_and_back(tmp_path, changes):
         compare(ours, again(**inputs).logits[0])
 
 
-@pytest.mark.parametrize("make", [llava, llava_next])
-@pytest.mark.parametrize("mesh", [None, "data=2,tensor=4"])
+@pytest.mark.parametrize(
+    ("make", "mesh"),
+    [(llava, None), thorough(llava, "data=2,tensor=4"), thorough(llava_next, None), (llava_next, "data=2,tensor=4")],
+)
 def test_answers(tmp_path, make, mesh):
     """Different lengths and numbers of pictures in one batch: theirs one by one, theirs batched, ours batched."""
     model, processor = make(tmp_path, seed=3)

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import vlm_jax
+from tests.tiny import thorough
 from vlm_jax.config.generation import Settings
 
 SIDE, LATENTS, DEPTH = 16, 5, 2
@@ -136,7 +137,7 @@ TEXT = "two dogs <image>a cat sits.<|endofchunk|><image>what color"
 
 @pytest.mark.parametrize(
     "build, every, tower_alone",
-    [(mosaic, 1, False), (mpt, 4, True), (neox, 2, False), (opt, 2, False), (llama, 4, True)],
+    [(mosaic, 1, False), (mpt, 4, True), thorough(neox, 2, False), thorough(opt, 2, False), (llama, 4, True)],
     ids=["mosaic_1", "mpt_4", "neox_2", "opt_2", "llama_4"],
 )
 def test_logits_answers_and_back(tmp_path, build, every, tower_alone):

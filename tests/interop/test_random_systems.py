@@ -11,7 +11,8 @@ from test_paligemma import paligemma
 from torch_helpers import compare, rounding
 from transformers import Dinov2Config, LlamaConfig, MistralConfig, SiglipVisionConfig
 
-SEEDS = range(2)
+SEEDS = range(3)
+pytestmark = pytest.mark.thorough
 TEXT = "USER: <image><image> two dogs? ASSISTANT: yes USER: and <image>? ASSISTANT:"
 
 

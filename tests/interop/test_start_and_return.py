@@ -16,7 +16,7 @@ from transformers import IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalL
 
 import vlm_jax
 from configs import finetune
-from tests.tiny import tiny_run, write_data
+from tests.tiny import thorough, tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.pipeline import TrainBatches, build_source
@@ -187,7 +187,7 @@ def with_vision(folder, family):
     return {"llava": llava, "paligemma": paligemma}[family](folder, tie_word_embeddings=family == "paligemma")
 
 
-@pytest.mark.parametrize(("family", "words"), [("llava", "its own"), ("paligemma", "recipe")])
+@pytest.mark.parametrize(("family", "words"), [thorough("llava", "its own"), ("paligemma", "recipe")])
 def test_visual_tokens_in_packed_rows(tmp_path, family, words):
     """A row holds several conversations with pictures; each is what their model reads alone. Then two steps, and back."""
     folder = tmp_path / "published"

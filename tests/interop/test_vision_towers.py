@@ -23,6 +23,7 @@ from transformers import (
     image_utils,
 )
 
+from tests.tiny import thorough
 from vlm_jax.families import clip, dinov2, eva_clip, siglip
 from vlm_jax.interop.engine import to_ours
 from vlm_jax.interop.plan import ConversionError
@@ -112,7 +113,7 @@ def without_registers(hidden, config):
     return torch.cat([hidden[:, :1], hidden[:, 1 + config.registers :]], dim=1) if config.registers else hidden
 
 
-@pytest.mark.parametrize("family, changes", CASES + [case for family in FAMILIES for case in random_cases(family)])
+@pytest.mark.parametrize("family, changes", CASES + [thorough(*case) for family in FAMILIES for case in random_cases(family)])
 def test_every_hidden_state(family, changes):
     model, config, params = oracle(family, **changes)
     pixels = random_images(config.image_size, config.image_size)

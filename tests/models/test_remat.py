@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import next_token_sums, random_batch, random_params, tiny_model
+from tests.tiny import next_token_sums, random_batch, random_params, thorough, tiny_model
 from vlm_jax.models.vlm import VisionLanguageModel
 
 BATCH = random_batch(2)
@@ -27,7 +27,7 @@ def numbers(remat):
     return jax.jit(loss_and_gradients(remat))(params())
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", thorough("full")])
 def test_loss_and_gradients_stay_the_same(remat):
     (loss, gradients), (expected, of_none) = numbers(remat), numbers("none")
     np.testing.assert_allclose(loss, expected, rtol=1e-6)

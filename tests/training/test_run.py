@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -84,30 +83,23 @@ def wait_for(condition, process, seconds=240):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, cache, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    code, output = finish(start(data, cache, workdir))
+def finished(text, cache, tmp_path_factory):
+    """(metrics, output) of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    code, output = finish(start(text, cache, workdir))
     assert code == 0, output
     return metrics(workdir), output
 
 
-@pytest.fixture(scope="module")
-def undisturbed_text(text, cache, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed_text")
-    code, output = finish(start(text, cache, workdir))
-    assert code == 0, output
-    return metrics(workdir)
-
-
-def test_a_run_reports_its_table_progress_and_accuracy(undisturbed):
-    table, output = undisturbed
+def test_a_run_reports_its_table_progress_and_accuracy(finished):
+    table, output = finished
     assert sorted(step for step, is_eval in table if not is_eval) == list(range(1, 13))
     assert sorted(step for step, is_eval in table if is_eval) == [6, 12]
-    assert "vision" in output and "trained" in output and "examples/s" in output and "left 0:00" in output
+    assert "language" in output and "trained" in output and "examples/s" in output and "left 0:00" in output
     assert "step 12: accuracy" in output and "24 held-out answers" in output
 
 
-def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(undisturbed, data, cache, tmp_path):
+def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(finished, text, cache, tmp_path):
     """Killed in the first steps and after a checkpoint: the lines equal an undisturbed run's bit for bit. Every program of the
     first start comes from the cache: it adds no entry."""
     entries = lambda: {path.name for path in cache.iterdir() if not path.name.endswith("-atime")}
@@ -123,20 +115,20 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(undisturbe
         )
     )
     for step in (3, 7):
-        process = start(data, cache, tmp_path)
+        process = start(text, cache, tmp_path)
         wait_for(reached(step), process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
         if step == 3:  # the next one may begin at a checkpoint
             assert entries() == before
-    code, output = finish(start(data, cache, tmp_path))
+    code, output = finish(start(text, cache, tmp_path))
     assert code == 0, output
     assert "resuming at step" in output
-    assert metrics(tmp_path) == undisturbed[0]
+    assert metrics(tmp_path) == finished[0]
 
 
-def test_a_signal_saves_and_leaves_cleanly(undisturbed_text, text, cache, tmp_path):
+def test_a_signal_saves_and_leaves_cleanly(finished, text, cache, tmp_path):
     path = tmp_path / "metrics.jsonl"
     for number, lines in ((signal.SIGINT, 2), (signal.SIGTERM, 7)):
         process = start(text, cache, tmp_path, "--config.save_every=1000")
@@ -149,19 +141,18 @@ def test_a_signal_saves_and_leaves_cleanly(undisturbed_text, text, cache, tmp_pa
         assert f"{number.name}: saved step" in output
     code, output = finish(start(text, cache, tmp_path, "--config.save_every=1000"))
     assert code == 0 and "resuming at step" in output, output
-    assert metrics(tmp_path) == undisturbed_text
+    assert metrics(tmp_path) == finished[0]
 
 
 def test_another_configuration_is_refused_with_the_difference(text, cache, tmp_path):
-    write_or_check_config(tmp_path, run_here(text))
+    write_or_check_config(tmp_path, run_here(text, text_run()))
     code, output = finish(start(text, cache, tmp_path, "--config.optimizer.lr=0.5", "--config.log_every=1"))
     assert code == 1
     assert "optimizer.lr: 0.003 -> 0.5" in output and "log_every" not in output and "Traceback" not in output
 
 
-def run_here(file: Path, **changes: Any) -> RunConfig:
-    """The recipe of these runs, for a run in this process."""
-    run = text_run(**changes)
+def run_here(file: Path, run: RunConfig) -> RunConfig:
+    """A run on these data, for this process."""
     source = JsonLinesConfig(train=str(file), eval=str(file))
     return dataclasses.replace(run, data=dataclasses.replace(run.data, source=source))
 
@@ -169,7 +160,7 @@ def run_here(file: Path, **changes: Any) -> RunConfig:
 def test_too_many_non_finite_steps_stop_the_run_and_name_the_step(text, tmp_path, runs_on_one_device):
     optimizer = dataclasses.replace(tiny_run().optimizer, lr=1e30, clip_norm=1e30, max_bad_steps=2)
     with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row"):
-        train(run_here(text, optimizer=optimizer), tmp_path)
+        train(run_here(text, text_run(optimizer=optimizer)), tmp_path)
 
 
 def test_a_second_train_py_of_one_folder_is_refused(text, cache, tmp_path):
@@ -184,7 +175,7 @@ def test_a_second_train_py_of_one_folder_is_refused(text, cache, tmp_path):
 def test_changed_data_are_named_and_a_flag_goes_on(tmp_path, runs_on_one_device, caplog):
     """Another answer; with the flag the steps already done are kept."""
     file = write_data(tmp_path / "data", pictures=False)
-    run = run_here(file, steps=2, save_every=2)
+    run = run_here(file, text_run(steps=2, save_every=2))
     train(run, tmp_path / "run")
     before = metrics(tmp_path / "run")
     file.write_text(file.read_text().replace('"red"', '"blue"', 1))
@@ -203,7 +194,7 @@ def test_odd_lines_of_the_metrics_are_named(tmp_path, caplog):
     assert path.read_bytes() == good
 
 
-def test_a_full_disk_is_one_line(undisturbed_text, text, cache, tmp_path):
+def test_a_full_disk_is_one_line(finished, text, cache, tmp_path):
     """A file may have 20 kB, as on a disk that is full: the tracebacks are in the log."""
     command = start(text, cache, tmp_path, limit=20_000)
     code, output = finish(command)
@@ -211,7 +202,7 @@ def test_a_full_disk_is_one_line(undisturbed_text, text, cache, tmp_path):
     said = [line for line in output.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and f"cannot be written into {tmp_path}" in said[0] and "run the same command again" in said[0]
     assert "Traceback" in (tmp_path / "train.log").read_text()
-    assert finish(start(text, cache, tmp_path))[0] == 0 and metrics(tmp_path) == undisturbed_text
+    assert finish(start(text, cache, tmp_path))[0] == 0 and metrics(tmp_path) == finished[0]
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
@@ -258,12 +249,13 @@ def test_when_a_process_fails_the_other_ends_too(text, cache, tmp_path, failing)
     assert time.time() - began < 60
 
 
-def test_two_processes_train_to_the_curve_of_one(undisturbed, data, cache, tmp_path):
+def test_two_processes_train_to_the_curve_of_one(data, cache, tmp_path, runs_on_one_device):
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    both = [start(data, cache, tmp_path, *flags, f"--process={index}") for index in range(2)]
+    both = [start(data, cache, tmp_path / "two", *flags, f"--process={index}") for index in range(2)]
     for code, output in [finish(process) for process in both]:
         assert code == 0, output
-    ours, one = metrics(tmp_path), undisturbed[0]
+    train(run_here(data, tiny_run()), tmp_path / "one")
+    ours, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert ours.keys() == one.keys()
     for key, line in one.items():
         for name, value in line.items():

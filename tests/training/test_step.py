@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import initial_state, mesh_of, random_batch, tiny_run
+from tests.tiny import initial_state, mesh_of, random_batch, thorough, tiny_run
 from vlm_jax.config import OptimizerConfig, ParamRule
 from vlm_jax.paths import by_path
 from vlm_jax.training.step import Trainer
 from vlm_jax.training.table import start_table
 
-MESHES = [(1, 1, 8), (2, 2, 2)]
+MESHES = [thorough((1, 1, 8)), thorough((1, 8, 1)), (2, 2, 2)]
 FLAMINGO_RULES = (
     ParamRule(pattern="^vision", frozen=True),
     ParamRule(pattern="^connector", decay=0.0),

@@ -7,9 +7,10 @@ from published_families import ANSWERS, FAMILIES, loaded, tuned
 from transformers import AutoProcessor
 
 import vlm_jax
+from tests.tiny import thorough
 
 
-@pytest.mark.parametrize("name", ["llava_next", "idefics2", "paligemma"])
+@pytest.mark.parametrize("name", [thorough("llava_next"), thorough("idefics2"), "paligemma"])
 def test_two_examples(tmp_path, runs_on_one_device, name):
     family = FAMILIES[name]
     done = tuned(tmp_path, family)

@@ -82,6 +82,7 @@ loop.train(run_of(Path(sys.argv[1])), sys.argv[2])
 """
 
 
+@pytest.mark.thorough
 def test_killed_it_goes_on_with_the_same_numbers(trained, tmp_path):
     """kill -9 in the midst of it, and the rest in this process."""
     folder, config, _ = trained
