@@ -75,9 +75,9 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         accumulated=(SetConfig(name="stamps", data=captions, weight=0.1),),
         optimizer=optimizer,
         adapters=ADAPTERS if held else (),
-        steps=280,
+        steps=310,
         remat="dots",  # half the memory, and on these cores faster: less is written and read again
-        eval_every=50,
+        eval_every=100,
         eval_rows=16,
         save_every=100,
         init_from="" if apart else "runs/stage1",

@@ -27,6 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "VLM_JAX_TESTS" not in os.environ:  # pytest's workers share the folder of the process that starts them
     os.environ["VLM_JAX_TESTS"] = os.environ["HOME"] = tempfile.mkdtemp(prefix="vlm_jax-tests-")
     atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+# A program that another test or worker has compiled is not compiled again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.environ['HOME']}/compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.15")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 class Memory:

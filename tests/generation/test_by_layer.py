@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_decode import NEW, requests
 
+from tests.tiny import thorough
 from vlm_jax.config import MeshConfig
 from vlm_jax.config.generation import Settings
 from vlm_jax.generation.attention_map import attention_maps
@@ -27,12 +28,13 @@ def apart_and_whole(config, mesh=None):
     return apart, whole
 
 
-def test_the_same_tokens_on_a_mesh():
+@pytest.mark.parametrize("beams", [1, thorough(2)])
+def test_the_same_tokens_on_a_mesh(beams):
     apart, whole = apart_and_whole(tiny.model_config(layers=4, every=3), MeshConfig(data=2, fsdp=2, tensor=2))
     jax.tree.map(np.testing.assert_array_equal, apart.params, whole.params)
-    for settings in (Settings(max_new_tokens=NEW), Settings(max_new_tokens=NEW, beams=2)):
-        expected = [answer.tokens for answer in whole.generate(requests(), settings)]
-        assert [answer.tokens for answer in apart.generate(requests(), settings)] == expected
+    settings = Settings(max_new_tokens=NEW, beams=beams)
+    expected = [answer.tokens for answer in whole.generate(requests(), settings)]
+    assert [answer.tokens for answer in apart.generate(requests(), settings)] == expected
     assert "".join(apart.stream(requests()[0], Settings())) == whole.generate(requests()[:1])[0].text
     answer = whole.generate(requests(), Settings(max_new_tokens=NEW))[2]
     maps = [attention_maps(generator, requests()[2], answer).maps for generator in (whole, apart)]

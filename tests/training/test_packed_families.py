@@ -14,7 +14,7 @@ from published_families import FAMILIES, conversations, packed, run_config, segm
 from tiny_tokenizers import PAD
 from torch_helpers import compare, saved_state
 
-from tests.tiny import mesh_of
+from tests.tiny import mesh_of, thorough
 from vlm_jax.interop.engine import to_ours
 from vlm_jax.interop.published import open_published
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -23,6 +23,7 @@ from vlm_jax.training.sets import check_data
 from vlm_jax.training.step import Trainer
 
 SEED = 2
+AKIN = ("llava", "idefics2_split", "openflamingo_all_previous")  # to another family, in how a row is read
 
 
 def prepared(folder, family, **changes):
@@ -49,7 +50,7 @@ def found(prompts, end, batch, row, places):
     return fits[0], tokens[length:]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [thorough(name) if name in AKIN else name for name in FAMILIES])
 def test_logits_of_packed_rows(tmp_path, name):
     family = FAMILIES[name]
     model, prompts, end, run = prepared(tmp_path, family, steps=2)
@@ -68,7 +69,7 @@ def test_logits_of_packed_rows(tmp_path, name):
         assert max(batch.media_first.max() for batch in batches) > 1, "pictures of several conversations in a row"
 
 
-@pytest.mark.parametrize("name", ["llava_next", "idefics2", "paligemma"])
+@pytest.mark.parametrize("name", [thorough("llava_next"), "idefics2", "paligemma"])
 def test_loss_and_gradients_of_packed_rows(tmp_path, name):
     """The mean over the learned tokens of all conversations, of which PyTorch reads one after the other."""
     family = FAMILIES[name]

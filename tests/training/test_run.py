@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import text_run, tiny_run, write_data
+from tests.tiny import text_run, thorough, tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, RunConfig
 from vlm_jax.training.loop import train
 from vlm_jax.training.report import Reporter
@@ -249,12 +249,14 @@ def test_when_a_process_fails_the_other_ends_too(text, cache, tmp_path, failing)
     assert time.time() - began < 60
 
 
-def test_two_processes_train_to_the_curve_of_one(data, cache, tmp_path, runs_on_one_device):
+@pytest.mark.parametrize("pictures", [False, thorough(True)])
+def test_two_processes_train_to_the_curve_of_one(data, text, cache, tmp_path, runs_on_one_device, pictures):
+    file = data if pictures else text
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    both = [start(data, cache, tmp_path / "two", *flags, f"--process={index}") for index in range(2)]
+    both = [start(file, cache, tmp_path / "two", *flags, f"--process={index}") for index in range(2)]
     for code, output in [finish(process) for process in both]:
         assert code == 0, output
-    train(run_here(data, tiny_run()), tmp_path / "one")
+    train(run_here(file, tiny_run() if pictures else text_run()), tmp_path / "one")
     ours, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert ours.keys() == one.keys()
     for key, line in one.items():
