@@ -103,3 +103,19 @@ def test_the_template_is_kept_with_the_run_and_read_by_transformers(tmp_path):
     other = build_processor(DataConfig(**data), [], tmp_path / "other")
     assert other.fingerprint != made.fingerprint
     assert json.loads((tmp_path / "run" / "processor" / "config.json").read_text())["model_type"] == "llava"
+
+
+def test_captions_end_in_a_line_break(tmp_path):
+    """LLaVA's first stage: `<image>`, the caption, a line break, and no end token."""
+    from vlm_jax.config import DataConfig, JsonLinesConfig
+    from vlm_jax.training.processors import build_processor
+
+    theirs = llava(tmp_path / "published", "prepend")
+    source = JsonLinesConfig(train="", eval="")
+    data = dict(source=source, processor=str(tmp_path / "published"), image_size=16, rows=1, tokens=8, images=1)
+    processor = build_processor(DataConfig(**data, template="plain"), [], tmp_path)
+    written = processor.write(CHAT[:2])
+    assert written.tokens.tolist() == theirs.tokenizer("<image>A cat.\n")["input_ids"]
+    line = theirs.tokenizer("A cat.\n")["input_ids"][-1]
+    assert processor.ends == {line} and processor.spread.end_id == line != EOS
+    assert processor.tokenizer.decode(written.tokens[(written.flags & 1) > 0].tolist()).strip(" ") == "A cat.\n"

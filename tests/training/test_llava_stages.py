@@ -60,8 +60,8 @@ def record(number, talk):
 
 
 def plain(number):
-    """What is read, and the part of it that is learned: ended by the end token, where LLaVA's captions end in a line break."""
-    return [("<image>", False), (f"{CAPTIONS[number]}</s>", True)]
+    """What is read, and the part of it that is learned."""
+    return [("<image>", False), (f"{CAPTIONS[number]}\n", True)]
 
 
 def vicuna(number):

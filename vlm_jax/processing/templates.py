@@ -49,6 +49,9 @@ TEMPLATES = {
 }
 
 
+LINE = "plain"  # the template whose answers end in a line break, and in no end token
+
+
 def named_template(name: str) -> str:
     """
     Raises:

@@ -23,7 +23,7 @@ from vlm_jax.processing.media import FittedMedia, PublishedMedia
 from vlm_jax.processing.pair import PairProcessor, caption_of, ended
 from vlm_jax.processing.processor import Processor
 from vlm_jax.processing.recipe import RecipeProcessor, texts_of
-from vlm_jax.processing.templates import named_template
+from vlm_jax.processing.templates import LINE, named_template
 from vlm_jax.processing.tokenizer import (
     EOC,
     Tokenizer,
@@ -87,6 +87,8 @@ def write_processing(config: DataConfig, folder: Path) -> None:
     Raises:
       RequestError: there is no chat template of that name; PublishedError: a damaged file.
     """
+    if config.template == LINE:
+        _end_with_a_line(folder)
     if config.template:
         (folder / TEMPLATE).write_text(named_template(config.template))
         (folder / "chat_template.json").unlink(missing_ok=True)
@@ -95,6 +97,23 @@ def write_processing(config: DataConfig, folder: Path) -> None:
     if config.pad_to_square:
         _change(folder / "processor_config.json", lambda settings: settings.get("image_processor", {}).update(PADDED))
         _change(folder / "preprocessor_config.json", lambda settings: settings.update(PADDED))
+
+
+def _end_with_a_line(folder: Path) -> None:
+    """The line break becomes the end token, where transformers looks for it: it is learned behind a caption, as LLaVA has it.
+
+    Raises:
+      DataError: the tokenizer has no token for a line break.
+    """
+    tokenizer = load_fast(folder)
+    *_, last = tokenizer.encode("a\n", add_special_tokens=False)
+    if tokenizer.decode([last]) != "\n":
+        raise DataError(
+            f"data.template={LINE}: the tokenizer has no token for a line break, which ends a caption: leave it out"
+        )
+    path = folder / "generation_config.json"
+    settings = read_settings(path) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": last}, indent=2) + "\n")
 
 
 def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
