@@ -89,14 +89,14 @@ _SHAPES_ALONE = contextvars.ContextVar("shapes_alone", default=False)
 
 def named(init: Initializer, *names: str | None, inputs: int = 0) -> Callable[..., Named]:
     """An initialiser whose result carries the logical `names` of its axes, `inputs` as `Named` has it, and `init`."""
-    return lambda key, *shape: Named((_zeros if _SHAPES_ALONE.get() else init)(key, *shape), names, inputs, init)
+
+    def boxed(key: jax.Array, shape: tuple[int, ...]) -> Named:
+        value = jnp.zeros(shape, jnp.float32) if _SHAPES_ALONE.get() else init(key, shape)
+        return Named(value, names, inputs, init)
+
+    return boxed
 
 
-def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.zeros(shape, jnp.float32)
-
-
-@functools.cache
 def _each_layer(init: Initializer) -> Initializer:
     return lambda key, shape: jax.vmap(lambda key: init(key, shape[1:]))(jax.random.split(key, shape[0]))
 
@@ -125,14 +125,14 @@ def boxed_params(model: nn.Module) -> Any:
     Args:
       model: of `models/`, or a `Vit`: it has an `example`.
     """
-    return _boxed_shapes.eval_shape(model, jax.random.key(0))
+    return _boxed_shapes.eval_shape(model)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that the shapes of a model are kept
-def _boxed_shapes(model: nn.Module, key: jax.Array) -> Any:
+def _boxed_shapes(model: nn.Module) -> Any:
     before = _SHAPES_ALONE.set(True)
     try:
-        return model.init(key, *model.example())["params"]
+        return model.init(jax.random.key(0), *model.example())["params"]
     finally:
         _SHAPES_ALONE.reset(before)
 

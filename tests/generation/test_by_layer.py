@@ -43,7 +43,7 @@ def test_the_same_tokens_on_a_mesh(beams):
 
 def test_as_many_programs_for_any_depth_and_each_layer_its_own_window(monkeypatch):
     monkeypatch.setattr("vlm_jax.layers.stack.UNROLL", 2)
-    for windows in ((4, None), (4, None, 2, 3)):
+    for windows in ((4, None), (4, None, 2, None, 4, 3)):
         config = tiny.model_config(layers=len(windows))
         config = dataclasses.replace(config, language=dataclasses.replace(config.language, window=windows))
         apart, whole = apart_and_whole(config)

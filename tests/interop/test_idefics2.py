@@ -103,7 +103,7 @@ def test_logits_answers_and_back(tmp_path, case):
             compare(ours, model(**theirs).logits[0])
         alone += their_answer(model, theirs, 10)
     assert [answer.tokens for answer in vlm.answer(requests, max_new_tokens=10)] == alone
-    if case == "crops":
+    if case != "gqa":
         assert [vlm.answer([request], max_new_tokens=10)[0].tokens for request in requests] == alone
     texts, pictures = map(list, zip(*PROMPTS, strict=True))
     batched = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")

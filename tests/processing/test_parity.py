@@ -6,27 +6,27 @@ from conversations import prompts_of, random_conversation
 from references import FAMILIES
 from tiny_tokenizers import STYLES
 
+from tests.tiny import thorough
 from vlm_jax.interop.published import open_published
 from vlm_jax.processing.conversation import from_messages, media_of
 from vlm_jax.processing.layout import targets_of
 from vlm_jax.processing.pictures import picture_size
-
-SEEDS = 25
 
 
 def sizes_of(turns, media):
     return [picture_size(media[index][0]) for index in media_of(turns)]
 
 
+@pytest.mark.parametrize("seeds", [range(25), thorough(range(25, 100))], ids=str)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_equal_to_transformers(name, style, tmp_path):
+def test_equal_to_transformers(name, style, seeds, tmp_path):
     family = FAMILIES[name]
     theirs = family.make(tmp_path / "published", style)
     ours = open_published(tmp_path / "published").processor
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for seed in range(SEEDS):
+    for seed in seeds:
         messages = random_conversation(seed, pictures, system=family.system and seed % 3 == 0, **family.said)
         turns, media = from_messages(messages)
         whole = ours.lay_out(turns, sizes_of(turns, media))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vlm_jax.config import BlockConfig
 from vlm_jax.layers.block import Attention, Mlp
-from vlm_jax.layers.linear import Norm, normal
+from vlm_jax.layers.linear import Norm
 from vlm_jax.sharding import named
 
 Array = jax.Array
@@ -37,7 +37,7 @@ class AttentionPool(nn.Module):
             name="attention",
         )
         mlp = Mlp(width, config.mlp_width, config.activation, config.gated_mlp, config.mlp_bias, self.dtype, name="mlp")
-        probe = self.param("probe", named(normal(width**-0.5), "embed"), (width,))
+        probe = self.param("probe", named(nn.initializers.normal(width**-0.5), "embed"), (width,))
         queries = jnp.broadcast_to(probe.astype(self.dtype), (features.shape[0], 1, width))
         x = attention(queries, attention.keys_values(features))
         return (x + mlp(Norm(config.norm, width, self.dtype, name="norm")(x)))[:, 0]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import Activation, BlockConfig, NormConfig
-from vlm_jax.layers.linear import Linear, Norm, constant
+from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.ops.attention import attend
@@ -162,5 +162,5 @@ class Block(nn.Module):
         if not self.config.layer_scale:
             return y
         # Small at first, as DINOv2's: a deep stack begins near the identity.
-        factor = self.param(name, named(constant(0.1), "norm"), (self.config.width,))
+        factor = self.param(name, named(nn.initializers.constant(0.1), "norm"), (self.config.width,))
         return y * factor.astype(y.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vlm_jax.config import AlibiConfig, DecoderConfig, LearnedPositionsConfig, RopeConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Block
-from vlm_jax.layers.linear import Linear, Norm, normal
+from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.layers.stack import LanguageInputs, run_layers, stacked
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask, alibi_of, causal_mask
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config, block = self.config, self.config.block
-        small = normal(block.width**-0.5)
+        small = nn.initializers.normal(block.width**-0.5)
         outer, inner = config.embedding_width or block.width, block.width
         shape = (config.vocab_size, outer)
         self.embedding = self.param("embedding", named(small, "vocab", "embed"), shape)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from vlm_jax.batch import Batch
 from vlm_jax.config import InSequenceConfig, LanguageConfig
 from vlm_jax.config.register import MODULES
-from vlm_jax.layers.linear import normal
 from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.sharding import constrain, named
 
@@ -41,7 +40,7 @@ class InSequence(nn.Module):
                 "set config.model.connector.width to it"
             )
         if self.config.newline:
-            self.newline = self.param("newline", named(normal(width**-0.5), "norm"), (width,))
+            self.newline = self.param("newline", named(nn.initializers.normal(width**-0.5), "norm"), (width,))
 
     @nn.nowrap
     def no_visual_tokens(self, rows: int) -> None:

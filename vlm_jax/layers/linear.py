@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +17,6 @@ from vlm_jax.sharding import named
 
 Array = jax.Array
 Dtype = Any
-
-# One function for one distribution: parameters of one shape then share the program that draws them.
-normal = functools.cache(nn.initializers.normal)
-constant = functools.cache(nn.initializers.constant)
-variance_scaling = functools.cache(nn.initializers.variance_scaling)
 
 
 class Linear(nn.Module):
@@ -45,8 +39,8 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         inputs, outputs = tuple(self.inputs.values()), tuple(self.outputs.values())
         rank = len(inputs) + len(outputs)
-        axes = tuple(range(len(inputs))), tuple(range(len(inputs), rank))
-        init = variance_scaling(self.init_gain**2, "fan_in", "truncated_normal", *axes)
+        axes = range(len(inputs)), range(len(inputs), rank)
+        init = nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal", *axes)
         kernel = self.param("kernel", named(init, *self.inputs, *self.outputs, inputs=len(inputs)), inputs + outputs)
         # One plain matrix product: the form every backend has its best kernel for.
         matrix = kernel.reshape(math.prod(inputs), math.prod(outputs))

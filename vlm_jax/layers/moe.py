@@ -10,7 +10,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from vlm_jax.config import BlockConfig
-from vlm_jax.layers.linear import Linear, variance_scaling
+from vlm_jax.layers.linear import Linear
 from vlm_jax.ops.activations import ACTIVATIONS
 from vlm_jax.ops.experts import mixture, route
 from vlm_jax.sharding import constrain, named, place
@@ -45,7 +45,7 @@ class Experts(nn.Module):
     def __call__(self, x: Array, logits: Array) -> Array:
         """Tokens [B, T, D] and what the router says of them, [B, T, E] -> [B, T, D]."""
         config, number = self.config, self.config.experts.number
-        init = variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=0)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=0)
         wide, narrow = (number, config.width, config.mlp_width), (number, config.mlp_width, config.width)
         kernel = lambda name, axes, shape: self.param(name, named(init, "experts", *axes), shape).astype(self.dtype)
         gate = kernel("gate", ("embed", "mlp"), wide) if config.gated_mlp else None

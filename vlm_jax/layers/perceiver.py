@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vlm_jax.config import PerceiverConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.block import Attention, Mlp
-from vlm_jax.layers.linear import Norm, normal
+from vlm_jax.layers.linear import Norm
 from vlm_jax.layers.stack import stacked
 from vlm_jax.ops.masks import Mask
 from vlm_jax.sharding import named
@@ -94,10 +94,10 @@ class PerceiverResampler(nn.Module):
             features = to(features.reshape(features.shape[0], -1, self.width)).reshape(*features.shape[:-1], wide.width)
         rows, slots, most, patches, width = features.shape
         if config.time_embeddings:
-            init = named(normal(0.02), "positions", "embed")
+            init = named(nn.initializers.normal(0.02), "positions", "embed")
             table = self.param("time_embeddings", init, (config.time_embeddings, width))
             features = features + _time(table, frames, most)[:, :, :, None].astype(features.dtype)
-        init = named(normal(1.0), "latents", "embed")
+        init = named(nn.initializers.normal(1.0), "latents", "embed")
         latents = self.param("latents", init, (config.latents, width)).astype(self.dtype)
         # What is made into latents at once: a slot, or each of its frames.
         count = rows * slots * (most if config.per_frame else 1)

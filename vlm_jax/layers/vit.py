@@ -15,7 +15,7 @@ from vlm_jax.config import VitConfig
 from vlm_jax.config.register import MODULES
 from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.block import Block
-from vlm_jax.layers.linear import Linear, Norm, normal
+from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.layers.stack import rematerialised, stacked
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask
@@ -105,8 +105,8 @@ class Vit(nn.Module):
         x = patchify(self.normalise(images), patch)
         inputs, outputs = {"pixels": 3 * patch * patch}, {"embed": width}
         x = Linear(inputs, outputs, config.patch_bias, self.dtype, name="patch_embedding")(x)
-        small = normal(width**-0.5)
-        spread = normal(config.position_init or width**-0.5)
+        small = nn.initializers.normal(width**-0.5)
+        spread = nn.initializers.normal(config.position_init or width**-0.5)
         front = int(config.class_token != "none")
         positions = self.param("position_embedding", named(spread, "positions", "embed"), (front + side * side, width))
         mask = None

@@ -18,7 +18,7 @@ from vlm_jax.config.register import MODULES
 from vlm_jax.errors import RequestError
 from vlm_jax.layers.attention_pool import AttentionPool
 from vlm_jax.layers.decoder import Decoder
-from vlm_jax.layers.linear import Linear, constant
+from vlm_jax.layers.linear import Linear
 from vlm_jax.layers.stack import LanguageInputs
 from vlm_jax.layers.vit import Vit
 from vlm_jax.sharding import named
@@ -150,7 +150,7 @@ class DualEncoder(nn.Module):
             raise ValueError(f"embeddings of images have width {config.image.width} and those of texts {config.text.width}")
         self.image = ImageTower(config.image, self.dtype, self.remat)
         self.text = TextTower(config.text, self.dtype, self.remat)
-        scalar = lambda name, start: self.param(name, named(constant(start)), ())
+        scalar = lambda name, start: self.param(name, named(nn.initializers.constant(start)), ())
         self.logit_scale = scalar("logit_scale", config.logit_scale)
         if config.logit_bias is not None:
             self.logit_bias = scalar("logit_bias", config.logit_bias)
