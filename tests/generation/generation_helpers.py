@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.tiny import random_params
 from vlm_jax.batch import Batch
 from vlm_jax.config import (
     BlockConfig,
@@ -28,7 +29,7 @@ from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.processing.conversation import Shot, from_prompt
 from vlm_jax.processing.recipe import RecipeProcessor
 from vlm_jax.processing.tokenizer import train_tokenizer
-from vlm_jax.sharding import Named, make_mesh, place_tree, shardings_of
+from vlm_jax.sharding import make_mesh, place_tree, shardings_of
 
 LINES = ["what color is the shape? red", "is there a circle? yes", "how many? two and three", "Question: Answer: no"]
 
@@ -105,13 +106,9 @@ def zeros_batch(rows: int, tokens: int, slots: int, frames: int = 1) -> Batch:
 @functools.cache
 def params(config: ModelConfig, seed: int = 0):
     """(unboxed, boxed with shapes); gates open, so that the images matter, and logits far apart."""
-    model = VisionLanguageModel(config)
-    boxed = model.init(jax.random.key(seed), zeros_batch(1, 4, 1))["params"]
-    is_box = lambda x: isinstance(x, Named)
-    plain = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
-    opened = lambda path, x: jnp.full(x.shape, 1.5) if "gate" in str(path[-1]) and x.ndim == 1 else x
-    plain = jax.tree_util.tree_map_with_path(opened, plain)
-    plain["language"]["embedding"] *= 20
+    model, batch = VisionLanguageModel(config), zeros_batch(1, 4, 1)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    plain = jax.tree.map(jnp.asarray, random_params(model, batch, seed=seed))
     return plain, boxed
 
 

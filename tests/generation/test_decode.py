@@ -125,8 +125,7 @@ def test_answers_depend_on_the_image():
     ids=str,
 )
 def test_meshes_give_the_same_tokens(mesh):
-    config = tiny.model_config(layers=2)
-    asked = requests()
+    config, asked = tiny.model_config(), requests()
     one, many = tiny.generator(config), tiny.generator(config, mesh)
     for settings in (Settings(max_new_tokens=NEW), Settings(max_new_tokens=NEW, temperature=1.0, top_p=0.9)):
         expected = one.generate(asked, settings)

@@ -99,48 +99,38 @@ def test_a_run_reports_its_table_progress_and_accuracy(finished):
     assert "step 12: accuracy" in output and "24 held-out answers" in output
 
 
-def test_killed_at_any_moment_the_same_command_gives_the_same_numbers(finished, text, cache, tmp_path):
-    """Killed in the first steps and after a checkpoint: the lines equal an undisturbed run's bit for bit. Every program of the
-    first start comes from the cache: it adds no entry."""
+def test_stopped_at_any_moment_the_same_command_gives_the_same_numbers(finished, text, cache, tmp_path):
+    """One run, whose lines equal an undisturbed run's bit for bit: on a full disk, killed in the first steps, ended by a signal,
+    killed after a checkpoint. Every program of the first start comes from the cache: it adds no entry."""
     entries = lambda: {path.name for path in cache.iterdir() if not path.name.endswith("-atime")}
-    before = entries()
-    reached = lambda step: (
-        lambda: (
-            (tmp_path / "metrics.jsonl").exists()
-            and any(
-                json.loads(line)["step"] >= step
-                for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-                if line.endswith("}")
-            )
-        )
-    )
-    for step in (3, 7):
+    before, path = entries(), tmp_path / "metrics.jsonl"
+
+    # A file may have 20 kB, as on a disk that is full: the tracebacks are in the log.
+    code, output = finish(start(text, cache, tmp_path, limit=20_000))
+    assert code == 1 and "Traceback" not in output
+    said = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and f"cannot be written into {tmp_path}" in said[0] and "run the same command again" in said[0]
+    assert "Traceback" in (tmp_path / "train.log").read_text()
+
+    def reached(step):
+        lines = path.read_text().splitlines() if path.exists() else []
+        return any(json.loads(line)["step"] >= step for line in lines if line.endswith("}"))
+
+    for number, step in ((signal.SIGKILL, 3), (signal.SIGTERM, 6), (signal.SIGKILL, 8)):
         process = start(text, cache, tmp_path)
-        wait_for(reached(step), process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        wait_for(lambda step=step: reached(step), process)
+        process.send_signal(number)
+        code, output = finish(process)
+        if number == signal.SIGKILL:
+            assert code == -number
+        else:
+            assert code == 128 + number and "Traceback" not in output
+            assert f"{number.name}: saved step" in output
         if step == 3:  # the next one may begin at a checkpoint
             assert entries() == before
     code, output = finish(start(text, cache, tmp_path))
     assert code == 0, output
     assert "resuming at step" in output
-    assert metrics(tmp_path) == finished[0]
-
-
-def test_a_signal_saves_and_leaves_cleanly(finished, text, cache, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for number, lines in ((signal.SIGINT, 2), (signal.SIGTERM, 7)):
-        process = start(text, cache, tmp_path, "--config.save_every=1000")
-        wait_for(lambda lines=lines: path.exists() and path.read_text().count("\n") >= lines, process)
-        process.send_signal(number)
-        code, output = finish(process)
-        if code == 0:
-            pytest.skip("the run ended before the signal came")
-        assert code == 128 + number and "Traceback" not in output
-        assert f"{number.name}: saved step" in output
-    code, output = finish(start(text, cache, tmp_path, "--config.save_every=1000"))
-    assert code == 0 and "resuming at step" in output, output
     assert metrics(tmp_path) == finished[0]
 
 
@@ -194,17 +184,6 @@ def test_odd_lines_of_the_metrics_are_named(tmp_path, caplog):
     assert path.read_bytes() == good
 
 
-def test_a_full_disk_is_one_line(finished, text, cache, tmp_path):
-    """A file may have 20 kB, as on a disk that is full: the tracebacks are in the log."""
-    command = start(text, cache, tmp_path, limit=20_000)
-    code, output = finish(command)
-    assert code == 1 and "Traceback" not in output
-    said = [line for line in output.splitlines() if line.startswith("train.py: ")]
-    assert len(said) == 1 and f"cannot be written into {tmp_path}" in said[0] and "run the same command again" in said[0]
-    assert "Traceback" in (tmp_path / "train.log").read_text()
-    assert finish(start(text, cache, tmp_path))[0] == 0 and metrics(tmp_path) == finished[0]
-
-
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
 def test_ctrl_c_in_the_first_moments_is_one_line(text, cache, tmp_path, seconds):
     process = start(text, cache, tmp_path)
@@ -215,10 +194,11 @@ def test_ctrl_c_in_the_first_moments_is_one_line(text, cache, tmp_path, seconds)
         assert (code, output) == (130, "SIGINT before the first step; run the same command again to resume\n")
 
 
-def test_when_a_process_dies_the_other_ends_and_says_so(text, cache, tmp_path):
-    """Each of the two: the one that coordinates, and the other. A restart goes on from the last checkpoint."""
+@pytest.mark.parametrize("dying", [(1,), thorough((0, 1))], ids=str)
+def test_when_a_process_dies_the_other_ends_and_says_so(text, cache, tmp_path, dying):
+    """The first coordinates. A restart goes on from the last checkpoint."""
     flags = ["--processes=2", "--peer_timeout=4", "--config.save_every=2", "--config.steps=100000", "--config.mesh.fsdp=2"]
-    for killed in (0, 1):
+    for killed in dying:
         address = [f"--coordinator=localhost:{free_port()}"]
         both = [start(text, cache, tmp_path, *flags, *address, f"--process={index}") for index in range(2)]
         steps = lambda: [int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]

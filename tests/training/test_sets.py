@@ -48,7 +48,7 @@ def test_an_update_adds_the_weighted_gradients_of_the_mean_losses(source):
         sums, total = of_sets(state.trained, state.frozen, trainer.put((own, words)))
         in_turn = jax.eval_shape(of_sets, state.trained, state.frozen, (None, words))
         for batches in jax.eval_shape(lambda: update_batches(replace(run, sets="round_robin"))):
-            trainer.train_step.lower(trainer.abstract_state, batches)
+            trainer.train_step.trace(trainer.abstract_state, batches)
     expected = jax.tree.map(lambda a, b: a + 0.2 * b, one[1], other[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), total, expected)
     assert float(sums["words"]["weight"]) == words.weights.sum() and float(sums[""]["weight"]) == own.weights.sum()

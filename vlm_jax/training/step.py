@@ -168,11 +168,13 @@ class Trainer:
             gradients, sums = grad(trained, batch)
             return sums, gradients
 
-        def add(total: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad(trained, *numbered)), None
+        def add(total: Params, numbered: tuple[Batch, Array]) -> tuple[Params, dict[str, Array]]:
+            gradients, sums = grad(trained, *numbered)
+            return jax.tree.map(jnp.add, total, gradients), sums
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, batch))
-        (gradients, sums), _ = jax.lax.scan(add, zeros, (micro_batches(batch, micro), jnp.arange(micro)))
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        gradients, sums = jax.lax.scan(add, zeros, (micro_batches(batch, micro), jnp.arange(micro)))
+        sums = jax.tree.map(lambda each: each.sum(axis=0), sums)
         return sums, gradients
 
     def gradients_of_sets(
