@@ -16,6 +16,11 @@ def test_schedule_warms_up_linearly_and_ends_where_it_should():
     np.testing.assert_allclose(rate(24), 0.1, rtol=1e-6)
     constant = schedule(OptimizerConfig(lr=2.0, warmup_steps=0, schedule="constant"), 10)
     assert constant(0) == constant(9) == 2.0
+    wsd = schedule(OptimizerConfig(lr=2.0, warmup_steps=2, schedule="wsd", decay_steps=4, final_lr=0.5), 12)
+    assert [float(wsd(step)) for step in (0, 1, 2, 7, 8, 10, 12)] == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0])
+    for wrong in (dict(schedule="wsd"), dict(schedule="wsd", decay_steps=11), dict(schedule="linear", decay_steps=1)):
+        with pytest.raises(ValueError, match=r"config\.optimizer\.decay_steps=\d+ of schedule='\w+': expected 1 to 10 of wsd"):
+            schedule(OptimizerConfig(lr=1.0, warmup_steps=2, **wrong), 12)
     linear = schedule(OptimizerConfig(lr=1.0, warmup_steps=0, schedule="linear"), 10)
     np.testing.assert_allclose(linear(5), 0.5, rtol=1e-6)
 

@@ -48,8 +48,10 @@ class OptimizerConfig:
 
     lr: float
     warmup_steps: int
-    schedule: Literal["cosine", "constant", "linear"] = "cosine"
-    final_lr: float = 0.0  # fraction of `lr` at the end of cosine and linear
+    # After the warm-up. "wsd" (warm-up, stable, decay; Hu et al. 2024) is constant until the last `decay_steps`, then linear.
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    final_lr: float = 0.0  # fraction of `lr` at the end, but for constant
+    decay_steps: int = 0  # of wsd
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -12,12 +12,23 @@ from vlm_jax.training.params import trained_rows
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine, constant or linear until `steps` updates."""
+    """Linear warm-up from 0, then what `OptimizerConfig.schedule` says until `steps` updates.
+
+    Raises:
+      ValueError: a decay that is longer than what follows the warm-up, or "wsd" without one.
+    """
     rest, last = max(steps - config.warmup_steps, 1), config.final_lr * config.lr
+    if not (0 < config.decay_steps <= rest if config.schedule == "wsd" else config.decay_steps == 0):
+        raise ValueError(
+            f"config.optimizer.decay_steps={config.decay_steps} of schedule={config.schedule!r}: expected 1 to {rest} of wsd, "
+            "and 0 of any other"
+        )
+    decay = optax.linear_schedule(config.lr, last, config.decay_steps)
     after = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, alpha=config.final_lr),
         "constant": optax.constant_schedule(config.lr),
         "linear": optax.linear_schedule(config.lr, last, rest),
+        "wsd": optax.join_schedules([optax.constant_schedule(config.lr), decay], [rest - config.decay_steps]),
     }[config.schedule]
     warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
     # Shifted by one, so that the first update already moves.
