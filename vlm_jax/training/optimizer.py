@@ -23,7 +23,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             f"config.optimizer.decay_steps={config.decay_steps} of schedule={config.schedule!r}: expected 1 to {rest} of wsd, "
             "and 0 of any other"
         )
-    decay = optax.linear_schedule(config.lr, last, config.decay_steps)
+    decay = optax.linear_schedule(config.lr, last, max(config.decay_steps, 1))
     after = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, alpha=config.final_lr),
         "constant": optax.constant_schedule(config.lr),
