@@ -111,7 +111,7 @@ def changed(path, value):
         ("steps", 1.5, "steps"),
         ("model/language/block/heads", None, "model.language.block.heads"),
         ("model/language/positions/kind", "rotary", "positions"),
-        ("model/vision/kind", "nfnet", "model.vision"),
+        ("model/vision/kind", "resnet", "model.vision"),
         ("data/source/kind", "csv", "data.source"),
         ("data/flip", True, "flip"),
     ],

@@ -143,12 +143,19 @@ def test_flamingo(size):
     fates, rules = frozen_parts(run)
     assert fates == {"connector": False, "fusion": False, "language": False, "vision": True}
     decayed = {path.split("/")[0] for path, rule in rules.items() if not rule.frozen and rule.decay}
-    assert decayed == {"fusion", "language"} and rules["language/embedding"].rows_from == 50_277
+    published = size.endswith("-published")
+    assert decayed == {"fusion", "language"} and rules["language/embedding"].rows_from == (32_000 if published else 50_277)
     assert {rule.frozen_dtype for rule in rules.values() if rule.frozen} == {"bfloat16"}
     optimizer = run.optimizer
     assert (optimizer.lr, optimizer.warmup_steps, optimizer.schedule, run.steps) == (1e-4, 5000, "constant", 500_000)
-    # Keys and values come from CLIP's 1,024 here: the paper's 1.2B and 1.6B are with visual tokens as wide as the text.
-    assert count(run, "fusion") == pytest.approx({"3b": 1.107e9, "9b": 1.40e9}[size], rel=0.01)
+    # Keys and values come from CLIP's 1,024 or the resampler's 1,536 here: the paper's 1.2B, 1.6B and 10B are with visual
+    # tokens as wide as the text.
+    sizes = {"3b": 1.107e9, "9b": 1.40e9, "3b-published": 1.158e9, "9b-published": 1.443e9, "80b-published": 8.355e9}
+    assert count(run, "fusion") == pytest.approx(sizes[size], rel=0.01)
+    if published:
+        assert count(run, "vision") == pytest.approx(430.6e6, rel=0.001)
+        # 13/12 of the paper's attention are its relative positions.
+        assert count(run, "language") == pytest.approx({"3b": 1.27e9, "9b": 6.57e9, "80b": 64.7e9}[size[:-10]], rel=0.01)
 
 
 @pytest.mark.parametrize("size", openflamingo.SIZES)

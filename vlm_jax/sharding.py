@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.config import MeshConfig
@@ -156,7 +157,18 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"but there are {len(devices)}: change --config.mesh.data, .fsdp or .tensor"
         )
     # pjit's way: XLA propagates the shardings, `constrain` guides it.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    # A network joins the slices, which is slow: of what is sent over `data`, the gradients, there is least.
+    if sizes[0] % slices:
+        raise ValueError(
+            f"the devices are {slices} slices that a network joins, and mesh.data={sizes[0]} does not divide into them: set "
+            f"--config.mesh.data to {slices} or a multiple"
+        )
+    inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 from mosaic_gpt_reference import HUB
-from test_published_sizes import CLIP_L, SO400M, VICUNA_7B, VICUNA_13B, llava, sizes
+from test_published_sizes import CLIP_L, MISTRAL_7B, SO400M, VICUNA_7B, VICUNA_13B, idefics, llava, sizes
 from test_published_sizes import MISTRAL as LLAVA_MISTRAL
+from test_published_sizes import SYSTEMS as PUBLISHED_SYSTEMS
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    Idefics2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -49,6 +51,17 @@ LANGUAGES = {
         llama,
         LlamaConfig(**sizes(5120, 40, 40, 13_824, 32_000), max_position_embeddings=4096, rms_norm_eps=1e-5),
     ),
+    "llama-7b": (llama, LlamaConfig(**sizes(4096, 32, 32, 11_008, 32_000))),
+    "llama-65b": (llama, LlamaConfig(**sizes(8192, 80, 64, 22_016, 32_000))),
+    "yi-34b": (
+        llama,
+        LlamaConfig(
+            **sizes(7168, 60, 56, 20_480, 64_000, num_key_value_heads=8),
+            **rope(5_000_000.0),
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        ),
+    ),
     "llama-3-8b": (
         llama,
         LlamaConfig(
@@ -85,15 +98,21 @@ LANGUAGES = {
         StableLmConfig(**sizes(2048, 24, 32, 5632, 100_352, num_key_value_heads=32), use_qkv_bias=True, **rope(10_000.0, 0.25)),
     ),
 }
+CLIP_H = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"
+)
+OF_OURS = {"nfnet-f0", "nfnet-f6", "chinchilla-1.4b", "chinchilla-7b", "chinchilla-70b"}  # transformers has none of them
 clip_of = lambda **sizes: clip.image_config_from_hf(CLIPVisionConfig(**sizes)).encoder
 siglip_of = lambda **sizes: siglip.image_config_from_hf(SiglipVisionConfig(**sizes)).encoder
 VISIONS = {
     "clip-b/32": clip_of(),
     "clip-l/14": clip_of(**CLIP_L | dict(image_size=224)),
     "clip-l/14-336": clip_of(**CLIP_L),
+    "clip-h/14": clip_of(**CLIP_H),
     "siglip-b/16": siglip_of(),
     "siglip-so400m/14": siglip_of(**SO400M, image_size=224, patch_size=14),
     "siglip-so400m/14-384": siglip_of(**SO400M, image_size=384, patch_size=14),
+    "siglip-so400m/14-980": siglip_of(**SO400M, image_size=980, patch_size=14),
 }
 
 
@@ -109,7 +128,7 @@ def test_vision_encoders(name):
 
 
 def test_every_name_is_compared_and_an_unknown_one_is_refused():
-    assert set(LANGUAGE) == set(LANGUAGES) and set(VISION) == set(VISIONS)
+    assert set(LANGUAGE) | set(VISION) == set(LANGUAGES) | set(VISIONS) | OF_OURS
     with pytest.raises(RegisterError, match=r"the size 'vicuna-8b' is not known: expected one of .*'vicuna-7b'"):
         language("vicuna-8b")
 
@@ -121,6 +140,18 @@ SYSTEMS = {
     "bakllava-7b": llava(LlavaConfig, MistralConfig(**LLAVA_MISTRAL, **LLAMA | dict(max_position_embeddings=32_768))),
     "llava-next-vicuna-7b": llava(LlavaNextConfig, LlamaConfig(**VICUNA_7B, **LLAMA)),
     "llava-next-vicuna-13b": llava(LlavaNextConfig, LlamaConfig(**VICUNA_13B, **LLAMA)),
+    "llava-next-34b": llava(
+        LlavaNextConfig,
+        LlamaConfig(**sizes(7168, 60, 56, 20_480, 64_064, num_key_value_heads=8), **LLAMA, **rope(5_000_000.0)),
+    ),
+    "idefics-9b": PUBLISHED_SYSTEMS["idefics-9b"][1],
+    "idefics-80b": idefics(hidden_size=8192, intermediate_size=22_016, num_hidden_layers=80, num_attention_heads=64),
+    "idefics2-8b": Idefics2Config(
+        text_config=MistralConfig(**MISTRAL_7B, **LLAMA | dict(max_position_embeddings=32_768)),
+        vision_config=SO400M | dict(image_size=980, patch_size=14),
+        perceiver_config={},
+    ),
+    "paligemma-3b": PUBLISHED_SYSTEMS["paligemma-3b-pt-224"][1],
 }
 
 

@@ -97,6 +97,19 @@ def paligemma(side: int) -> PaliGemmaConfig:
     return PaliGemmaConfig(vision_config=vision, text_config=GemmaConfig(**text))
 
 
+def idefics(**text) -> IdeficsConfig:
+    vision = dict(embed_dim=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16)
+    return IdeficsConfig(
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        additional_vocab_size=2,
+        vision_config=vision,
+        perceiver_config=dict(qk_layer_norms_perceiver=True),
+        use_resampler=True,
+        **text,
+    )
+
+
 SYSTEMS = {
     "llava-1.5-7b-hf": (7_063_427_072, llava(LlavaConfig, LlamaConfig(**VICUNA_7B))),
     "liuhaotian/llava-v1.5-7b": (7_062_902_784, llava(LlavaConfig, LlamaConfig(**VICUNA_7B | dict(vocab_size=32_000)))),
@@ -106,17 +119,7 @@ SYSTEMS = {
     "llava-v1.6-vicuna-7b-hf": (7_063_431_168, llava(LlavaNextConfig, LlamaConfig(**VICUNA_7B))),
     "llava-v1.6-vicuna-13b-hf": (13_351_499_776, llava(LlavaNextConfig, LlamaConfig(**VICUNA_13B))),
     "llava-v1.6-mistral-7b-hf": (7_566_747_648, llava(LlavaNextConfig, MistralConfig(**MISTRAL))),
-    "idefics-9b": (
-        8_929_679_632,
-        IdeficsConfig(
-            cross_layer_interval=4,
-            qk_layer_norms=True,
-            additional_vocab_size=2,
-            vision_config=dict(embed_dim=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16),
-            perceiver_config=dict(qk_layer_norms_perceiver=True),
-            use_resampler=True,
-        ),
-    ),
+    "idefics-9b": (8_929_679_632, idefics()),
     "paligemma-3b-pt-224": (2_923_466_480, paligemma(224)),
     "paligemma-3b-pt-448": (2_924_351_216, paligemma(448)),
 }

@@ -91,19 +91,38 @@ def test_the_block_by_hand():
     np.testing.assert_allclose(apply(params, X, seen, VISUAL), x, atol=2e-4)
 
 
+def test_without_gates_and_without_a_feed_forward():
+    """Flamingo's table 3, iii and iv: as with gates of 1, and as with a feed-forward that adds nothing."""
+    seen = mask_of("last")
+    apply, params = block()
+    open_gate = np.float32(30)  # tanh of it is 1
+    plain, ungated = block(gating="none")
+    assert params.keys() - ungated.keys() == {"attention_gate", "mlp_gate"}
+    same = {name: params[name] for name in ungated}
+    expected = apply(params | {"attention_gate": open_gate, "mlp_gate": open_gate}, X, seen, VISUAL)
+    np.testing.assert_allclose(plain(same, X, seen, VISUAL), expected, atol=1e-5)
+    vanilla, short = block(mlp_width=0)
+    assert params.keys() - short.keys() == {"mlp", "mlp_norm", "mlp_gate"}
+    expected = apply(params | {"mlp_gate": np.float32(0)}, X, seen, VISUAL)
+    np.testing.assert_allclose(vanilla({name: params[name] for name in short}, X, seen, VISUAL), expected, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Placements
 # ---------------------------------------------------------------------------------------------------------------------
 
-PLACEMENTS = {  # (every, offset, layers): the language layers that a gated layer stands before
-    (1, 0, 3): [0, 1, 2],
-    (2, 0, 5): [0, 2, 4],
-    (2, 1, 5): [1, 3],
-    (4, 3, 5): [3],
-    (4, 1, 6): [1, 5],
-    (3, 2, 8): [2, 5],
-    (5, 2, 5): [2],
-    (7, 5, 6): [5],
+PLACEMENTS = {  # (every, offset, layers, start, place): the language layers that have a gated layer
+    (1, 0, 3, 0, "before"): [0, 1, 2],
+    (2, 0, 5, 0, "before"): [0, 2, 4],
+    (2, 1, 5, 0, "before"): [1, 3],
+    (4, 3, 5, 0, "before"): [3],
+    (4, 1, 6, 0, "before"): [1, 5],
+    (3, 2, 8, 0, "before"): [2, 5],
+    (5, 2, 5, 0, "before"): [2],
+    (7, 5, 6, 0, "before"): [5],
+    (2, 1, 8, 3, "before"): [4, 6],
+    (1, 0, 3, 0, "within"): [0, 1, 2],
+    (3, 1, 8, 2, "within"): [3, 6],
 }
 POSITIONS = np.repeat(np.arange(T)[None], B, axis=0)
 SEGMENTS = np.ones_like(POSITIONS)
@@ -111,13 +130,23 @@ SEGMENTS = np.ones_like(POSITIONS)
 
 @functools.cache
 def plain_layer():
-    """One language layer, written out: (x, params) -> x."""
+    """One language layer, written out: (x, params, what stands between its halves) -> x."""
     language = tiny_model().language
     module = Block(language.block, jnp.float32)
     mask = causal_mask(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
     angles = rotary_angles(language.positions, language.block.head_width, jnp.asarray(POSITIONS))
     attention = lambda q, k, v: (attend(rotate(q, *angles), rotate(k, *angles), v, mask), None)
-    return jax.jit(lambda x, params: module.apply({"params": params}, x, attention)[0])
+    half = jax.jit(lambda x, params: module.apply({"params": params}, x, attention)[0])
+
+    def without(params, part, name):
+        """Of a layer that adds nothing in one of its halves, the other."""
+        return params | {part: params[part] | {name: jax.tree.map(np.zeros_like, params[part][name])}}
+
+    def layer(x, params, between=lambda x: x):
+        attended = half(x, without(params, "mlp", "down"))
+        return half(between(attended), without(params, "attention", "out"))
+
+    return layer
 
 
 @functools.cache
@@ -131,9 +160,9 @@ def params_of(layers, gated):
     return language, {"layers": jax.tree.map(several, block()[1])}
 
 
-def parts(every, offset, layers):
+def parts(every, offset, layers, start=0, place="before"):
     language = dataclasses.replace(tiny_model().language, layers=layers)
-    config = dataclasses.replace(CONFIG, every=every, offset=offset)
+    config = dataclasses.replace(CONFIG, every=every, offset=offset, start=start, place=place)
     return Decoder(language, jnp.float32), GatedCrossAttention(config, language, V, jnp.float32)
 
 
@@ -163,17 +192,21 @@ def test_placements_equal_a_plain_loop(placement):
     apply, _ = block()
     expected, seen = X, mask_of("last")
     for index in range(placement[2]):
+        gate = lambda x: x
         if index in places:
-            expected = apply(one_of(gated["layers"], places.index(index)), expected, seen, VISUAL)
-        expected = plain_layer()(expected, one_of(language["layers"], index))
+            gate = functools.partial(apply, one_of(gated["layers"], places.index(index)), mask=seen, visual=VISUAL)
+        if placement[-1] == "within":
+            expected = plain_layer()(expected, one_of(language["layers"], index), gate)
+        else:
+            expected = plain_layer()(gate(expected), one_of(language["layers"], index))
     norm = Norm(tiny_model().language.block.norm, D, jnp.float32)
     expected = norm.apply({"params": language["final_norm"]}, expected)
     np.testing.assert_allclose(x, expected, atol=2e-4)
     assert weights.shape == (len(places), B, T, M * R)
 
 
-def test_layers_one_by_one_and_keys_made_before_give_the_same():
-    placement = (4, 1, 6)
+@pytest.mark.parametrize("placement", [(4, 1, 6), (4, 1, 6, 0, "within"), (3, 2, 6, 0, "before")], ids=str)
+def test_layers_one_by_one_and_keys_made_before_give_the_same(placement):
     language, gated = params_of(6, 2)
     unstacked = lambda tree, count: tree | {"layers": tuple(one_of(tree["layers"], index) for index in range(count))}
     expected = run(placement, language, gated)
@@ -185,5 +218,5 @@ def test_layers_one_by_one_and_keys_made_before_give_the_same():
 @pytest.mark.parametrize(("every", "offset"), [(2, 2), (2, -1), (4, 3)])
 def test_an_impossible_placement_is_an_error(every, offset):
     _, fusion = parts(every, offset, 3)
-    with pytest.raises(ValueError, match=rf"every {every}th layer from {offset}: the offset must be below"):
+    with pytest.raises(ValueError, match=rf"every {every}th layer from 0 \+ {offset}: the offset must be below"):
         fusion.init(jax.random.key(0), FIRST, LAST, visual=VISUAL, method="interleaved")

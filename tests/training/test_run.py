@@ -100,8 +100,8 @@ def test_a_run_reports_its_table_progress_and_accuracy(finished):
 
 
 def test_stopped_at_any_moment_the_same_command_gives_the_same_numbers(finished, text, cache, tmp_path):
-    """One run, whose lines equal an undisturbed run's bit for bit: on a full disk, killed in the first steps, ended by a signal,
-    killed after a checkpoint. Every program of the first start comes from the cache: it adds no entry."""
+    """One run, whose lines equal an undisturbed run's bit for bit: on a full disk, killed in the first steps, ended by a
+    signal, killed after a checkpoint. Every program of the first start comes from the cache: it adds no entry."""
     entries = lambda: {path.name for path in cache.iterdir() if not path.name.endswith("-atime")}
     before, path = entries(), tmp_path / "metrics.jsonl"
 

@@ -7,7 +7,15 @@ A part with several kinds has a `kind` field that distinguishes them.
 """
 
 from vlm_jax.config.block import Activation, BlockConfig, ExpertsConfig, NormConfig
-from vlm_jax.config.connector import ConnectorConfig, MlpProjectorConfig, PerceiverConfig, PixelShuffleConfig, ProjectionConfig
+from vlm_jax.config.connector import (
+    ConnectorConfig,
+    MlpProjectorConfig,
+    PerceiverConfig,
+    PixelShuffleConfig,
+    ProjectionConfig,
+    ResidualMlpConfig,
+    TransformerResamplerConfig,
+)
 from vlm_jax.config.data import (
     AugmentConfig,
     DataConfig,
@@ -50,7 +58,7 @@ from vlm_jax.config.model import ModelConfig, SystemConfig
 from vlm_jax.config.objective import ContrastiveConfig, NextTokenConfig, ObjectiveConfig, PreferenceConfig
 from vlm_jax.config.run import LoraConfig, MeshConfig, OptimizerConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config.sources import FieldsConfig, HuggingFaceConfig, TarConfig, TfdsConfig
-from vlm_jax.config.vision import VisionConfig, VitConfig
+from vlm_jax.config.vision import NfnetConfig, VisionConfig, VitConfig
 
 __all__ = [
     "Activation",
@@ -90,6 +98,7 @@ __all__ = [
     "MlpProjectorConfig",
     "ModelConfig",
     "NextTokenConfig",
+    "NfnetConfig",
     "NormConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -101,6 +110,7 @@ __all__ = [
     "PreferenceConfig",
     "ProjectionConfig",
     "RankingConfig",
+    "ResidualMlpConfig",
     "RetrievalConfig",
     "RopeConfig",
     "RunConfig",
@@ -114,6 +124,7 @@ __all__ = [
     "TarConfig",
     "TextTowerConfig",
     "TfdsConfig",
+    "TransformerResamplerConfig",
     "VisionConfig",
     "VitConfig",
     "YarnScaling",

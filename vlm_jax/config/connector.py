@@ -59,6 +59,45 @@ class PerceiverConfig(ConnectorConfig):
 
 
 @frozen
+class TransformerResamplerConfig(ConnectorConfig):
+    """Latents and features in one transformer, of which the latents are kept: an ablation of Flamingo's (table 3, vi)."""
+
+    kind: Literal["transformer_resampler"] = "transformer_resampler"
+    latents: int
+    layers: int
+    heads: int
+    head_width: int
+    mlp_ratio: int = 4
+    activation: Activation = "squared_relu"
+    norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
+    time_embeddings: int = 0  # as of `PerceiverConfig`
+
+    def visual_width(self, features_width: int) -> int:
+        return features_width
+
+    def visual_tokens(self, frames: int, features: int) -> int:
+        return self.latents
+
+
+@frozen
+class ResidualMlpConfig(ConnectorConfig):
+    """Feed-forwards of each feature by itself, each added to it: an ablation of Flamingo's (table 3, vi)."""
+
+    kind: Literal["residual_mlp"] = "residual_mlp"
+    layers: int
+    mlp_ratio: int = 4
+    activation: Activation = "squared_relu"
+    norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
+    time_embeddings: int = 0  # as of `PerceiverConfig`
+
+    def visual_width(self, features_width: int) -> int:
+        return features_width
+
+    def visual_tokens(self, frames: int, features: int) -> int:
+        return frames * features
+
+
+@frozen
 class MlpProjectorConfig(ConnectorConfig):
     """Linear maps with an activation between them: LLaVA (Liu et al. 2023) has one, LLaVA-1.5 two, PaliGemma one.
 

@@ -94,12 +94,16 @@ def _perceiver(perceiver: PerceiverConfig) -> Iterator[str]:
 
 def _model(model: ModelConfig) -> Iterator[str]:
     if isinstance(model.fusion, GatedCrossAttentionConfig):
-        offset, every, layers = model.fusion.offset, model.fusion.every, model.language.layers
-        if not 0 <= offset < min(every, layers):
+        fusion, layers = model.fusion, model.language.layers
+        first = fusion.start + fusion.offset
+        if not 0 <= fusion.offset < fusion.every or not 0 <= first < layers:
             yield (
-                f"gated cross-attention in every {every}th layer from layer {offset} on, and there are {layers} layers: "
+                f"gated cross-attention in every {fusion.every}th layer from layer {first} on, and there are {layers} layers: "
                 "expected one at least, or the pictures are never seen"
             )
+        block = getattr(model.language, "block", None)
+        if fusion.place == "within" and block is not None and (block.parallel_residual or block.post_norm):
+            yield "fusion.place='within' needs language layers whose feed-forward follows their attention: set it to 'before'"
 
 
 def _dual_encoder(encoders: DualEncoderConfig) -> Iterator[str]:

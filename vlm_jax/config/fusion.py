@@ -24,8 +24,11 @@ class FusionConfig(Kinds):
 class GatedCrossAttentionConfig(FusionConfig):
     """Flamingo's gated cross-attention dense layers (Alayrac et al. 2022, section 3.2).
 
-    A gated block stands before language layer `i` where `i % every == offset`: offset 0 is the paper's and IDEFICS's
+    A gated block belongs to language layer `start + i` where `i % every == offset`: offset 0 is the paper's and IDEFICS's
     placement, `every - 1` OpenFlamingo's, and `every=layers, offset=layers // 2` the ablation's "single in the middle".
+
+    With `place="within"` and `mlp_width=0` it is the ablation's "vanilla" cross-attention, and with `start` at the number of
+    layers of a frozen language model, to which others are added, its "grafting" (table 3, iv).
     """
 
     kind: Literal["gated_cross_attention"] = "gated_cross_attention"
@@ -33,9 +36,12 @@ class GatedCrossAttentionConfig(FusionConfig):
     prefix_lm: ClassVar[bool] = False
     every: int
     offset: int
+    start: int = 0  # the first language layer that may have one
+    place: Literal["before", "within"] = "before"  # the language layer, or between its attention and its feed-forward
+    gating: Literal["tanh", "none"] = "tanh"  # what is added is multiplied by tanh of a learned scalar, 0 at first
     heads: int
     head_width: int
-    mlp_width: int
+    mlp_width: int  # 0: no feed-forward
     activation: Activation = "squared_relu"  # OpenFlamingo: gelu; IDEFICS: silu, gated
     gated_mlp: bool = False
     norm: NormConfig = NormConfig(kind="layer", eps=1e-5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import ClassVar, Literal
 
 from vlm_jax.config.block import BlockConfig
 from vlm_jax.config.frozen import Kinds, frozen
@@ -74,3 +75,36 @@ class VitConfig(VisionConfig):
     def front_features(self) -> int:
         """Number of features before those of the patches."""
         return (self.class_token == "kept") + self.registers * self.keep_registers
+
+
+@frozen
+class NfnetConfig(VisionConfig):
+    """A normaliser-free network (Brock et al. 2021): convolutions whose kernels are standardised, and no norms.
+
+    Features are those of the last layer, one for 32 x 32 pixels. NFNet-F6 has `depths=(7, 14, 42, 21)`, F0 a seventh of it.
+    """
+
+    kind: Literal["nfnet"] = "nfnet"
+    image_size: int  # pixels of a side
+    depths: tuple[int, ...]  # blocks of each stage
+    channels: tuple[int, ...] = (256, 512, 1536, 1536)  # that leave each stage
+    stem_width: int = 128
+    group_width: int = 128  # channels that a 3 x 3 convolution mixes
+    bottleneck: float = 0.5  # of a block's channels, within it
+    squeeze: float = 0.5  # of a block's channels, where squeeze-and-excitation has looked at the whole picture
+    alpha: float = 0.2  # times what a block adds
+    final_width: int | None = 3072  # of a last 1 x 1 convolution; None: there is none
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of the pixels in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    patch_size: ClassVar[int] = 32
+    front_features: ClassVar[int] = 0
+    reads_shapes: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return self.final_width or self.channels[-1]
+
+    @property
+    def frame_features(self) -> int:
+        return math.ceil(self.image_size / self.patch_size) ** 2

@@ -119,9 +119,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, attention_of: Callable[[Array, Array, Array], tuple[Array, Any]]
+        self,
+        x: Array,
+        attention_of: Callable[[Array, Array, Array], tuple[Array, Any]],
+        between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Any, dict[str, Array]]:
+        """
+        Args:
+          between: what is done with x [B, T, D] after the attention and before the feed-forward; None: nothing.
+        """
         config = self.config
+        if between is not None and (config.parallel_residual or config.post_norm):
+            raise ValueError("nothing can stand within a block of parallel_residual=True or post_norm=True")
         if config.post_norm and (config.parallel_residual or config.shared_norm):
             raise ValueError("post_norm=True: its norms stand behind two sums; set parallel_residual and shared_norm to False")
         norm = lambda name, x: Norm(config.norm, config.width, self.dtype, name=name)(x)
@@ -144,6 +153,7 @@ class Block(nn.Module):
         normed = before("attention_norm", x)
         y, extra = attention_of(attention.queries(normed), *attention.keys_values(normed))
         attended = behind("attention_norm", x + self._scaled("attention_scale", attention.output(y)))
+        attended = attended if between is None else between(attended)
         x = x if config.parallel_residual else attended
         if not config.shared_norm:
             normed = before("mlp_norm", x)

@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         put = lambda old, new: new if cache is None else old.at[rows, slots].set(new, mode="drop")
         k_positions = put(cache and cache.positions, positions)
         k_segments = put(cache and cache.segments, segments)
-        mask_of = _masks(config, inputs, positions, k_positions, segments, k_segments)
+        mask_of = _masks(config, inputs, positions, k_positions, segments, k_segments, same_tokens=cache is None)
         angles = alibi = None
         if isinstance(config.positions, RopeConfig):
             angles = rotary_angles(config.positions, config.block.head_width, positions, segments)
@@ -167,7 +167,9 @@ class Decoder(nn.Module):
         if config.embedding_norm:
             x = self.embedding_norm(x)
 
-        def layer(carry: tuple[Array, Any], indexed: tuple[Any, ...]) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
+        def layer(
+            carry: tuple[Array, Any], indexed: tuple[Any, ...], between: Callable[[Array], Array] | None = None
+        ) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
             (x, held), (index, params, own) = carry, indexed
 
             def attention_of(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
                     seen = new = tuple(_write(old, part, at) for old, part in zip(own, (k, v), strict=True))
                 return attend(q, *(part.astype(q.dtype).swapaxes(1, 2) for part in seen), mask_of(index), alibi), new
 
-            x, new, aux = self.block.apply({"params": params}, x, attention_of)
+            x, new, aux = self.block.apply({"params": params}, x, attention_of, between)
             x = constrain(x, "batch", "length", None)
             if held is not None:
                 return (x, new), (None, aux)
@@ -209,9 +211,10 @@ def _write(old: Array, new: Array, at: tuple[Any, ...]) -> Array:
     return old.at[at].set(new.astype(old.dtype), mode="drop")
 
 
-def _masks(config: DecoderConfig, inputs: LanguageInputs, *places: Array) -> Callable[[Any], Mask]:
+def _masks(config: DecoderConfig, inputs: LanguageInputs, *places: Array, same_tokens: bool) -> Callable[[Any], Mask]:
     """The number of a layer -> its mask, from the arguments of `causal_mask`."""
-    of = functools.partial(causal_mask, *places, q_prefix_end=inputs.prefix_end, q_prefix_segments=inputs.prefix_segments)
+    prefix = dict(q_prefix_end=inputs.prefix_end, q_prefix_segments=inputs.prefix_segments)
+    of = functools.partial(causal_mask, *places, **prefix, same_tokens=same_tokens)
     if not isinstance(config.window, tuple):
         mask = of(window=config.window)
         return lambda index: mask

@@ -43,10 +43,10 @@ class MediaCache:
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """x + tanh(gate) attention(x over the images), then x + tanh(gate) mlp(x).
+    """x + tanh(gate) attention(x over the images), then, with a feed-forward, x + tanh(gate) mlp(x).
 
-    Both gates start at 0, so that the frozen language model is untouched at first. A token that sees no image gets
-    nothing from the attention; the feed-forward applies to every token.
+    Both gates start at 0, so that the frozen language model is untouched at first; with `gating="none"` there are none. A
+    token that sees no image gets nothing from the attention; the feed-forward applies to every token.
     """
 
     config: GatedCrossAttentionConfig
@@ -66,11 +66,12 @@ class GatedCrossAttentionBlock(nn.Module):
             self.dtype,
             qk_norm=config.norm if config.qk_norm else None,
         )
-        self.mlp_norm = Norm(config.norm, self.width, self.dtype)
-        self.mlp = Mlp(self.width, config.mlp_width, config.activation, config.gated_mlp, False, self.dtype)
+        if config.mlp_width:
+            self.mlp_norm = Norm(config.norm, self.width, self.dtype)
+            self.mlp = Mlp(self.width, config.mlp_width, config.activation, config.gated_mlp, False, self.dtype)
         closed = named(nn.initializers.zeros)
-        self.attention_gate = self.param("attention_gate", closed, ())
-        self.mlp_gate = self.param("mlp_gate", closed, ())
+        halves = ("attention", "mlp") if config.mlp_width else ("attention",)
+        self.gates = [self.param(f"{half}_gate", closed, ()) for half in halves] if config.gating == "tanh" else []
 
     def keys_values(self, visual: Array) -> KeyValue:
         """Visual tokens [B, S, O] -> keys and values, each [B, S, N, H]."""
@@ -88,17 +89,17 @@ class GatedCrossAttentionBlock(nn.Module):
         Tokens in `uniform` [B, T] look at all that they see with the same weight.
         """
         kv = kv or self.keys_values(visual)
-        gates = [jnp.tanh(gate).astype(self.dtype) for gate in (self.attention_gate, self.mlp_gate)]
+        gates = [jnp.tanh(gate).astype(self.dtype) for gate in self.gates] or [1.0, 1.0]
         y = self.attention_norm(x)
         # A query of zeros is as near to one key as to another.
         y = y if uniform is None else jnp.where(uniform[..., None], 0, y)
         x = x + gates[0] * self.attention(y, kv, mask)
-        return x + gates[1] * self.mlp(self.mlp_norm(x))
+        return x + gates[1] * self.mlp(self.mlp_norm(x)) if self.config.mlp_width else x
 
 
 @MODULES.add(GatedCrossAttentionConfig)
 class GatedCrossAttention(nn.Module):
-    """All gated layers of a model, standing before language layers `i` with `i % every == offset`."""
+    """All gated layers of a model, standing where `GatedCrossAttentionConfig` says."""
 
     config: GatedCrossAttentionConfig
     language: LanguageConfig
@@ -107,10 +108,10 @@ class GatedCrossAttention(nn.Module):
 
     def setup(self) -> None:
         config, width = self.config, self.language.width
-        count = len(range(config.offset, self.language.layers, config.every))
-        if not 0 <= config.offset < config.every or not count:
+        count = len(range(config.start + config.offset, self.language.layers, config.every))
+        if not 0 <= config.offset < config.every or config.start < 0 or not count:
             raise ValueError(
-                f"gated layers before every {config.every}th layer from {config.offset}: the offset must be below "
+                f"gated layers at every {config.every}th layer from {config.start} + {config.offset}: the offset must be below "
                 f"`every`, and at least one of the {self.language.layers} layers must match"
             )
         self.block = GatedCrossAttentionBlock(config, width, self.visual_width, self.dtype, parent=None)
@@ -187,4 +188,7 @@ class GatedCrossAttention(nn.Module):
         layers = (self.layers, kept)
         if isinstance(self.layers, tuple):
             layers = tuple(zip(self.layers, kept or (None,) * len(self.layers), strict=True))
-        return InterleavedLayers(self.config.every, self.config.offset, layers, apply)
+        config = self.config
+        return InterleavedLayers(
+            config.every, config.offset, layers, apply, start=config.start, within=config.place == "within"
+        )

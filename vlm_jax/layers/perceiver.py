@@ -58,11 +58,7 @@ class PerceiverLayer(nn.Module):
 
 @MODULES.add(PerceiverConfig)
 class PerceiverResampler(nn.Module):
-    """Features [B, M, I, P, D] of any number of frames -> visual tokens [B, M, R, D], or with `per_frame` [B, M, I * R, D].
-
-    Frame `f` of a slot with `n` frames gets time embedding `f`; when `n` is more than were learned, the embeddings are
-    interpolated linearly over them, as Flamingo does to go from 8 frames in training to 30.
-    """
+    """Features [B, M, I, P, D] of any number of frames -> visual tokens [B, M, R, D], or with `per_frame` [B, M, I * R, D]."""
 
     config: PerceiverConfig
     width: int
@@ -93,10 +89,7 @@ class PerceiverResampler(nn.Module):
             to = Mlp(self.width, wide.mlp_width, wide.activation, True, False, self.dtype, wide.width, name="projection")
             features = to(features.reshape(features.shape[0], -1, self.width)).reshape(*features.shape[:-1], wide.width)
         rows, slots, most, patches, width = features.shape
-        if config.time_embeddings:
-            init = named(nn.initializers.normal(0.02), "positions", "embed")
-            table = self.param("time_embeddings", init, (config.time_embeddings, width))
-            features = features + _time(table, frames, most)[:, :, :, None].astype(features.dtype)
+        features = add_time(self, features, frames, number=config.time_embeddings)
         init = named(nn.initializers.normal(1.0), "latents", "embed")
         latents = self.param("latents", init, (config.latents, width)).astype(self.dtype)
         # What is made into latents at once: a slot, or each of its frames.
@@ -121,6 +114,23 @@ class PerceiverResampler(nn.Module):
         latents = Norm(config.norm, width, self.dtype, name="norm")(latents)
         weights = weights.reshape(-1, rows, slots, *weights.shape[2:]) if return_attention else None
         return latents.reshape(rows, slots, -1, width), weights
+
+
+def add_time(module: nn.Module, features: Array, frames: Array, *, number: int) -> Array:
+    """Features [B, M, I, P, D] with a learned embedding of the time of their frame, a parameter of `module`.
+
+    Frame `f` of a slot with `n` frames gets embedding `f`; when `n` is more than were learned, the embeddings are interpolated
+    linearly over them, as Flamingo does to go from 8 frames in training to 30.
+
+    Args:
+      frames: [B, M] int32, how many frames of the slot are there.
+      number: of embeddings; 0: the features stay as they are.
+    """
+    if not number:
+        return features
+    init = named(nn.initializers.normal(0.02), "positions", "embed")
+    table = module.param("time_embeddings", init, (number, features.shape[-1]))
+    return features + _time(table, frames, features.shape[2])[:, :, :, None].astype(features.dtype)
 
 
 def _time(table: Array, frames: Array, most: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -58,12 +59,19 @@ def rematerialised(fn: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class InterleavedLayers:
-    """Layers that run before language layers `i` with `i % every == offset`."""
+    """Layers that run before language layers `start + i` with `i % every == offset`, or `within` them."""
 
     every: int
     offset: int
     layers: Any  # a pytree with a leading axis L, or a tuple of L
     apply: Callable[[Array, Any], tuple[Array, Any]]  # (x [B, T, D], one of `layers`) -> (x, what to collect)
+    start: int = 0
+    within: bool = False  # between the attention and the feed-forward of the language layer
+
+    def number(self, layer: int) -> int | None:
+        """Which of them belongs to a language layer; None: none does."""
+        group, place = divmod(layer - self.start, self.every)
+        return group if group >= 0 and place == self.offset else None
 
 
 class LanguageInputs(NamedTuple):
@@ -96,31 +104,46 @@ def run_layers(
     """
     if isinstance(layers, tuple):
         return _run_each(carry, layers, own, layer, interleaved)
-    length = jax.tree.leaves(layers)[0].shape[0]
+    length = _length(layers)
     indexed = (jnp.arange(length), layers, None)
-    part = lambda tree, start, stop: jax.tree.map(lambda p: p[start:stop], tree)
     scan = lambda carry, xs, unroll=1: jax.lax.scan(rematerialised(layer, remat), carry, xs, unroll=unroll)
     if interleaved is None:
         return *scan(carry, indexed), None
-    every, offset = interleaved.every, interleaved.offset
+    every, offset, start = interleaved.every, interleaved.offset, interleaved.start
     cross = rematerialised(interleaved.apply, remat)
+    within = rematerialised(functools.partial(_run_within, layer, interleaved.apply), remat)
 
     def group(carry: Any, xs: Any, unroll: int = UNROLL) -> tuple[Any, Any]:
         layers, one = xs
-        carry, before = scan(carry, part(layers, 0, offset), unroll) if offset else (carry, None)
-        x, collected = cross(carry[0], one)
-        carry, behind = scan((x, carry[1]), part(layers, offset, None), unroll)
-        return carry, (_joined([before, behind] if offset else [behind]), collected)
+        given, first = [], offset
+        if offset:
+            carry, before = scan(carry, _part(layers, 0, offset), unroll)
+            given.append(before)
+        if interleaved.within:
+            carry, (middle, collected) = within(carry, jax.tree.map(lambda p: p[offset], layers), one)
+            given.append(jax.tree.map(lambda x: x[None], middle))
+            first = offset + 1
+        else:
+            x, collected = cross(carry[0], one)
+            carry = (x, *carry[1:])
+        if first < _length(layers):
+            carry, behind = scan(carry, _part(layers, first, None), unroll)
+            given.append(behind)
+        return carry, (_joined(given), collected)
 
-    groups, rest = divmod(length, every)
+    groups, rest = divmod(length - start, every)
     given, collected = [], []
+    if start:
+        carry, one = scan(carry, _part(indexed, 0, start))
+        given.append(one)
     if groups:
-        grouped = jax.tree.map(lambda p: p.reshape(groups, every, *p.shape[1:]), part(indexed, 0, groups * every))
-        carry, (one, seen) = jax.lax.scan(group, carry, (grouped, part(interleaved.layers, 0, groups)))
+        whole = _part(indexed, start, start + groups * every)
+        grouped = jax.tree.map(lambda p: p.reshape(groups, every, *p.shape[1:]), whole)
+        carry, (one, seen) = jax.lax.scan(group, carry, (grouped, _part(interleaved.layers, 0, groups)))
         given.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), one))
         collected.append(seen)
     if rest:
-        last = part(indexed, groups * every, None)
+        last = _part(indexed, start + groups * every, None)
         if offset < rest:
             carry, (one, seen) = group(carry, (last, jax.tree.map(lambda p: p[groups], interleaved.layers)), unroll=1)
             collected.append(jax.tree.map(lambda s: s[None], seen))
@@ -128,6 +151,27 @@ def run_layers(
             carry, one = scan(carry, last)
         given.append(one)
     return carry, _joined(given), _joined(collected)
+
+
+def _run_within(layer: Callable, apply: Callable, carry: Any, indexed: Any, one: Any) -> tuple[Any, tuple[Any, Any]]:
+    """`layer` with `apply` of `one` between its attention and its feed-forward: as `layer`, and what is collected."""
+    seen = []
+
+    def between(x: Array) -> Array:
+        x, collected = apply(x, one)
+        seen.append(collected)
+        return x
+
+    carry, given = layer(carry, indexed, between)
+    return carry, (given, seen[0])
+
+
+def _length(layers: Any) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _part(layers: Any, start: int, stop: int | None) -> Any:
+    return jax.tree.map(lambda p: p[start:stop], layers)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -142,19 +186,23 @@ def _run_each(
     def several(carry: Any, some: tuple[Any, ...]) -> tuple[Any, Any]:
         kept, aux, collected = [], [], []
         for index, params, mine, gated in some:
-            if gated is not None:
-                x, seen = interleaved.apply(carry[0], gated)
-                carry = (x, *carry[1:])
+            if gated is not None and interleaved.within:
+                carry, ((one, more), seen) = _run_within(layer, interleaved.apply, carry, (index, params, mine), gated)
                 collected.append(seen)
-            carry, (one, more) = layer(carry, (index, params, mine))
+            else:
+                if gated is not None:
+                    x, seen = interleaved.apply(carry[0], gated)
+                    carry = (x, *carry[1:])
+                    collected.append(seen)
+                carry, (one, more) = layer(carry, (index, params, mine))
             kept.append(one)
             aux.append(more)
         return carry, (kept, aux, collected)
 
-    every, offset = (1, None) if interleaved is None else (interleaved.every, interleaved.offset)
-    gated = [interleaved.layers[index // every] if index % every == offset else None for index in range(len(layers))]
+    numbers = [None if interleaved is None else interleaved.number(index) for index in range(len(layers))]
+    gated = [None if number is None else interleaved.layers[number] for number in numbers]
     table = list(zip(range(len(layers)), layers, own or (None,) * len(layers), gated, strict=True))
-    run, size = piece(several), _piece_size(len(layers), every)
+    run, size = piece(several), _piece_size(len(layers), interleaved.every if interleaved else 1)
     kept, aux, collected = [], [], []
     for start in range(0, len(layers), size):
         carry, given = run(carry, tuple(table[start : start + size]))

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_jax.config import (
+    Activation,
     AlibiConfig,
     BlockConfig,
     DecoderConfig,
     ExpertsConfig,
     LanguageConfig,
     LearnedPositionsConfig,
+    NfnetConfig,
     NormConfig,
     RopeConfig,
     VisionConfig,
@@ -79,17 +81,19 @@ def _decoder(vocab_size: int, layers: int, block: BlockConfig, max_positions: in
 
 
 HALF = (0.5, 0.5, 0.5)
-_CLIP_B, _CLIP_L = ((768, 12, 3072), 12), ((1024, 16, 4096), 24)
+_CLIP_B, _CLIP_L, _CLIP_H = ((768, 12, 3072), 12), ((1024, 16, 4096), 24), ((1280, 16, 5120), 32)
 _SO400M = ((1152, 16, 4304), 27)
 
 
-def _clip(size: tuple[tuple[int, int, int], int], side: int, patch: int) -> Callable[[], VitConfig]:
+def _clip(
+    size: tuple[tuple[int, int, int], int], side: int, patch: int, activation: Activation = "quick_gelu"
+) -> Callable[[], VitConfig]:
     block, layers = size
     return lambda: VitConfig(
         image_size=side,
         patch_size=patch,
         layers=layers,
-        block=_block(*block, activation="quick_gelu"),
+        block=_block(*block, activation=activation),
         class_token="kept",
     )
 
@@ -112,9 +116,20 @@ def _siglip(size: tuple[tuple[int, int, int], int], side: int, patch: int) -> Ca
 VISION.add("clip-b/32")(_clip(_CLIP_B, 224, 32))
 VISION.add("clip-l/14")(_clip(_CLIP_L, 224, 14))
 VISION.add("clip-l/14-336")(_clip(_CLIP_L, 336, 14))
+VISION.add("clip-h/14")(_clip(_CLIP_H, 224, 14, "gelu"))  # LAION's
 VISION.add("siglip-b/16")(_siglip(_CLIP_B, 224, 16))
 VISION.add("siglip-so400m/14")(_siglip(_SO400M, 224, 14))
 VISION.add("siglip-so400m/14-384")(_siglip(_SO400M, 384, 14))
+VISION.add("siglip-so400m/14-980")(_siglip(_SO400M, 980, 14))
+
+
+def nfnet(depth: int, side: int) -> NfnetConfig:
+    """NFNet-F(`depth` - 1) (Brock et al. 2021) for pictures of `side` pixels: every stage is `depth` times as deep as F0's."""
+    return NfnetConfig(image_size=side, depths=tuple(depth * blocks for blocks in (1, 2, 6, 3)))
+
+
+VISION.add("nfnet-f0")(lambda: nfnet(1, 256))
+VISION.add("nfnet-f6")(lambda: nfnet(7, 576))
 
 _llama = lambda vocabulary, layers, sizes, longest, eps=1e-6, **changes: (
     lambda: _decoder(vocabulary, layers, _block(*sizes, **_bare(eps)), longest, **changes)
@@ -124,6 +139,11 @@ _grouped = lambda vocabulary, layers, sizes, kv_heads, longest, eps, **changes: 
 )
 LANGUAGE.add("vicuna-7b")(_llama(32_000, 32, (4096, 32, 11_008), 4096, eps=1e-5))
 LANGUAGE.add("vicuna-13b")(_llama(32_000, 40, (5120, 40, 13_824), 4096, eps=1e-5))
+LANGUAGE.add("llama-7b")(_llama(32_000, 32, (4096, 32, 11_008), 2048))
+LANGUAGE.add("llama-65b")(_llama(32_000, 80, (8192, 64, 22_016), 2048))
+LANGUAGE.add("yi-34b")(
+    _grouped(64_000, 60, (7168, 56, 20_480), 8, 4096, 1e-5, positions=RopeConfig(base=5_000_000.0, scaling=None))
+)
 LANGUAGE.add("llama-3-8b")(
     _grouped(128_256, 32, (4096, 32, 14_336), 8, 8192, 1e-5, positions=RopeConfig(base=500_000.0, scaling=None))
 )
@@ -141,6 +161,20 @@ def _gemma() -> DecoderConfig:
     norm = NormConfig(kind="rms", eps=1e-6, plus_one=True)
     block = _block(2048, 8, 16_384, **_bare(1e-6, kv_heads=1, head_width=256, activation="gelu_tanh", norm=norm))
     return _decoder(256_000, 18, block, 8192, tied_head=True, scale_embedding=True)
+
+
+def _chinchilla(width: int, layers: int, heads: int) -> Callable[[], DecoderConfig]:
+    """Chinchilla's kind (Hoffmann et al. 2022) as Flamingo's table 4 has it: RMS norms, GELU, 32,000 tokens, a tied head.
+
+    Its relative positions (Dai et al. 2019), an eighth of an attention's parameters, are rotary ones here.
+    """
+    bare = dict(norm=NormConfig(kind="rms", eps=1e-6), qkv_bias=False, out_bias=False, mlp_bias=False)
+    return lambda: _decoder(32_000, layers, _block(width, heads, 4 * width, **bare), 2048, tied_head=True)
+
+
+LANGUAGE.add("chinchilla-1.4b")(_chinchilla(2048, 24, 16))
+LANGUAGE.add("chinchilla-7b")(_chinchilla(4096, 32, 32))
+LANGUAGE.add("chinchilla-70b")(_chinchilla(8192, 80, 64))
 
 
 def _opt(width: int, layers: int, heads: int) -> Callable[[], DecoderConfig]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,17 @@ class Mask:
     q_segments: Array | None = None  # [B, T] int32; None, as both are: segments do not count
     k_segments: Array | None = None  # [B, S] int32; 0: padding, which nothing sees
     q_prefix_segments: Array | None = None  # [B, T] int32, the segment of the shared prefix; 0: none; None: no query has one
+    # What is known of the arrays before they are there, for kernels whose masks are compiled in. "keys": every query sees the
+    # same keys. "equal": it sees those whose place is its `first` and its `last`. "causal": queries and keys are the same
+    # tokens, those of a segment lie one after the other, and each sees those up to itself, of `window`. "": nothing.
+    rule: Literal["", "keys", "equal", "causal"] = dataclasses.field(default="", metadata=dict(static=True))
+    window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @classmethod
     def from_keys(cls, visible: Array) -> Mask:
         """Every query sees the same keys: `visible` [B or 1, S] bool."""
         zero = jnp.zeros((1, 1), jnp.int32)
-        return cls(places=jnp.where(visible, 0, 1), first=zero, last=zero)
+        return cls(places=jnp.where(visible, 0, 1), first=zero, last=zero, rule="keys")
 
     def dense(self) -> Array:
         """[B or 1, T or 1, S] bool."""
@@ -76,6 +82,7 @@ def causal_mask(
     q_prefix_end: Array | None = None,
     *,
     q_prefix_segments: Array | None = None,
+    same_tokens: bool = False,
 ) -> Mask:
     """A token sees its own segment up to itself, and with a window at most `window` positions, itself included.
 
@@ -95,7 +102,10 @@ def causal_mask(
         the query belongs to. None: its own position.
       q_prefix_segments: [B, T] int32, the segment that holds the prefix of the query's sequence, which goes on counting
         positions where that ends; see `batch.py`.
+      same_tokens: whether queries and keys are the same tokens, those of a segment one after the other.
     """
+    traced = window is not None and not isinstance(window, int)
+    plain = same_tokens and not traced and q_prefix_end is None and q_prefix_segments is None
     return Mask(
         places=k_positions,
         first=jnp.zeros_like(q_positions) if window is None else q_positions - window + 1,
@@ -103,6 +113,8 @@ def causal_mask(
         q_segments=q_segments,
         k_segments=k_segments,
         q_prefix_segments=q_prefix_segments,
+        rule="causal" if plain else "",
+        window=window if plain else None,
     )
 
 
@@ -125,7 +137,7 @@ def media_mask(
     """
     places = jnp.repeat(jnp.arange(1, slots + 1, dtype=jnp.int32), tokens)[None]
     if mode == "last":
-        return Mask(places=places, first=media_last, last=media_last)
+        return Mask(places=places, first=media_last, last=media_last, rule="equal")
     if mode == "all_previous":
         return Mask(places=places, first=media_first, last=media_last)
     if mode == "all_previous_uniform":
