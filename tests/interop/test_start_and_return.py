@@ -16,7 +16,7 @@ from transformers import IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalL
 
 import vlm_jax
 from configs import finetune
-from tests.tiny import thorough, tiny_run, write_data
+from tests.tiny import mesh_of, thorough, tiny_run, write_data
 from vlm_jax.config import JsonLinesConfig, ParamRule, PartInit, RunConfig
 from vlm_jax.config_dict import from_config_dict
 from vlm_jax.data.pipeline import TrainBatches, build_source
@@ -25,10 +25,13 @@ from vlm_jax.files import CHECKSUMS, ChecksumError
 from vlm_jax.interop.files.source import PublishedError
 from vlm_jax.interop.published import open_published
 from vlm_jax.paths import by_path
+from vlm_jax.training.checkpoint import Checkpoints, load_run
+from vlm_jax.training.initial import first_state
 from vlm_jax.training.loop import train
 from vlm_jax.training.processors import build_processor
 from vlm_jax.training.run_folder import CheckpointError
 from vlm_jax.training.sets import check_data
+from vlm_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("runs_on_one_device")
 
@@ -181,6 +184,26 @@ def test_parts_start_from_several_checkpoints(tmp_path, caplog):
     with pytest.raises(CheckpointError, match="this checkpoint has no part of that name"):
         train(dataclasses.replace(every_part, init_parts=(*config.init_parts, wrong)), tmp_path / "fourth")
     assert "stage 1 is skipped: the connector starts untrained" in caplog.text
+
+
+def test_a_deeper_language_model_begins_with_the_layers_that_there_are(run, tmp_path, caplog):
+    """Flamingo's "grafting": those behind them are new."""
+    base = tiny_run()
+    deeper = dataclasses.replace(base.model, language=dataclasses.replace(base.model.language, layers=5))
+    config = dataclasses.replace(base, model=deeper, init_parts=(PartInit(part="language", checkpoint=str(run)),))
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        trainer = Trainer(config, mesh)
+        checkpoints = Checkpoints(tmp_path, 1, 0)
+        params = first_state(trainer, checkpoints, tmp_path)[0].params
+        checkpoints.close()
+        before = load_run(run, mesh).params
+    assert "its 3 layers come first, and 2 behind them start untrained" in caplog.text
+    for path, leaf in by_path(params["language"]).items():
+        old = by_path(before["language"])[path]
+        np.testing.assert_array_equal(leaf[: len(old)], old, err_msg=path)
+    new = params["language"]["layers"]["mlp"]["up"]["kernel"]
+    assert new.shape[0] == 5 and new[3].std() == pytest.approx(32**-0.5, rel=0.1) and (new[3] != new[4]).any()
 
 
 def with_vision(folder, family):
