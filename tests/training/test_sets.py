@@ -55,14 +55,24 @@ def test_an_update_adds_the_weighted_gradients_of_the_mean_losses(source):
     assert list(in_turn[0]) == ["words"]
 
 
-@pytest.mark.parametrize("sets", ["accumulate", "round_robin"])
-def test_batches_of_sets_go_on_at_any_step(source, tmp_path, sets):
+@pytest.mark.parametrize(
+    ("sets", "every", "with_words"),
+    [
+        ("accumulate", 1, [0, 1, 2, 3, 4, 5]),
+        ("accumulate", 3, [0, 3]),
+        ("round_robin", 1, [1, 3, 5]),
+    ],
+)
+def test_batches_of_sets_go_on_at_any_step(source, tmp_path, sets, every, with_words):
     run = accumulated_run(source, sets=sets)
+    run = replace(run, accumulated=(replace(run.accumulated[0], every=every),))
     opened = open_sets(run, tmp_path)
     read = lambda start: list(SetBatches(run, opened, start=start))
     whole = read(0)
     kinds = [jax.tree.structure(batch) for batch in update_batches(run)]
-    assert [kinds.index(jax.tree.structure(batches)) for batches in whole] == [step % len(kinds) for step in range(6)]
+    assert [jax.tree.structure(batches) for batches in whole] == [kinds[step % len(kinds)] for step in range(6)]
+    assert [step for step, batches in enumerate(whole) if batches[1] is not None] == with_words
+    assert [step for step, batches in enumerate(whole) if batches[0] is None] == ([1, 3, 5] if sets == "round_robin" else [])
     for start in (1, 4):
         for one, other in zip(read(start), whole[start:], strict=True):
             jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -127,6 +137,7 @@ def test_a_run_that_is_ended_and_resumed_equals_an_undisturbed_one(source, tmp_p
     [
         (dict(weight=0.0), r"config\.accumulated\.words\.weight=0\.0"),
         (dict(name="a/b"), r"config\.accumulated\.a/b: expected names"),
+        (dict(every=0), r"config\.accumulated\.words\.every=0: expected 1 or more"),
         (dict(data=dict(end="</s>")), r"accumulated\.words\.data\.end='</s>': the sets of a run share it"),
         (dict(data=dict(visual_tokens=4)), r"accumulated\.words: config\.data\.visual_tokens=4"),
         (dict(data=dict(rows=5)), r"config\.accumulated\.words\.data\.rows=5 does not divide"),

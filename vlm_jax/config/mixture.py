@@ -50,6 +50,7 @@ class SetConfig:
     name: str
     data: DataConfig  # of the same tokenizer or processor as the run's own
     weight: float  # of its mean loss in an update; that of `RunConfig.data` has 1
+    every: int = 1  # it is in the first of so many updates; 1: in all
     evaluate: bool = True  # whether there are held-out examples of it
 
 

@@ -158,11 +158,13 @@ class _Run:
         """Model FLOPs of an update, and the update compiled, so that the first progress line already has the speed."""
         began = time.perf_counter()
         trainer = self.trainer
-        kinds = jax.eval_shape(lambda: update_batches(self.config))
+        of_steps = jax.eval_shape(lambda: update_batches(self.config))
+        kinds = {jax.tree.structure(batch): batch for batch in of_steps}
         # The mathematics alone is counted: rematerialisation is work, but not the model's.
         count = functools.partial(trainer.gradients_of_sets, reference=state.reference, recompute=False)
-        flops = sum(count_flops(count, state.trained, state.frozen, batch) for batch in kinds) // len(kinds)
-        updates = {jax.tree.structure(batch): trainer.train_step.lower(state, batch).compile() for batch in kinds}
+        of_kinds = {kind: count_flops(count, state.trained, state.frozen, batch) for kind, batch in kinds.items()}
+        flops = sum(of_kinds[jax.tree.structure(batch)] for batch in of_steps) // len(of_steps)
+        updates = {kind: trainer.train_step.lower(state, batch).compile() for kind, batch in kinds.items()}
         self.reporter.say(f"{human_rate(flops, 'FLOP')} a step; compiled in {human_time(time.perf_counter() - began)}")
         return flops, lambda state, batch: updates[jax.tree.structure(batch)](state, batch)
 

@@ -17,7 +17,7 @@ from vlm_jax.processing.processor import Processor
 from vlm_jax.training.features import features_of
 from vlm_jax.training.objective import OBJECTIVES, in_set
 from vlm_jax.training.processors import TOKENIZER, build_processor, run_processor
-from vlm_jax.training.step import Batches, Trainer, TrainState
+from vlm_jax.training.step import Batches, Trainer, TrainState, taken_sets
 
 SAME = ("processor", "template", "pad_to_square", "tokenizer", "vocab_size", "end")  # in all sets of a run
 
@@ -100,6 +100,8 @@ def check_sets(config: RunConfig) -> None:
     check_named(config.accumulated, "config.accumulated")
     for one in config.accumulated:
         where = f"config.accumulated.{one.name}"
+        if one.every < 1 or (one.every > 1 and config.sets == "round_robin"):
+            raise ValueError(f"{where}.every={one.every}: expected 1 or more, and 1 where config.sets='round_robin'")
         for field in SAME:
             found, expected = getattr(one.data, field), getattr(config.data, field)
             if found != expected:
@@ -210,20 +212,21 @@ def train_batches(config: RunConfig, sets: list[DataSet], *, start: int, **proce
 
 
 class SetBatches:
-    """A batch of each set an update; with round robin of one of them, in turn. It goes on at any step, as TrainBatches does."""
+    """A batch of each set that an update takes (`taken_sets`). It goes on at any step, as TrainBatches does."""
 
     def __init__(self, config: RunConfig, sets: list[DataSet], *, start: int, **process: int) -> None:
-        self.position, self._steps, self._in_turn = start, config.steps, config.sets == "round_robin"
+        self.position, self._steps, self._taken = start, config.steps, taken_sets(config)
         self._batches: list[TrainBatches] = []
         for number, one in enumerate(sets):
-            of_set = dataclasses.replace(one.config, steps=self._before(config.steps, number, len(sets)))
-            first = self._before(start, number, len(sets))
-            arguments: dict[str, Any] = dict(start=first, features=one.features, **process)
+            of_set = dataclasses.replace(one.config, steps=self._before(config.steps, number))
+            arguments: dict[str, Any] = dict(start=self._before(start, number), features=one.features, **process)
             self._batches.append(TrainBatches(of_set, one.processor, one.source, **arguments))
 
-    def _before(self, step: int, number: int, sets: int) -> int:
+    def _before(self, step: int, number: int) -> int:
         """How many batches of a set come before a step."""
-        return (step - number + sets - 1) // sets if self._in_turn else step
+        whole, rest = divmod(step, len(self._taken))
+        of = [taken[number] for taken in self._taken]
+        return whole * sum(of) + sum(of[:rest])
 
     def __iter__(self) -> SetBatches:
         return self
@@ -235,10 +238,9 @@ class SetBatches:
         """
         if self.position >= self._steps:
             raise StopIteration
-        turn = self.position % len(self._batches) if self._in_turn else None
-        of_set = lambda number: turn in (None, number)
+        taken = self._taken[self.position % len(self._taken)]
         made: tuple[Batch | None, ...] = tuple(
-            next(batches) if of_set(number) else None for number, batches in enumerate(self._batches)
+            next(batches) if is_taken else None for batches, is_taken in zip(self._batches, taken, strict=True)
         )
         self.position += 1
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -53,14 +54,22 @@ def zeros_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(**jax.tree.map(jnp.asarray, empty_rows(config.data, rows, features=features)))
 
 
+def taken_sets(config: RunConfig) -> list[tuple[bool, ...]]:
+    """Which sets an update takes: of each update until they repeat."""
+    every = [one.every for one in config.data_sets]
+    if config.sets == "round_robin":
+        return [tuple(number == turn for number in range(len(every))) for turn in range(len(every))]
+    return [tuple(step % one == 0 for one in every) for step in range(math.lcm(*every))]
+
+
 def update_batches(config: RunConfig) -> list[Batches]:
-    """Of each kind of update of a run, batches with nothing in them: one kind, or with round robin one a set."""
+    """Batches with nothing in them, of each update until their kinds repeat (`taken_sets`)."""
     made = tuple(zeros_batch(dataclasses.replace(config, data=one.data), one.data.rows) for one in config.data_sets)
     if len(made) == 1:
         return [made[0]]
-    if config.sets == "accumulate":
-        return [made]
-    return [tuple(batch if number == turn else None for number, batch in enumerate(made)) for turn in range(len(made))]
+    return [
+        tuple(batch if is_taken else None for batch, is_taken in zip(made, taken, strict=True)) for taken in taken_sets(config)
+    ]
 
 
 class Trainer:
