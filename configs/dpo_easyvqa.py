@@ -41,7 +41,7 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         tokenizer=str(Path(run) / "tokenizer") if before.data.tokenizer == "train" else before.data.tokenizer,
     )
     optimizer = dataclasses.replace(
-        before.optimizer, lr=before.optimizer.lr / 50, warmup_steps=10, schedule="cosine", weight_decay=0.0
+        before.optimizer, lr=before.optimizer.lr / 50, warmup_steps=10, schedule="cosine", decay_steps=0, weight_decay=0.0
     )
     after = dataclasses.replace(
         before,

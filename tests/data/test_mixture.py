@@ -11,6 +11,7 @@ from data_helpers import byte_tokenizer, chat, parts, picture, run_config, write
 from vlm_jax.config import DataConfig, JsonLinesConfig, MemberConfig, MixtureConfig
 from vlm_jax.config_dict import from_config_dict, to_config_dict
 from vlm_jax.data import build_store
+from vlm_jax.data.packing import PackedRows
 from vlm_jax.data.pipeline import TrainBatches, build_source, eval_batches, tokens_of
 from vlm_jax.errors import DataError
 
@@ -89,6 +90,23 @@ def test_a_member_is_drawn_again_only_when_all_of_it_was(mixed):
     assert collections.Counter(index < 10 for index in drawn) == {True: 60, False: 180}
     assert set(collections.Counter(drawn).values()) == {6, 30}  # of ten pictures and six texts, in 20 epochs
     assert epochs(store) != epochs(store, seed=1) and epochs(store)[0] != epochs(store)[1]
+
+
+def test_phases_come_one_after_the_other_in_every_epoch(mixed):
+    """All texts before all pictures, but for a row that both may be in; within a phase they are shuffled."""
+    config = mixed(pictures=1.0, words=2.0)
+    later = tuple(replace(member, phase=int(member.name == "pictures")) for member in config.source.members)
+    phased = replace(config, source=replace(config.source, members=later))
+    plan = lambda data, epoch: PackedRows(tokens_of(data, *parts(data)), 24, 3, 0, seed=0).plan(epoch)
+    for epoch in range(3):
+        rows = [np.concatenate(row) for row in plan(phased, epoch)]
+        of_pictures = [set((row < 10).tolist()) for row in rows]
+        assert [one for one in of_pictures if one == {True}] == of_pictures[-len([1 for o in of_pictures if o == {True}]) :]
+        assert sum(one == {True, False} for one in of_pictures) <= 1 and of_pictures[0] == {False}
+        together = lambda rows: sorted(np.concatenate(rows).tolist())
+        assert together(rows) == together([np.concatenate(row) for row in plan(config, epoch)])
+    first = lambda epoch: plan(phased, epoch)[0][0].tolist()
+    assert len({tuple(first(epoch)) for epoch in range(5)}) > 1
 
 
 def test_members_are_packed_together_and_repeated_draws_are_sequences_of_their_own(mixed):

@@ -20,6 +20,7 @@ class MemberConfig:
     name: str
     source: SourceConfig
     weight: float = 1.0
+    phase: int = 0  # of an epoch: what members of lower phases give comes first, as a curriculum
     evaluate: bool = True  # whether there are held-out examples of it; False: none are looked for
 
 

@@ -25,22 +25,25 @@ ORDER = 4  # a number of its own among those that are hashed
 class MixedStore:
     """Several token stores, their conversations and examples numbered on; read like a `TokenStore`. It pickles as them."""
 
-    def __init__(self, stores: tuple[TokenStore, ...], weights: tuple[float, ...], *, shares: bool) -> None:
+    def __init__(
+        self, stores: tuple[TokenStore, ...], weights: tuple[float, ...], *, shares: bool, phases: tuple[int, ...] = ()
+    ) -> None:
         """
         Args:
           weights: of each store, as `shares` says: its share of the examples, relative to the others, or how often it is seen
             in an epoch.
+          phases: of each store: what those of lower ones give comes first in an epoch; (): there is one phase.
         """
-        self._stores, self._weights, self._shares = stores, weights, shares
+        self._stores, self._weights, self._shares, self._phases = stores, weights, shares, phases
         contents = [store.meta["content"] for store in stores]
         self.meta = {"content": contents[0] if len(contents) == 1 else zlib.crc32(repr(contents).encode())}
-        names = repr(([store.folder.name for store in stores], weights, shares))
+        names = repr(([store.folder.name for store in stores], weights, shares, *([phases] if phases else [])))
         self.folder: Path = stores[0].folder.with_name(f"mixture-{hashlib.sha256(names.encode()).hexdigest()[:24]}")
         self._conversations = np.cumsum([0, *map(len, stores)])
         self._examples = np.cumsum([0, *(len(store.slots) for store in stores)])
 
     def __reduce__(self) -> Any:
-        return functools.partial(type(self), shares=self._shares), (self._stores, self._weights)
+        return functools.partial(type(self), shares=self._shares, phases=self._phases), (self._stores, self._weights)
 
     def __len__(self) -> int:
         return int(self._conversations[-1])
@@ -99,7 +102,8 @@ class MixedStore:
             for store, often, first in zip(self._stores, passes, self._conversations, strict=False)
         ]
         drawn = functools.partial(draw, members)
-        return Lengths(self._joined("lengths"), self.example, self.slots, shared=self.shared, drawn=drawn)
+        phase = np.repeat(self._phases, list(map(len, self._stores))).astype(np.int32) if self._phases else None
+        return Lengths(self._joined("lengths"), self.example, self.slots, shared=self.shared, drawn=drawn, phase=phase)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A *unit* is one example's pictures with all, or at most `per_image`, of its sequences; it is what goes into a row as a
 whole; tokens that its sequences share count once, and a pair of answers is one sequence, so that both are in the same row.
-Units are shuffled and put, first fit, into rows of at most `tokens` tokens and `images` pictures. Every sequence of every
-example is in exactly one row of an epoch; one with a share below 1 is included with that probability.
+Units are shuffled, within each phase of a curriculum, and put, first fit, into rows of at most `tokens` tokens and `images`
+pictures. Every sequence of every example is in exactly one row of an epoch; one with a share below 1 is included with that
+probability.
 
 The plan depends on the lengths, the seed and the epoch only. So any row of a run can be named by one integer and made
 without making those before it: a run resumes anywhere, and any number of processes cuts the same rows among them.
@@ -103,7 +104,8 @@ def plan_epoch(
     bounds = np.append(starts, count)
     order = np.arange(len(starts))
     if shuffle:
-        order = np.argsort(hash_uint64(seed, epoch, 2, order), kind="stable")
+        phase = np.zeros_like(order) if lengths.phase is None else lengths.phase[index[starts]]
+        order = np.lexsort((hash_uint64(seed, epoch, 2, order), phase))
     weights = np.add.reduceat(own, starts, dtype=np.int64) + shared[starts] if count else np.zeros(0, np.int64)
     pictures = lengths.images[lengths.example[index[starts]]] if count else np.zeros(0, np.int64)
     rows = _first_fit(weights[order].tolist(), pictures[order].tolist(), tokens, images)

@@ -20,12 +20,15 @@ class MixedSource(Source):
       members: by name; each has a token store of its own.
     """
 
-    def __init__(self, members: dict[str, Source], weights: dict[str, float], *, shares: bool) -> None:
+    def __init__(
+        self, members: dict[str, Source], weights: dict[str, float], *, shares: bool, phases: tuple[int, ...] = ()
+    ) -> None:
         """
         Args:
           shares: whether the weights are shares of the examples; else how often a member is seen in an epoch.
+          phases: of the members, as `MixedStore` has them.
         """
-        self.members, self._weights, self._shares = members, weights, shares
+        self.members, self._weights, self._shares, self._phases = members, weights, shares, phases
         self.fingerprint = f"mixture {[(name, member.fingerprint) for name, member in members.items()]}"
         self._starts = np.cumsum([0, *map(len, members.values())])
 
@@ -41,7 +44,7 @@ class MixedSource(Source):
 
     def joined(self, stores: list[TokenStore]) -> MixedStore:
         """The stores of its members, in their order, as one."""
-        return MixedStore(tuple(stores), tuple(self._weights.values()), shares=self._shares)
+        return MixedStore(tuple(stores), tuple(self._weights.values()), shares=self._shares, phases=self._phases)
 
 
 @SOURCES.add(MixtureConfig)
@@ -64,7 +67,8 @@ def open_mixture(config: DataConfig, split: Split) -> MixedSource:
         except DataError as error:
             raise DataError(f"data.source.members.{member.name}: {error}") from error
     weights = {member.name: member.weight for member in members}
-    return MixedSource(opened, weights, shares=source.weights == "share")
+    phases = tuple(member.phase for member in members)
+    return MixedSource(opened, weights, shares=source.weights == "share", phases=phases if any(phases) else ())
 
 
 def _check(source: MixtureConfig) -> None:
