@@ -62,7 +62,7 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         lr=1.2e-4,
         warmup_steps=30,
         schedule="wsd",
-        decay_steps=170,
+        decay_steps=190,
         b2=0.98,
         weight_decay=0.0,
         rules=(VISION, ParamRule(pattern="^connector", lr=12.0)),
@@ -78,7 +78,7 @@ def get_config(choice: str = "") -> ml_collections.ConfigDict:
         accumulated=(SetConfig(name="stamps", data=captions, weight=0.2, every=2),),
         optimizer=optimizer,
         adapters=ADAPTERS if held else (),
-        steps=280,
+        steps=300,
         remat="dots",  # half the memory, and on these cores faster: less is written and read again
         eval_every=100,
         eval_rows=16,
