@@ -66,10 +66,10 @@ class Lengths:
     images: np.ndarray  # [examples] int32, image slots of an example
     share: np.ndarray | None = None  # [conversations] float32, the chance to be in an epoch; None: all are
     shared: np.ndarray | None = None  # [conversations] int32, tokens that stand once in a unit, equal in an example; None: 0
-    phase: np.ndarray | None = None  # [conversations] int32, those of lower phases come first in an epoch; None: one phase
     together: int = 1  # so many sequences in a row stay together, of which the first says the share: 2 for pairs of answers
     # Of a mixture: seed, epoch -> the sequences of an epoch, and of each the number of the draw that took its example.
     drawn: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
+    phase: np.ndarray | None = None  # [conversations] int32, those of lower phases come first in an epoch; None: one phase
 
 
 class TokenStore:
