@@ -112,13 +112,16 @@ def test_stopped_at_any_moment_the_same_command_gives_the_same_numbers(finished,
     assert len(said) == 1 and f"cannot be written into {tmp_path}" in said[0] and "run the same command again" in said[0]
     assert "Traceback" in (tmp_path / "train.log").read_text()
 
-    def reached(step):
-        lines = path.read_text().splitlines() if path.exists() else []
+    def reached(step, since):
+        """Whether a process that was started at a time has written this step; what others wrote is there before."""
+        if not path.exists() or path.stat().st_mtime_ns < since:
+            return False
+        lines = path.read_text().splitlines()
         return any(json.loads(line)["step"] >= step for line in lines if line.endswith("}"))
 
     for number, step in ((signal.SIGKILL, 3), (signal.SIGTERM, 6), (signal.SIGKILL, 8)):
-        process = start(text, cache, tmp_path)
-        wait_for(lambda step=step: reached(step), process)
+        since, process = time.time_ns(), start(text, cache, tmp_path)
+        wait_for(lambda step=step, since=since: reached(step, since), process)
         process.send_signal(number)
         code, output = finish(process)
         if number == signal.SIGKILL:
