@@ -190,7 +190,7 @@ def test_a_deeper_language_model_begins_with_the_layers_that_there_are(run, tmp_
     """Flamingo's "grafting": those behind them are new."""
     base = tiny_run()
     deeper = dataclasses.replace(base.model, language=dataclasses.replace(base.model.language, layers=5))
-    config = dataclasses.replace(base, model=deeper, init_parts=(PartInit(part="language", checkpoint=str(run)),))
+    config = dataclasses.replace(base, model=deeper, init_parts=(PartInit(part="language", checkpoint=str(run), new_layers=2),))
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)

@@ -36,6 +36,8 @@ def _grafting(run: RunConfig, kit: Kit) -> RunConfig:
     run = changed(run, "model.language", layers=layers + kit.grafted_layers)
     run = changed(run, "model.fusion", every=1, offset=0, start=layers, place="within", mlp_width=0)
     new = ParamRule(pattern="^language/layers", rows_from=layers)
+    deeper = lambda part: changed(part, "", new_layers=kit.grafted_layers) if part.part == "language" else part
+    run = dataclasses.replace(run, init_parts=tuple(map(deeper, run.init_parts)))
     return changed(run, "optimizer", rules=(new, *run.optimizer.rules))
 
 
@@ -78,14 +80,13 @@ def _encoder(role: str) -> Change:
     return change
 
 
-def _trained(part: str, *, pretrained: bool, lr: float = 1.0) -> Change:
+def _trained(part: str, *, pretrained: bool) -> Change:
     """A part that the baseline keeps frozen is trained with the rest."""
 
     def change(run: RunConfig, kit: Kit) -> RunConfig:
         kept = tuple(rule for rule in run.optimizer.rules if not rule.pattern.startswith(f"^{part}"))
-        rules = (*kept, ParamRule(pattern=f"^{part}", lr=lr)) if lr != 1.0 else kept
         parts = tuple(one for one in run.init_parts if pretrained or one.part != part)
-        return dataclasses.replace(changed(run, "optimizer", rules=rules), init_parts=parts)
+        return dataclasses.replace(changed(run, "optimizer", rules=kept), init_parts=parts)
 
     return change
 

