@@ -1,11 +1,11 @@
-"""Flamingo's ablations (Alayrac et al. 2022, tables 3 and 10): the baseline and every row of them, in two sizes.
+"""Flamingo's ablations (Alayrac et al. 2022, tables 3 and 10): the baseline and every row of them.
 
     python -m vlm_jax.ablate --base=configs/flamingo_ablations.py
     python -m vlm_jax.ablate --base=configs/flamingo_ablations.py --rows=every-4th,vanilla --workdir=runs/ablations
-    python train.py --config=configs/flamingo_ablations.py:every-4th --workdir=runs/every-4th
+    python -m vlm_jax.plan --config=configs/flamingo_ablations.py:every-4th --topology=v4:4x4x4
 
-Behind the colon stands a row, and after a comma the size: `small`, the default, trains on two CPU cores around frozen DINOv2-S
-and SmolLM2-135M-Instruct; `3b-published` is Flamingo-3B with the paper's own parts, to count and to plan.
+Behind the colon stands a row, and after a comma the size: `3b-published`, the only one so far, is Flamingo-3B with the paper's
+own parts, to count, to plan, and to train where its data are.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from vlm_jax.ablations.table import TABLES, Base, Kit
 from vlm_jax.config import PartInit
 from vlm_jax.config_dict import to_config_dict
 from vlm_jax.models.sizes import vision
+from vlm_jax.models.systems import system
 
 TABLE = "flamingo"
 
@@ -24,7 +25,7 @@ TABLE = "flamingo"
 def published() -> Base:
     """Flamingo-3B. A grafted layer has 16 D^2 parameters, of which 20 make the paper's 3.3B; nine feed-forwards have those of
     the resampler's six layers; its other sizes have half and twice as many layers (the paper: 0.1B less, 0.2B more)."""
-    clip = dataclasses.replace(vision("clip-l/14"), post_norm="held", class_token="dropped")
+    clip = system("flamingo-3b").vision
     small = dataclasses.replace(vision("nfnet-f0"), image_size=320, final_width=None)
     run = recipe("3b-published")
     return Base(
@@ -54,7 +55,7 @@ def base(size: str) -> Base:
 
 def get_config(choice: str = "baseline") -> ml_collections.ConfigDict:
     row, _, size = choice.partition(",")
-    of = base(size or "small")
+    of = base(size or "3b-published")
     names = [one.name for one in TABLES[TABLE].rows]
     if row not in names:
         raise ValueError(f"row {row!r}: expected one of {', '.join(names)}")

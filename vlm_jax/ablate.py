@@ -1,6 +1,6 @@
 """Tables of ablations that papers published: listed, counted, run, and printed beside the paper's numbers.
 
-    python -m vlm_jax.ablate --base=configs/flamingo_ablations.py --size=3b-published
+    python -m vlm_jax.ablate --base=configs/flamingo_ablations.py
     python -m vlm_jax.ablate --base=configs/flamingo_ablations.py --rows=baseline,every-4th --workdir=runs/ablations
 
 Without `--workdir` the rows are listed with their parameters, beside the paper's columns. With it each row is trained, one
@@ -11,7 +11,6 @@ baseline with three seeds, whose spread says which differences mean something.
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from vlm_jax.ablations.table import TABLES, Base, Row, Table
+from vlm_jax.ablations.table import TABLES, Base, Row, Table, parameters
 
 
 def bases_of(path: str) -> Any:
@@ -56,8 +55,6 @@ def chosen(table: Table, names: list[str]) -> list[Row]:
 
 def listed(table: Table, rows: list[Row], base: Base) -> RichTable:
     """Every row with its parameters, ours and the paper's, and the paper's scores."""
-    from vlm_jax.ablations.count import parameters
-
     shown = RichTable(title=table.paper, title_justify="left")
     for name in ("row", "", "setting", "changed to", "parameters", "trained", "paper's"):
         shown.add_column(name, justify="right" if name in ("parameters", "trained", "paper's") else "left")
@@ -91,12 +88,6 @@ def run_rows(rows: list[Row], *, base_file: str, size: str, workdir: Path, seeds
             raise ValueError(f"{row.name}, seed {seed}: train.py ended with {code}; its messages are above and in {folder}")
 
 
-def last_metrics(folder: Path) -> dict[str, float]:
-    """Of a run's last evaluation."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if any(name.startswith("eval_") for name in line)][-1]
-
-
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         sys.exit(f"vlm_jax.ablate: unknown arguments {argv[1:]}; see --help")
@@ -123,7 +114,7 @@ if __name__ == "__main__":
     BASE = flags.DEFINE_string(
         "base", None, "A file in configs/ with the baseline, as configs/flamingo_ablations.py.", required=True
     )
-    SIZE = flags.DEFINE_string("size", "small", "Which of its sizes.")
+    SIZE = flags.DEFINE_string("size", "3b-published", "Which of its sizes.")
     ROWS = flags.DEFINE_list("rows", [], "Names of rows with commas between them; all otherwise.")
     WORKDIR = flags.DEFINE_string("workdir", None, "A folder for the runs; without it the rows are listed.")
     SEEDS = flags.DEFINE_integer("seeds", 1, "With how many seeds the baseline is trained.", lower_bound=1)

@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -29,9 +29,12 @@ from ml_collections import config_flags
 from vlm_jax.config import MeshConfig, RunConfig
 from vlm_jax.errors import first_line
 
+if TYPE_CHECKING:  # JAX is imported once its settings are made
+    from vlm_jax.planning.hardware import Target
+
 
 def plan(
-    config: RunConfig, topology: str, *, generate: tuple[int, int] | None = None, images: int = 1, new: int = 128
+    config: RunConfig, topology: str | Target, *, generate: tuple[int, int] | None = None, images: int = 1, new: int = 128
 ) -> list[dict[str, Any]]:
     """The figures of a run's programs on a topology, see `planning.report.figures`: of the update, or of prefill and decoding.
 
@@ -47,7 +50,7 @@ def plan(
     from vlm_jax.planning.report import figures
     from vlm_jax.sharding import make_mesh
 
-    target = parse_topology(topology)
+    target = parse_topology(topology) if isinstance(topology, str) else topology
     mesh = make_mesh(config.mesh, target.devices)
     dtype = config.dtype if config.dtype != "auto" else ("float32" if target.chip is None else "bfloat16")
     config = dataclasses.replace(config, dtype=dtype)
@@ -101,7 +104,7 @@ def main(argv: list[str]) -> int:
         config = from_config_dict(RunConfig, CONFIG.value)
         generate = _pair(GENERATE.value) if GENERATE.value else None
         if SEARCH.value:
-            found = search(config)
+            found = search(config, TOPOLOGY.value)
         else:
             print(f"compiling for {TOPOLOGY.value} ...", file=sys.stderr, flush=True)
             found = plan(config, TOPOLOGY.value, generate=generate, images=IMAGES.value, new=NEW.value)
@@ -116,19 +119,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def search(config: RunConfig) -> list[dict[str, Any]]:
+def search(config: RunConfig, topology: str) -> list[dict[str, Any]]:
     """The fastest of the candidates that fit, after a line of each."""
     from jax.errors import JaxRuntimeError
 
     from vlm_jax.planning.hardware import parse_topology
 
-    tried = list(candidates(config, len(parse_topology(TOPOLOGY.value).devices)))
+    target = parse_topology(topology)
+    tried = list(candidates(config, len(target.devices)))
     best: dict[str, Any] | None = None
     for number, one in enumerate(tried, 1):
         name = f"{number}/{len(tried)}  {one.mesh.data}x{one.mesh.fsdp}x{one.mesh.tensor} remat={one.remat}"
         name += f" accumulate={one.optimizer.accumulate}"
         try:
-            (found,) = plan(one, TOPOLOGY.value)
+            (found,) = plan(one, target)
         except (ValueError, JaxRuntimeError) as error:
             print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
             continue
@@ -138,7 +142,7 @@ def search(config: RunConfig) -> list[dict[str, Any]]:
         if found.get("fits", True) and (best is None or found.get("step_seconds", 0) < best.get("step_seconds", 0)):
             best = found
     if best is None:
-        raise ValueError(f"--topology={TOPOLOGY.value}: none of {len(tried)} meshes, policies and micro-batches fits")
+        raise ValueError(f"--topology={topology}: none of {len(tried)} meshes, policies and micro-batches fits")
     return [best]
 
 

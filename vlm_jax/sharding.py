@@ -262,3 +262,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, place(names, x.shape, mesh).spec)
+
+
+def target_platform() -> str:
+    """What the mesh of the context consists of, also of devices that are not there: "cpu", "gpu" or "tpu"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform

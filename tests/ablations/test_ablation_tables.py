@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import flamingo_ablations
-from vlm_jax.ablations.count import parameters
-from vlm_jax.ablations.table import TABLES
+from vlm_jax.ablations.table import TABLES, parameters
 from vlm_jax.config import RunConfig
 from vlm_jax.config.register import module_of
 from vlm_jax.config_dict import from_config_dict

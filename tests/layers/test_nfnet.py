@@ -75,8 +75,8 @@ def to_timm(params):
         for part in CONVOLUTIONS.keys() & ours.keys():
             conv(f"{name}.{CONVOLUTIONS[part]}", ours[part])
         for part, theirs in (("down", "fc1"), ("up", "fc2")):
-            state[f"{name}.attn_last.{theirs}.weight"] = ours["squeeze"][f"{part}_kernel"].T[:, :, None, None]
-            state[f"{name}.attn_last.{theirs}.bias"] = ours["squeeze"][f"{part}_bias"]
+            state[f"{name}.attn_last.{theirs}.weight"] = ours["squeeze"][part]["kernel"].T[:, :, None, None]
+            state[f"{name}.attn_last.{theirs}.bias"] = ours["squeeze"][part]["bias"]
         state[f"{name}.skipinit_gain"] = ours["gain"]
 
     for number in range(4):

@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlm_jax.config import PartInit, RunConfig, VisionConfig
-from vlm_jax.config.register import Register
+import jax
+
+from vlm_jax.config import MeshConfig, PartInit, RunConfig, VisionConfig
+from vlm_jax.config.register import Register, module_of
+from vlm_jax.sharding import make_mesh
+from vlm_jax.training.params import Blueprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Base:
 
     Attributes:
       run: the baseline.
-      comparable: rows that cannot be had at this size, with the reason.
+      left_out: rows that cannot be had at this size, with the reason.
     """
 
     run: RunConfig
@@ -88,6 +92,12 @@ class Table:
 
 
 TABLES: Register[Table] = Register("a table of ablations", "vlm_jax.ablations")
+
+
+def parameters(run: RunConfig) -> tuple[int, int]:
+    """All of a run's parameters, and those that it trains, from shapes alone."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Blueprint.of(module_of(run.model)(run.model), run.optimizer.rules, mesh, run.adapters).counts
 
 
 def changed(config: Any, path: str, **values: Any) -> Any:

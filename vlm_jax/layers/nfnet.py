@@ -12,7 +12,9 @@ import numpy as np
 
 from vlm_jax.config import NfnetConfig
 from vlm_jax.config.register import MODULES
+from vlm_jax.layers.linear import Linear
 from vlm_jax.layers.stack import rematerialised, stacked
+from vlm_jax.ops.patches import normalised
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
@@ -74,12 +76,9 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = jnp.mean(x, axis=(1, 2))
-        for name, inputs, outputs in (("down", self.width, self.hidden), ("up", self.hidden, self.width)):
-            init = nn.initializers.lecun_normal()
-            kernel = self.param(f"{name}_kernel", named(init, "embed", None), (inputs, outputs))
-            bias = self.param(f"{name}_bias", named(nn.initializers.zeros, "norm"), (outputs,))
-            y = y @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-            y = nn.relu(y) if name == "down" else nn.sigmoid(y)
+        linear = lambda name, inputs, outputs: Linear(inputs, outputs, bias=True, dtype=self.dtype, name=name)
+        y = nn.relu(linear("down", {"embed": self.width}, {"mlp": self.hidden})(y))
+        y = nn.sigmoid(linear("up", {"mlp": self.hidden}, {"embed": self.width})(y))
         return x * y[:, None, None]
 
 
@@ -140,8 +139,7 @@ class Nfnet(nn.Module):
         config = self.config
         if sizes is not None:
             raise ValueError("an NFNet reads pictures of one size; resize or pad them")
-        mean, std = (jnp.asarray(value, jnp.float32) for value in (config.mean, config.std))
-        x = ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(self.dtype)
+        x = normalised(images, config.mean, config.std).astype(self.dtype)
         width, widths = 3, [config.stem_width // share for share in (8, 4, 2, 1)]
         for number, (outputs, stride) in enumerate(zip(widths, (2, 1, 1, 2), strict=True)):
             x = _activation(x) if number else x

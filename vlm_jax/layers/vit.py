@@ -19,7 +19,7 @@ from vlm_jax.layers.linear import Linear, Norm
 from vlm_jax.layers.stack import rematerialised, stacked
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.masks import Mask
-from vlm_jax.ops.patches import bucketed_positions, patch_mask, patchify, resize_positions
+from vlm_jax.ops.patches import bucketed_positions, normalised, patch_mask, patchify, resize_positions
 from vlm_jax.sharding import constrain, named
 
 Array = jax.Array
@@ -90,8 +90,7 @@ class Vit(nn.Module):
     @nn.nowrap
     def normalise(self, images: Array) -> Array:
         """uint8 RGB -> float32 with the encoder's mean and deviation."""
-        mean, std = (jnp.asarray(value, jnp.float32) for value in (self.config.mean, self.config.std))
-        return (images.astype(jnp.float32) / 255.0 - mean) / std
+        return normalised(images, self.config.mean, self.config.std)
 
     @nn.nowrap
     def hidden_states(self, images: Array, after: tuple[int, ...], sizes: Array | None = None) -> list[Array]:

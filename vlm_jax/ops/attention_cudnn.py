@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.ops.attention_splash import target_platform
 from vlm_jax.ops.masks import Alibi, Mask
+from vlm_jax.sharding import target_platform
 
 Array = jax.Array
 

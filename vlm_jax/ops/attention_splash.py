@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from vlm_jax.ops.masks import Alibi, Mask
+from vlm_jax.sharding import place, target_platform
 
 Array = jax.Array
 
@@ -46,13 +46,6 @@ def _unsupported_call(q: Array, k: Array, v: Array, mask: Mask | None, alibi: Al
     return ""
 
 
-def target_platform() -> str:
-    """What the mesh of the context consists of, also of devices that are not there: "cpu", "gpu" or "tpu"."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def attend(
     q: Array, k: Array, v: Array, mask: Mask | None = None, alibi: Alibi | None = None, *, interpret: bool = False
 ) -> Array:
@@ -66,10 +59,11 @@ def attend(
     run = functools.partial(_of_shard, rule=rule, window=None if mask is None else mask.window, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        rows = ("data", "fsdp") if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-        of_rows, of_heads = PartitionSpec(rows), PartitionSpec(rows, None, "tensor")
-        specs = (of_heads, of_heads, of_heads, of_rows, of_rows)
-        run = jax.shard_map(run, in_specs=specs, out_specs=of_heads, check_vma=False)
+        spec = lambda x, *names: place(names, x.shape, mesh).spec
+        of_rows = spec(of_queries, "batch", "length"), spec(of_keys, "batch", "length")
+        of_heads = spec(q, "batch", "length", "heads", "head")
+        of_kv = spec(k, "batch", "length", "kv_heads", "head")
+        run = jax.shard_map(run, in_specs=(of_heads, of_kv, of_kv, *of_rows), out_specs=of_heads, check_vma=False)
     y = run(q, k, v, of_queries, of_keys)
     if rule != "causal":
         return y

@@ -9,6 +9,12 @@ import numpy as np
 Array = jax.Array
 
 
+def normalised(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """uint8 RGB [..., 3] -> float32, less `mean` and by `std`, which are of pixels in 0..1."""
+    mean, std = (jnp.asarray(value, jnp.float32) for value in (mean, std))
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
 def patchify(images: Array, patch: int) -> Array:
     """[B, height, width, 3] -> [B, P, patch * patch * 3], row-major; pixels of a patch in the order (row, column, channel).
 

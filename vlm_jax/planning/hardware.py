@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 
-GB, TB = 1e9, 1e12
+from vlm_jax.training.flops import PEAKS
+
+GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,16 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(name="TPU v4", flops=275 * TB, memory=32 * 2**30, bandwidth=1228 * GB, link=300 * GB, clock=1.05e9),
-    "v5e": Chip(name="TPU v5e", flops=197 * TB, memory=16 * 2**30, bandwidth=819 * GB, link=200 * GB, clock=1.5e9),
-    "v5p": Chip(name="TPU v5p", flops=459 * TB, memory=95 * 2**30, bandwidth=2765 * GB, link=600 * GB, clock=1.75e9),
-    "v6e": Chip(name="TPU v6e", flops=918 * TB, memory=32 * 2**30, bandwidth=1640 * GB, link=448 * GB, clock=1.75e9),
-    "a100": Chip(name="NVIDIA A100 80GB", flops=312 * TB, memory=80 * 2**30, bandwidth=2039 * GB, link=300 * GB),
+    "v4": Chip(name="TPU v4", flops=PEAKS["TPU v4"], memory=32 * 2**30, bandwidth=1228 * GB, link=300 * GB, clock=1.05e9),
+    "v5e": Chip(name="TPU v5e", flops=PEAKS["TPU v5e"], memory=16 * 2**30, bandwidth=819 * GB, link=200 * GB, clock=1.5e9),
+    "v5p": Chip(name="TPU v5p", flops=PEAKS["TPU v5"], memory=95 * 2**30, bandwidth=2765 * GB, link=600 * GB, clock=1.75e9),
+    "v6e": Chip(name="TPU v6e", flops=PEAKS["TPU v6e"], memory=32 * 2**30, bandwidth=1640 * GB, link=448 * GB, clock=1.75e9),
+    "a100": Chip(name="NVIDIA A100 80GB", flops=PEAKS["A100"], memory=80 * 2**30, bandwidth=2039 * GB, link=300 * GB),
     "h100": Chip(
-        name="NVIDIA H100 SXM", flops=989 * TB, memory=80 * 2**30, bandwidth=3350 * GB, link=450 * GB, network=50 * GB
+        name="NVIDIA H100 SXM", flops=PEAKS["H100"], memory=80 * 2**30, bandwidth=3350 * GB, link=450 * GB, network=50 * GB
     ),
-    "h200": Chip(name="NVIDIA H200", flops=989 * TB, memory=141 * GB, bandwidth=4800 * GB, link=450 * GB, network=50 * GB),
-    "l4": Chip(name="NVIDIA L4", flops=121 * TB, memory=24 * 2**30, bandwidth=300 * GB, link=32 * GB),
+    "h200": Chip(name="NVIDIA H200", flops=PEAKS["H200"], memory=141 * GB, bandwidth=4800 * GB, link=450 * GB, network=50 * GB),
+    "l4": Chip(name="NVIDIA L4", flops=PEAKS["L4"], memory=24 * 2**30, bandwidth=300 * GB, link=32 * GB),
 }
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
@@ -58,14 +60,12 @@ class Target:
     Attributes:
       devices: what programs are compiled for; chip: None: of simulated CPUs, nothing is known.
       slices: of a TPU, that a slower network joins.
-      compiles: whether the program is the target's own, and not one of as many CPUs.
     """
 
     text: str
     devices: list[Any]
     chip: Chip | None
     slices: int
-    compiles: bool
 
 
 def parse_topology(text: str) -> Target:
@@ -93,7 +93,7 @@ def parse_topology(text: str) -> Target:
         if missing:
             raise ValueError(f"--topology={text}: {', '.join(sorted(missing))} missing: gpu:8:memory=80e9,flops=1e15,...")
         chip = Chip(name="GPU", **{name: float(value) for name, value in settings.items()})
-    return Target(text, simulated(count), chip, 1, kind == "cpu")
+    return Target(text, simulated(count), chip, 1)
 
 
 def simulated(count: int) -> list[Any]:
@@ -129,7 +129,7 @@ def _tpu(text: str, kind: str, shape: str, slices: int) -> Target:
             f"--topology={text}: {first}. Programs for TPUs are compiled by libtpu: pip install 'vlm_jax[tpu]', and set "
             "JAX_PLATFORMS=cpu where there is no TPU"
         ) from error
-    return Target(text, list(topology.devices), CHIPS[kind], slices, True)
+    return Target(text, list(topology.devices), CHIPS[kind], slices)
 
 
 def _host_bounds(kind: str, shape: str) -> tuple[int, ...]:

@@ -12,58 +12,18 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-SIZES = {"pred": 1, "token": 0, "opaque": 0} | {
-    f"{kind}{bits}": bits / 8 for kind in ("s", "u", "f", "bf", "c") for bits in (2, 4, 8, 16, 32, 64, 128)
-}
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+from vlm_jax.planning.hlo_text import COLLECTIVES, Instruction, read_computations
+
 # What is no work: names for parts of what is there, or the work of the instructions within.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota"}
 FREE |= {"partition-id", "replica-id", "opt-barrier", "domain", "copy-start", "copy-done", "async-start", "async-update"}
+FREE |= {"async-done"} | {f"{name}-done" for name in COLLECTIVES}
 SLICES = ("dynamic-slice", "slice", "gather")  # of the first operand they read what they give
 RENAMES = ("bitcast", "reshape")
-FREE |= {"async-done"} | {f"{name}-done" for name in COLLECTIVES}
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    opcode: str
-    bytes: float  # of the result
-    operands: tuple[str, ...]
-    inside: str  # what stands between its parentheses
-    attributes: str
-    root: bool
-
-    @property
-    def calls(self) -> tuple[str, ...]:
-        """The computations that it runs."""
-        found = re.findall(
-            r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)", self.attributes
-        )
-        for several in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes):
-            found += re.findall(r"%?([\w.\-]+)", several)
-        return tuple(found)
-
-    @property
-    def number(self) -> int | None:
-        """Of a constant that is a whole number."""
-        return int(self.inside) if self.opcode == "constant" and re.fullmatch(r"-?\d+", self.inside) else None
-
-    @property
-    def condition(self) -> str:
-        """The computation that says whether a loop goes on."""
-        return re.search(r"condition=%?([\w.\-]+)", self.attributes)[1]
-
-    @property
-    def collective(self) -> str:
-        """Its kind, of one of `COLLECTIVES`, or of its beginning where it runs beside others; "": it is none."""
-        name = self.opcode.removesuffix("-start")
-        return name if name in COLLECTIVES else ""
 
 
 class Program:
@@ -74,19 +34,7 @@ class Program:
     """
 
     def __init__(self, text: str) -> None:
-        self.computations: dict[str, list[Instruction]] = {}
-        self.entry = ""
-        current: list[Instruction] | None = None
-        for line in text.splitlines():
-            if current is None:
-                head = re.match(r"(ENTRY )?%?([\w.\-]+)\s*\(.*->.*\{\s*$", line)
-                if head:
-                    current = self.computations.setdefault(head[2], [])
-                    self.entry = head[2] if head[1] else self.entry
-            elif line.startswith("}"):
-                current = None
-            elif found := _instruction(line):
-                current.append(found)
+        self.computations, self.entry = read_computations(text)
         loops = [one for one in self._all() if one.opcode == "while"]
         self.unknown_loops = sum(self.trips(one) is None for one in loops)
 
@@ -143,6 +91,10 @@ class Program:
         visit(self.entry)
         return done[::-1]
 
+    def _sizes(self, computation: str) -> dict[str, float]:
+        """Bytes of the result of each instruction."""
+        return {one.name: one.bytes for one in self.computations[computation]}
+
     @functools.cached_property
     def _fused(self) -> set[str]:
         """Computations within a fusion, or that a reduction applies: what they hold never reaches memory."""
@@ -162,7 +114,7 @@ class Program:
         for name, times in self.runs.items():
             if name in self._fused:
                 continue
-            sizes = {one.name: one.bytes for one in self.computations[name]}
+            sizes = self._sizes(name)
             for one in self.computations[name]:
                 if one.opcode not in FREE:
                     total += times * self._moved(one, sizes)
@@ -181,7 +133,7 @@ class Program:
         """What devices send each other, by kind and mesh axes, largest first."""
         found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
         for name, times in self.runs.items():
-            sizes = {one.name: one.bytes for one in self.computations[name]}
+            sizes = self._sizes(name)
             for one in self.computations[name]:
                 if not one.collective:
                     continue
@@ -245,45 +197,6 @@ class Collective:
     bytes: float  # that a device sends
 
 
-def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*)$", line)
-    if not found:
-        return None
-    rest = found[3]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode, bracket, _ = rest.partition("(")
-    if not bracket or not re.fullmatch(r"[\w\-]+", opcode):
-        return None
-    close = _closing(rest, len(opcode))
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : close]))
-    inside = rest[len(opcode) + 1 : close]
-    size = _bytes(shape, start=opcode.endswith("-start"))
-    return Instruction(found[2], opcode, size, operands, inside, rest[close:], bool(found[1]))
-
-
-def _closing(text: str, opening: int) -> int:
-    depth = 0
-    for place in range(opening, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if not depth:
-            return place
-    return len(text)
-
-
-def _bytes(shape: str, *, start: bool) -> float:
-    """Of a shape as the text has it.
-
-    Args:
-      start: of an operation whose result comes later: its shape holds that of the operand first, and then the result's.
-    """
-    parts = [
-        SIZES.get(kind, 0) * math.prod(int(size) for size in sizes.split(",") if size)
-        for kind, sizes in re.findall(r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\]", shape)
-    ]
-    return max(parts, default=0.0) if start else sum(parts)
-
-
 def _sent(one: Instruction, operands: float, group: int) -> float:
     """Bytes that a device sends in a ring."""
     share = (group - 1) / group if group else 0.0
@@ -344,7 +257,3 @@ def estimated_cycles(program: Program) -> float | None:
         if found := re.search(r'estimated_cycles"?:"?(\d+)', one.attributes):
             total, seen = total + times * int(found[1]), True
     return total if seen else None
-
-
-def program_of(compiled: Any) -> Program:
-    return Program(compiled.as_text())

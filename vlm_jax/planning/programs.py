@@ -21,7 +21,6 @@ from vlm_jax.generation import decode
 from vlm_jax.generation.buckets import SLOTS, STOP_WIDTH, STOPS, bucket
 from vlm_jax.generation.programs import STEPS
 from vlm_jax.generation.sampling import Sampling
-from vlm_jax.paths import by_path
 from vlm_jax.sharding import batch_sharding, boxed_params, place_tree, shardings_of, unboxed
 from vlm_jax.training.flops import count_flops
 from vlm_jax.training.step import Trainer, update_batches
@@ -90,13 +89,12 @@ def training(config: RunConfig, mesh: Mesh) -> Planned:
         name: device_bytes(getattr(state, part), getattr(shardings, part)) for name, part in zip(names, parts, strict=True)
     }
     arguments["batch"] = device_bytes(batch, trainer.batch_sharding)
-    sizes = {path: leaf.size for path, leaf in by_path(state.params).items() if not path.endswith("/kernel_scale")}
-    trained = sum(size for path, size in sizes.items() if not trainer.rules[path].frozen)
+    parameters, trained = trainer.blueprint.counts
     return Planned(
         name="update",
         compiled=compiled,
         mesh=mesh,
-        parameters=sum(sizes.values()),
+        parameters=parameters,
         trained=trained,
         arguments={name: size for name, size in arguments.items() if size},
         temporary=_temporary(compiled),

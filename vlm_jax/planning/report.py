@@ -10,8 +10,9 @@ from rich.table import Table
 
 from vlm_jax.config import RunConfig
 from vlm_jax.planning.hardware import Target
-from vlm_jax.planning.hlo import estimated_cycles, program_of
+from vlm_jax.planning.hlo import Program, estimated_cycles
 from vlm_jax.planning.programs import Planned
+from vlm_jax.progress import human_rate
 
 GIB = 2**30
 
@@ -22,7 +23,7 @@ def figures(planned: Planned, target: Target) -> dict[str, Any]:
     "compute", "memory" and "links" are lower bounds: the mathematics at the peak of bfloat16, what instructions read and write
     at the memory's bandwidth, what is sent at that of all links. "compiler" is what the compiler expects of its instructions.
     """
-    program, chip, devices = program_of(planned.compiled), target.chip, planned.mesh.size
+    program, chip, devices = Program(planned.compiled.as_text()), target.chip, planned.mesh.size
     sent = program.collectives(planned.mesh)
     found: dict[str, Any] = {
         "program": planned.name,
@@ -50,7 +51,7 @@ def figures(planned: Planned, target: Target) -> dict[str, Any]:
     cycles = estimated_cycles(program)
     if cycles is not None and chip.clock:
         times["compiler"] = cycles / chip.clock
-    seconds = times.get("compiler", max(times["compute"], times["memory"])) if cycles else max(times.values())
+    seconds = times.get("compiler") or max(times.values())
     return found | {
         "device": chip.name,
         "capacity": chip.memory,
@@ -93,14 +94,6 @@ def advice(found: dict[str, Any], config: RunConfig) -> list[str]:
     return lines
 
 
-def _human(count: float, unit: str) -> str:
-    for name in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(count) < 1000 or name == "E":
-            return f"{count:.3g} {name}{unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def print_plan(
     found: dict[str, Any], config: RunConfig, *, tokens: float | None = None, console: Console | None = None
 ) -> None:
@@ -121,19 +114,19 @@ def print_plan(
     table.add_row("parameters, all devices", f"{found['parameters']:,}")
     if found["trained_parameters"]:
         table.add_row("  trained", f"{found['trained_parameters']:,}")
-    table.add_row("model FLOPs", _human(found["model_flops"] / found["devices"], "FLOP"))
-    table.add_row("read and written", _human(found["memory_bytes"], "B"), end_section=True)
+    table.add_row("model FLOPs", human_rate(found["model_flops"] / found["devices"], "FLOP"))
+    table.add_row("read and written", human_rate(found["memory_bytes"], "B"), end_section=True)
     for one in found["collectives"]:
-        table.add_row(f"{one['kind']} over {one['axes'] or 'itself'}, {one['count']} times", _human(one["bytes"], "B"))
+        table.add_row(f"{one['kind']} over {one['axes'] or 'itself'}, {one['count']} times", human_rate(one["bytes"], "B"))
     table.add_section()
     for name, seconds in found.get("seconds", {}).items():
         table.add_row(f"time: {name}", f"{1000 * seconds:,.1f} ms")
     if "mfu" in found:
         table.add_row("predicted time", f"{1000 * found['step_seconds']:,.1f} ms")
         table.add_row("predicted MFU", f"{found['mfu']:.1%}")
-        table.add_row("tokens a second, all devices", _human(found["tokens_per_second"], ""))
+        table.add_row("tokens a second, all devices", human_rate(found["tokens_per_second"], ""))
     if tokens and "mfu" in found:
-        table.add_row(f"device-hours for {_human(tokens, 'tokens')}", f"{device_hours(found, tokens):,.0f}")
+        table.add_row(f"device-hours for {human_rate(tokens, 'tokens')}", f"{device_hours(found, tokens):,.0f}")
     console.print(table)
     if found["unknown_loops"]:
         console.print(f"{found['unknown_loops']} loops do not say how often they run: they count once", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -123,6 +124,18 @@ class Blueprint:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, self.placements[path].spec))
 
         return nested({path: of(path, leaf) for path, leaf in by_path(unboxed(self.boxed)).items()})
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """All parameters, and those that are trained; of `rows_from` the rows that are. Scales of int8 kernels are none."""
+        total = trained = 0
+        for path, leaf in by_path(unboxed(self.boxed)).items():
+            if path.endswith("/kernel_scale"):
+                continue
+            rule, size = self.rules[path], math.prod(leaf.shape)
+            total += size
+            trained += 0 if rule.frozen else size - rule.rows_from * (size // leaf.shape[0] if rule.rows_from else 0)
+        return total, trained
 
     @property
     def without_held(self) -> Params:
